@@ -1,0 +1,325 @@
+"""Settings: `config/node.yaml`, then `DICOM_NODE_*` variables, then flags; checked, frozen, every key with a default.
+
+An unknown key, a wrong type or a name that leads nowhere is a ConfigError that says the key, the value and what is
+expected. This file knows no part of the node.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dicom_node.errors import ConfigError
+from dicom_node.model import ConflictPolicy, Destination
+
+__all__ = [
+    "CompletionOverride",
+    "CompletionSettings",
+    "DeliverySettings",
+    "DestinationSettings",
+    "EngineSettings",
+    "FindSettings",
+    "JobSettings",
+    "NodeConfig",
+    "PeerSettings",
+    "StorageSettings",
+    "load_config",
+    "packaged",
+]
+
+
+def packaged(*parts: str) -> Path:
+    """A file or folder that ships inside the package (default rules, demonstration weights)."""
+    return Path(__file__).parent.joinpath(*parts)
+
+
+def _ae_title(value: str) -> str:
+    # PS3.5 table 6.2-1, AE: 1-16 characters of the default repertoire, no backslash, no control characters
+    if not re.fullmatch(r"[\x20-\x5b\x5d-\x7e]{1,16}", value) or not value.strip():
+        raise ValueError(f"{value!r} is no AE title: 1-16 printable ASCII characters without a backslash")
+    return value.strip()
+
+
+def _zone(value: str) -> str:
+    # PS3.3 C.12.1.1.8: (0008,0201) is &ZZXX, -1200 .. +1400
+    match = re.fullmatch(r"([+-])(\d\d)([0-5]\d)", value)
+    hours = timedelta(hours=int(match[2]), minutes=int(match[3])) if match else timedelta(days=1)
+    if match is None or hours > timedelta(hours=14):
+        raise ValueError(f"{value!r} is no UTC offset: write e.g. '+0100'")
+    return value
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
+        raise ValueError(f"{value!r} is no name: letters, digits, '_', '-', '.', at most 64")
+    return value
+
+
+AeTitle = Annotated[str, AfterValidator(_ae_title)]
+Name = Annotated[str, AfterValidator(_name)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class PeerSettings(_Settings):
+    """An AE that may talk to the node. Once one peer is configured, only peers may (RJ 1,1,3)."""
+
+    ae_title: AeTitle
+    hosts: tuple[str, ...] = ()
+    """Addresses or networks (CIDR) it may come from; empty = any."""
+    idle_timeout_s: Seconds | None = None
+    """Overrides `association_idle_timeout_s`: consoles hold associations for hours."""
+    is_engine: bool = False
+    """What it sends are results: they match no rule unless the rule says `origin: any`."""
+    conflict_policy: ConflictPolicy | None = None
+
+
+class DestinationSettings(_Settings):
+    """An AE that results or images are sent to, and that C-MOVE may name."""
+
+    ae_title: AeTitle
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+    calling_ae_title: AeTitle | None = None
+    results: tuple[Literal["seg", "sr"], ...] | None = None
+    """Only these kinds of result are sent here; null = all a rule asks for."""
+
+
+class EngineSettings(_Settings):
+    """Something that analyses a series. `kind` local: a model package; other kinds come from plug-ins."""
+
+    kind: Name = "local"
+    model: str = ""
+    """Of a local engine: the id of an embedded package, or the path of a package folder."""
+    timeout_s: Seconds = 600.0
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Whatever the kind needs."""
+
+
+class CompletionOverride(_Settings):
+    """Other completion times for a calling AE title and / or modality; the first that fits is used."""
+
+    calling_ae_title: AeTitle | None = None
+    modality: str | None = None
+    quiet_s: Annotated[float, Field(ge=0)] | None = None
+    quiet_after_fault_s: Annotated[float, Field(ge=0)] | None = None
+    forced_after_s: Seconds | None = None
+
+
+class CompletionSettings(_Settings):
+    """When a study is taken as complete (README, "When does a study run")."""
+
+    quiet_s: Annotated[float, Field(ge=0)] = 10.0
+    quiet_after_fault_s: Annotated[float, Field(ge=0)] = 300.0
+    idle_association_s: Seconds = 60.0
+    forced_after_s: Seconds = 1800.0
+    immediate_modalities: tuple[str, ...] = ("CR", "DX", "MG")
+    overrides: tuple[CompletionOverride, ...] = ()
+    tick_s: Seconds = 0.5
+
+
+class FindSettings(_Settings):
+    """C-FIND behaviour."""
+
+    strict: bool = False
+    """Refuse relational queries that were not negotiated (0xA900) instead of answering them."""
+    unsupported_optional_keys: Literal["FF01", "empty"] = "FF01"
+    """FF01 as PS3.4 C.2.2.1.3 says, or silently empty values (FF00) for old clients."""
+
+
+class StorageSettings(_Settings):
+    """Disk."""
+
+    reserve_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
+    reserve_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.02
+    """Free space kept: the larger of the two; below it C-STORE is answered 0xA700. Set both 0 to switch it off."""
+    max_object_bytes: Annotated[int, Field(gt=0)] = 8 * 1024**3
+    max_inflated_header_bytes: Annotated[int, Field(gt=0)] = 16 * 1024**2
+    """Bound on what is inflated of a Deflated data set to read its header."""
+
+
+class JobSettings(_Settings):
+    """Analysis work."""
+
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    lease_s: Seconds = 30.0
+    max_attempts: Annotated[int, Field(ge=1)] = 5
+    backoff_s: Seconds = 5.0
+    backoff_max_s: Seconds = 3600.0
+    deadline_s: Seconds = 24 * 3600.0
+    """A job not done this long after it was created becomes a dead letter."""
+    devices: tuple[str, ...] = ("auto",)
+    """`auto`, `cpu`, `cuda`, `cuda:1` ...: one runtime process for each."""
+
+
+class DeliverySettings(_Settings):
+    """Sending results and images."""
+
+    lease_s: Seconds = 30.0
+    max_attempts: Annotated[int, Field(ge=1)] = 24
+    give_up_after_s: Seconds = 7 * 24 * 3600.0
+    backoff_s: Seconds = 5.0
+    backoff_max_s: Seconds = 3600.0
+    breaker_failures: Annotated[int, Field(ge=1)] = 3
+    """After this many failed tries in a row the destination is only probed, one delivery at a time."""
+    breaker_probe_s: Seconds = 30.0
+    connect_timeout_s: Seconds = 10.0
+    response_timeout_s: Seconds = 60.0
+
+
+class NodeConfig(_Settings):
+    """Everything the node can be told."""
+
+    ae_titles: Annotated[tuple[AeTitle, ...], Field(min_length=1)] = ("DICOM_NODE",)
+    any_called_ae_title: bool = False
+    host: str = "127.0.0.1"
+    dicom_port: Port = 11112
+    http_host: str = "127.0.0.1"
+    http_port: Port = 8080
+    data_dir: Path = Path("data")
+    rules_dir: Path | None = None
+    """null = `routing_rules/` in the current folder if it exists, else the rules that ship with the package."""
+    time_zone: Annotated[str, AfterValidator(_zone)] = "+0000"
+    """UTC offset of results whose source has no Timezone Offset From UTC (0008,0201)."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    max_associations: Annotated[int, Field(ge=1)] = 64
+    max_pdu_bytes: Annotated[int, Field(ge=4096)] = 131072
+    association_idle_timeout_s: Seconds = 60.0
+    unknown_sop_classes: bool = False
+    """Accept storage of SOP classes the Standard does not list (private ones)."""
+    extra_sop_classes: tuple[str, ...] = ()
+    """Accept storage of these SOP Class UIDs too."""
+    conflict_policy: ConflictPolicy = ConflictPolicy.KEEP_FIRST
+    analyse_identity_conflicts: bool = False
+    """Analyse studies that arrived under two patient identities without a person's release."""
+    peers: Mapping[Name, PeerSettings] = Field(default_factory=dict)
+    destinations: Mapping[Name, DestinationSettings] = Field(default_factory=dict)
+    engines: Mapping[Name, EngineSettings] = Field(
+        default_factory=lambda: {
+            "ct-abdomen": EngineSettings(model="demo-ct-abdomen"),
+            "cxr-findings": EngineSettings(model="demo-cxr-findings"),
+        }
+    )
+    find: FindSettings = FindSettings()
+    completion: CompletionSettings = CompletionSettings()
+    storage: StorageSettings = StorageSettings()
+    jobs: JobSettings = JobSettings()
+    delivery: DeliverySettings = DeliverySettings()
+
+    @model_validator(mode="after")
+    def _open_only_to_loopback(self) -> NodeConfig:
+        if not self.peers and not is_loopback(self.host):
+            raise ValueError(
+                f"host: {self.host!r} is reachable from other machines but no peers are configured; "
+                "list who may connect under `peers:`, or bind 127.0.0.1"
+            )
+        titles = [peer.ae_title for peer in self.peers.values()]
+        if twice := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"peers: AE title {twice[0]!r} is given to two peers; make one entry with both hosts")
+        return self
+
+    def destination(self, name: str) -> Destination:
+        """The destination of that name. Raises ConfigError."""
+        try:
+            found = self.destinations[name]
+        except KeyError:
+            known = ", ".join(sorted(self.destinations)) or "none"
+            raise ConfigError(f"destination {name!r} is not configured (known: {known})") from None
+        return Destination(
+            name=name,
+            ae_title=found.ae_title,
+            host=found.host,
+            port=found.port,
+            calling_ae_title=found.calling_ae_title or self.ae_titles[0],
+        )
+
+    def resolved_rules_dir(self) -> Path:
+        """The folder rules are read from. Raises ConfigError when it is missing."""
+        folder = self.rules_dir
+        if folder is None:
+            local = Path("routing_rules")
+            folder = local if local.is_dir() else packaged("default_rules")
+        if not folder.is_dir():
+            raise ConfigError(f"rules_dir: {folder} does not exist; create it (an empty one is a plain archive)")
+        return folder
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> NodeConfig:
+    """The configuration from `path` (None: defaults), `DICOM_NODE_<KEY>` variables for top-level keys, then overrides.
+
+    Values of variables are read as YAML (`DICOM_NODE_DICOM_PORT=104`, `DICOM_NODE_AE_TITLES=[A, B]`); nested keys use
+    two underscores (`DICOM_NODE_COMPLETION__QUIET_S=5`). Raises ConfigError.
+    """
+    settings = _read(path) if path is not None else {}
+    for key, text in (os.environ if environ is None else environ).items():
+        if key.startswith("DICOM_NODE_") and not key.startswith("DICOM_NODE_CORPUS"):
+            _put(settings, key.removeprefix("DICOM_NODE_").lower().split("__"), _yaml(text, key), key)
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(settings, key.split("."), value, key)
+    try:
+        return NodeConfig.model_validate(settings)
+    except ValidationError as exc:
+        raise ConfigError(_explain(exc, path)) from exc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}; name an existing file with --config") from exc
+    settings = _yaml(text, str(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top, got {type(settings).__name__}")
+    return settings
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{where}: not readable as YAML: {exc}") from exc
+
+
+def _put(settings: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
+    for key in keys[:-1]:
+        inner = settings.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{where}: {key} has no keys of its own")
+        settings = inner
+    settings[keys[-1]] = value
+
+
+def _explain(exc: ValidationError, path: Path | None) -> str:
+    lines = []
+    for error in exc.errors():
+        where = ".".join(str(part) for part in error["loc"]) or "configuration"
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            message = "unknown key; see the README's configuration table, or remove it"
+        shown = "" if isinstance(error["input"], dict | NodeConfig) else f" (got {error['input']!r})"
+        lines.append(f"{where}: {message}{shown}")
+    return f"{path or 'settings'}: " + "; ".join(lines)

@@ -1,0 +1,1 @@
+"""The small HTTP face: health and metrics."""

@@ -1,0 +1,465 @@
+"""Every contract between the parts; the semantics are in the docstrings and in `tests/contract/`.
+
+Implementations never import each other, only this file, `model` and `errors`; `node` wires them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from pydicom.dataset import Dataset
+
+from dicom_node.model import (
+    ArchivedFile,
+    AssociationEnd,
+    BootTime,
+    CloseTrigger,
+    ConflictPolicy,
+    Delivery,
+    Destination,
+    EngineResult,
+    EngineTask,
+    InstanceRecord,
+    Job,
+    Level,
+    Match,
+    Pending,
+    PlannedJob,
+    Query,
+    ResultContext,
+    ResultValue,
+    SeriesHeader,
+    SeriesView,
+    Source,
+    StoredInstance,
+    StoreOutcome,
+    StoreResult,
+    StudyActivity,
+    Verdict,
+)
+
+
+class Clock(Protocol):
+    """Time, injected. Leases, back-off and quiet time run on `boot`; `wall` is for people and results."""
+
+    def boot(self) -> BootTime:
+        """Now on the boot clock (counts through suspend, never jumps)."""
+        ...
+
+    def wall(self) -> datetime:
+        """Now, aware, UTC."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; a test clock returns at once and moves time."""
+        ...
+
+
+def seconds_since(then: BootTime, now: BootTime) -> float:
+    """Seconds from `then` to `now`; infinity when `then` belongs to another boot (it is long past)."""
+    return now.seconds - then.seconds if then.boot_id == now.boot_id else float("inf")
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+class Spool(Protocol):
+    """A data set being received. Without `commit` nothing of it survives, not even a crash."""
+
+    def write(self, fragment: bytes | memoryview) -> None:
+        """Append. Raises StorageError (out of space ...); the spool is then dead and must be discarded."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Data set bytes so far."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the data set bytes so far."""
+        ...
+
+    def view(self) -> memoryview:
+        """The data set's bytes, readable until `commit` or `discard`, for validation without a copy."""
+        ...
+
+    def commit(self) -> ArchivedFile:
+        """Make bytes and name durable (fsync file, link, fsync folder; the order of reliability section 3).
+
+        Raises StorageError; nothing is then visible under a final name that was not there before.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget it. Idempotent; a no-op after `commit`."""
+        ...
+
+
+class Archive(Protocol):
+    """Durable bytes. Names derive from digests, never from a peer's text."""
+
+    def begin(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str) -> Spool:
+        """Start receiving one data set; the arguments are for the file meta information (PS3.10 7.1).
+
+        Raises StorageError when free space is below the reserve.
+        """
+        ...
+
+    def path(self, location: str) -> str:
+        """Absolute path of an archived file. Raises NotFound for a location that is not the archive's form."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Free space above the reserve; <= 0 means: refuse."""
+        ...
+
+    def locations(self) -> Iterator[str]:
+        """Every file, for fsck; temporaries are not listed."""
+        ...
+
+    def remove(self, location: str) -> None:
+        """Remove a file (of a transaction that failed, or a released variant). Missing is fine."""
+        ...
+
+
+# --- index ---------------------------------------------------------------------------------------------------------
+
+
+class InstanceIndex(Protocol):
+    """Which instances exist. Every write is durable (power-cut safe) when the call returns."""
+
+    def add_instance(
+        self,
+        record: InstanceRecord,
+        policy: ConflictPolicy,
+        same_pixels: Callable[[StoredInstance], bool],
+    ) -> StoreOutcome:
+        """Index one archived instance, in one transaction with everything that must follow from it.
+
+        The same UID with the same sha256 and transfer syntax (as main row or kept variant) is DUPLICATE: no change.
+        The same UID in another transfer syntax is OTHER_SYNTAX: kept as a listed variant. Other content follows
+        `policy`: VARIANT or HEADER_CHANGED (decided by `same_pixels(first)`, called outside the transaction) when the
+        first is kept, REPLACED, or REFUSED (nothing written). A NEW or REPLACED image of origin RECEIVED updates the
+        study's and series' activity and, if the series was routed before, opens the study's next revision; SR, SEG,
+        KO, PR, documents and instances of other origins never do.
+        A study seen under a second (Patient ID, Issuer) is flagged, and stays one study.
+        """
+        ...
+
+    def instance(self, sop_instance_uid: str) -> StoredInstance | None:
+        """The visible instance of that UID, or None."""
+        ...
+
+    def instances(self, level: Level, uids: Mapping[str, Sequence[str]]) -> Iterator[StoredInstance]:
+        """Visible instances under the given unique keys, ordered by series, instance number, UID; paged, no read
+        transaction stays open between items. Keys: PatientID, StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID.
+        """
+        ...
+
+    def find(self, query: Query) -> Iterator[Match]:
+        """Matches in a stable order, keyset-paged; no read transaction stays open between items.
+
+        Attributes the index keeps at or above `query.level`: `supported(level)`. Computed ones included:
+        ModalitiesInStudy, SOPClassesInStudy, NumberOf{Patient,Study,Series}Related{Studies,Series,Instances}.
+        """
+        ...
+
+    def supported(self, level: Level) -> frozenset[str]:
+        """Keywords that can be matched or returned at `level` (those of higher levels included)."""
+        ...
+
+
+class AssociationLog(Protocol):
+    """Associations as completion sees them; rows carry the epoch of the process that holds them."""
+
+    def open_association(self, association_id: str, source: Source) -> None:
+        """A new association of this process."""
+        ...
+
+    def touch_associations(self, association_ids: Iterable[str]) -> None:
+        """These had traffic since the last call (batched: every few seconds)."""
+        ...
+
+    def end_association(self, association_id: str, end: AssociationEnd) -> None:
+        """It ended. Idempotent; the first end counts."""
+        ...
+
+    def mark_store_failed(self, association_id: str) -> None:
+        """A C-STORE on it failed: its studies wait longer, the sender may retry."""
+        ...
+
+
+class InstanceSink(Protocol):
+    """The one door for every instance."""
+
+    def accept(
+        self,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+        fragments: Iterable[bytes | memoryview],
+        source: Source,
+    ) -> StoreResult:
+        """Validate, archive, index. Returns only when what was accepted would survive a power cut.
+
+        Never raises for what a peer sent: the result's status says it (0x0000, 0xB000, 0xA700, 0xA900, 0xC000, 0xC409,
+        0x0110).
+        """
+        ...
+
+
+# --- studies, jobs, deliveries ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedSeries:
+    """What routing decided for one series: its header, every rule's verdict and the jobs that follow."""
+
+    series_instance_uid: str
+    header: SeriesHeader
+    verdicts: tuple[Verdict, ...]
+    jobs: tuple[PlannedJob, ...]
+
+
+class StudyLedger(Protocol):
+    """Studies from first instance to verdict. received = routed + filtered + waiting + failed, always."""
+
+    def open_studies(self) -> Sequence[StudyActivity]:
+        """Every study revision with series not yet routed."""
+        ...
+
+    def series_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[StoredInstance]:
+        """The visible RECEIVED instances of one series."""
+        ...
+
+    def series_view(self, study_instance_uid: str, series_instance_uid: str, header: SeriesHeader) -> SeriesView:
+        """The study-side facts of a series, joined with its header."""
+        ...
+
+    def route_series(
+        self,
+        activity: StudyActivity,
+        routed: Sequence[RoutedSeries],
+        trigger: CloseTrigger,
+        rule_set_digest: str,
+    ) -> Sequence[int]:
+        """Close these series of this revision: headers, verdicts and jobs in one transaction; returns new job ids.
+
+        A series that got an instance since `activity` was read is left open (its transaction part is skipped).
+        A job whose (rule, series, input digest) was already run or is under way is not created again (once-only);
+        with LatePolicy.IGNORE no second job for (rule, series) is created at all; otherwise the new job's
+        run_number follows the last one's and `superseded_job` names it. A job for a rule with engine '' creates
+        deliveries of the source instead. Studies with an unreleased identity conflict get verdicts but no jobs.
+        """
+        ...
+
+    def reopen_study(self, study_instance_uid: str, *, again: bool) -> StudyActivity:
+        """For `dicom-node route`: the study with all its series pending. `again` lets jobs be made whose input did
+        not change, under a new run number. Raises NotFound.
+        """
+        ...
+
+    def release_study(self, study_instance_uid: str) -> None:
+        """Let a study with an identity conflict be analysed. Raises NotFound."""
+        ...
+
+    def verdicts(self, study_instance_uid: str) -> Sequence[Verdict]:
+        """The latest verdicts on every series of the study."""
+        ...
+
+    def series_history(self, since: datetime) -> Iterator[SeriesView]:
+        """Series closed since then with their kept headers, for `rules replay`."""
+        ...
+
+
+class JobQueue(Protocol):
+    """Work, leased with fencing tokens."""
+
+    def lease_job(self, worker: str, lease_s: float) -> Job | None:
+        """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another."""
+        ...
+
+    def extend_job(self, job: Job, lease_s: float) -> None:
+        """Heartbeat. Raises LeaseLost (also when the job was cancelled: the work must be dropped)."""
+        ...
+
+    def finish_job(self, job: Job, produced: Sequence[InstanceRecord], sending_order: Sequence[str]) -> None:
+        """One transaction: results become visible, deliveries are queued (`sending_order`: SOP Instance UIDs), the job
+        is DONE. Raises LeaseLost and writes nothing when the token is stale. A produced instance whose UID is known
+        with the same digest is adopted; with another digest the existing one is adopted and kept.
+        """
+        ...
+
+    def reject_job(self, job: Job, reason: str) -> None:
+        """The engine refuses this input for good: filtered, with the reason."""
+        ...
+
+    def retry_job_later(self, job: Job, error: str, delay_s: float) -> None:
+        """Back to PENDING after `delay_s`. Raises LeaseLost."""
+        ...
+
+    def park_job(self, job: Job, pending: Pending) -> None:
+        """WAITING for an external engine. Raises LeaseLost."""
+        ...
+
+    def give_up_job(self, job: Job, error: str) -> None:
+        """FAILED: dead letter. Raises LeaseLost."""
+        ...
+
+    def retry_job(self, job_id: int) -> None:
+        """By a person: FAILED, REJECTED or CANCELLED back to PENDING, attempts 0. Raises NotFound, IllegalTransition."""
+        ...
+
+    def cancel_job(self, job_id: int) -> None:
+        """By a person. Raises NotFound, IllegalTransition."""
+        ...
+
+    def job(self, job_id: int) -> Job:
+        """Raises NotFound."""
+        ...
+
+    def jobs(self, *, study_instance_uid: str | None = None, limit: int = 100) -> Sequence[Job]:
+        """Newest first."""
+        ...
+
+    def job_results(self, job_id: int) -> Sequence[StoredInstance]:
+        """The instances a DONE job produced, in sending order."""
+        ...
+
+
+class Outbox(Protocol):
+    """Deliveries, leased with fencing tokens; at most one delivery per destination is leased at a time."""
+
+    def lease_delivery(self, worker: str, lease_s: float, destination: str) -> Delivery | None:
+        """The destination's first runnable delivery, or None."""
+        ...
+
+    def extend_delivery(self, delivery: Delivery, lease_s: float) -> None:
+        """Heartbeat. Raises LeaseLost."""
+        ...
+
+    def item_sent(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int) -> None:
+        """Durable: this one need not be sent again. Raises LeaseLost."""
+        ...
+
+    def item_failed(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int | None, error: str) -> None:
+        """This object was refused for good; others go on. Raises LeaseLost."""
+        ...
+
+    def finish_delivery(self, delivery: Delivery) -> None:
+        """DONE when every item was sent, FAILED when some were refused. Raises LeaseLost."""
+        ...
+
+    def retry_delivery_later(self, delivery: Delivery, error: str, delay_s: float) -> None:
+        """Back to PENDING. Raises LeaseLost."""
+        ...
+
+    def give_up_delivery(self, delivery: Delivery, error: str) -> None:
+        """FAILED: dead letter; the objects stay in the archive. Raises LeaseLost."""
+        ...
+
+    def retry_delivery(self, delivery_id: int) -> None:
+        """By a person: FAILED or CANCELLED back to PENDING, refused items again. Raises NotFound, IllegalTransition."""
+        ...
+
+    def cancel_delivery(self, delivery_id: int) -> None:
+        """By a person. Raises NotFound, IllegalTransition."""
+        ...
+
+    def deliveries(self, *, study_instance_uid: str | None = None, limit: int = 100) -> Sequence[Delivery]:
+        """Newest first."""
+        ...
+
+
+class Status(Protocol):
+    """Counts for `/metrics`, `/ready` and `dicom-node status`, computed from the catalog at the time of asking."""
+
+    def snapshot(self) -> Mapping[str, Any]:
+        """See `store.status.snapshot` for the keys: studies, ledger, jobs, deliveries, associations, variants."""
+        ...
+
+
+# --- engines, results, sending ---------------------------------------------------------------------------------------
+
+
+class Heartbeat(Protocol):
+    """Handed to long work: call it often. Raises LeaseLost when the work must be dropped."""
+
+    def __call__(self) -> None: ...
+
+
+class Engine(Protocol):
+    """Something that turns a series into findings. A local model is just another engine.
+
+    Construction is cheap and validates configuration (ConfigError); heavy things load on first `run`.
+    """
+
+    name: str
+
+    def check(self) -> None:
+        """Raise ConfigError or PackageError if this engine could not run anything."""
+        ...
+
+    def run(self, task: EngineTask, heartbeat: Heartbeat) -> EngineResult | Pending:
+        """Do it. Raises EngineRejected (never for this input), EngineUnavailable, EngineTimeout, EngineError."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started. Idempotent."""
+        ...
+
+
+class PollingEngine(Engine, Protocol):
+    """An engine whose answers come later."""
+
+    def poll(self, task: EngineTask, handle: str) -> EngineResult | Pending:
+        """Ask for the answer of an earlier `run`."""
+        ...
+
+    def cancel(self, handle: str) -> None:
+        """Best effort."""
+        ...
+
+
+class ResultEncoder(Protocol):
+    """Turns an engine's values into DICOM data sets."""
+
+    kind: str  # the word used in a rule's `results:`
+
+    def encode(
+        self,
+        values: Sequence[ResultValue],
+        sources: Sequence[Dataset],
+        context: ResultContext,
+        already: Sequence[Dataset],
+    ) -> Sequence[Dataset]:
+        """Encode what of `values` is this encoder's; nothing to say gives an empty sequence.
+
+        `sources` are headers (no pixel data) of the images the engine saw; `already` are the data sets encoded
+        before for this job (an SR refers to the SEG in it). Encoders run in the order seg, sr.
+        Deterministic: equal arguments give equal bytes. Raises EncodingError.
+        """
+        ...
+
+
+class Sender(Protocol):
+    """Sends stored instances to one destination over one association."""
+
+    def send(
+        self,
+        destination: Destination,
+        instances: Sequence[StoredInstance],
+        on_result: Callable[[StoredInstance, int | None, str], None],
+        heartbeat: Heartbeat,
+    ) -> None:
+        """C-STORE each instance in order; `on_result(instance, dimse_status, error)` after each. A status of None means
+        that no context was accepted for it or it could not be re-encoded (`error` says which): only this object fails.
+
+        Raises DeliveryUnavailable or DeliveryRefused when the association cannot be had or breaks.
+        """
+        ...

@@ -1,0 +1,624 @@
+"""The node's values: frozen, named in the Standard's words, free of behaviour that needs a clock, a disk or a wire.
+
+Everything here may be imported by everything else. Times that leases and quiet periods compare are *boot times*
+(seconds of the boot clock together with the boot id, see `interfaces.Clock`); wall-clock times are aware UTC and are
+only for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dicom_node.errors import IllegalTransition
+
+# --- what arrives ------------------------------------------------------------------------------------------------
+
+
+class Origin(Enum):
+    """Where an instance came from; rules see only RECEIVED ones unless they say `origin: any`."""
+
+    RECEIVED = "received"
+    PRODUCED = "produced"
+    RETURNED = "returned"  # from an AE configured as an engine, or our own result coming back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Who sent an instance. `association_id` is None for what the node itself produced."""
+
+    calling_ae_title: str
+    called_ae_title: str
+    address: str
+    association_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootTime:
+    """A moment on the boot clock. Moments of another boot cannot be compared: they count as long past."""
+
+    boot_id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceHeader:
+    """What the index knows of one instance, scanned from its data set without decoding pixels.
+
+    `attributes` maps DICOM keywords to decoded text (multi-valued elements joined by a backslash, surrounding padding
+    stripped). `pixel_data_offset` counts from the start of the *data set*, None when there is no pixel data.
+    `irregular_uids` is true when a UID had padding or leading zeros that were tolerated.
+    """
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    transfer_syntax_uid: str
+    attributes: Mapping[str, str]
+    specific_character_set: str = ""
+    pixel_data_offset: int | None = None
+    irregular_uids: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivedFile:
+    """Bytes that are durable in the archive: a Part-10 file at `location` (archive-relative, opaque).
+
+    The data set occupies `data_set_length` bytes from `data_set_offset`; `sha256` is of those bytes only.
+    """
+
+    location: str
+    data_set_offset: int
+    data_set_length: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceRecord:
+    """One instance on its way into the index."""
+
+    header: InstanceHeader
+    file: ArchivedFile
+    source: Source
+    origin: Origin
+    received_at: datetime
+    received_boot: BootTime
+
+
+class ConflictPolicy(Enum):
+    """What happens when a known SOP Instance UID arrives with other content."""
+
+    KEEP_FIRST = "keep-first"
+    REPLACE = "replace"
+    REFUSE = "refuse"
+
+
+class StoreOutcome(Enum):
+    """What became of one received instance."""
+
+    NEW = "new"
+    DUPLICATE = "duplicate"  # same bytes: nothing new
+    VARIANT = "variant"  # other content kept durably beside the first
+    HEADER_CHANGED = "header-changed"  # a variant whose pixel data is the same
+    REPLACED = "replaced"
+    OTHER_SYNTAX = "other-syntax"  # the same instance in another transfer syntax, both kept
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreResult:
+    """The answer to a C-STORE: `status` goes on the wire, `comment` is an Error Comment without patient data."""
+
+    status: int
+    outcome: StoreOutcome | None = None
+    comment: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredInstance:
+    """One instance as retrieval, engines and encoders see it; `path` is absolute and ready to open."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    transfer_syntax_uid: str
+    path: str
+    data_set_offset: int
+    data_set_length: int
+    sha256: str
+    origin: Origin
+    modality: str = ""
+
+
+# --- query ---------------------------------------------------------------------------------------------------------
+
+
+class Level(Enum):
+    """Query/Retrieve Level (0008,0052)."""
+
+    PATIENT = "PATIENT"
+    STUDY = "STUDY"
+    SERIES = "SERIES"
+    IMAGE = "IMAGE"
+
+
+class MatchKind(Enum):
+    """How one key matches (PS3.4 C.2.2.2)."""
+
+    UNIVERSAL = "universal"
+    SINGLE = "single"
+    UID_LIST = "uid-list"
+    WILDCARD = "wildcard"
+    RANGE = "range"  # dates, times; `values` = (from, to), "" for an open end
+    DATETIME_RANGE = "datetime-range"  # combined date-time matching on a DA key, values as YYYYMMDDHHMMSS.ffffff
+    PERSON_NAME = "person-name"  # wildcards allowed, case- and accent-insensitive
+    MODALITIES = "modalities"  # Modalities in Study: any of `values`, wildcards allowed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One matching key of a query: a DICOM keyword, how it matches and with what."""
+
+    keyword: str
+    kind: MatchKind
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """A query on the index: matches of `level` that satisfy every key, with the attributes in `returns`."""
+
+    level: Level
+    keys: tuple[Key, ...]
+    returns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """One answer: keyword to decoded text; an attribute the index keeps but this entity lacks is ''.
+
+    `specific_character_sets` are those of the matched entity's instances as received (for information only; text is
+    already decoded).
+    """
+
+    attributes: Mapping[str, str]
+
+
+# --- studies, rules, verdicts -------------------------------------------------------------------------------------
+
+
+class AssociationEnd(Enum):
+    """How an association ended; only RELEASED lets a study become quiet quickly (DESIGN section 5)."""
+
+    OPEN = "open"
+    RELEASED = "released"
+    ABORTED = "aborted"  # A-ABORT, lost connection, time-out
+    DEAD = "dead"  # its process died; closed at the next start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedingAssociation:
+    """An association that fed a study, as completion sees it."""
+
+    association_id: str
+    calling_ae_title: str
+    end: AssociationEnd
+    last_activity: BootTime
+    store_failed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyActivity:
+    """What completion needs of one open study revision."""
+
+    study_instance_uid: str
+    revision: int
+    first_received: BootTime
+    last_received: BootTime
+    associations: tuple[FeedingAssociation, ...]
+    modalities: frozenset[str]
+    pending_series: tuple[str, ...]  # series with images not yet routed, of this revision
+    instance_count: int
+    immediate_series: tuple[str, ...] = ()  # single-image CR / DX / MG series among the pending ones
+
+
+class CloseTrigger(Enum):
+    """Why a study revision was closed."""
+
+    IDLE = "idle"
+    FORCED = "forced"
+    IMMEDIATE = "immediate"
+    OPERATOR = "operator"  # `dicom-node route`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesHeader:
+    """The headers of one series, read from its files at completion and kept in the catalog.
+
+    `values`: DICOM keyword to the distinct values seen in the series' instances, in order of first appearance; values
+    are JSON-ready (text, numbers, lists for multi-valued elements, dictionaries by keyword for sequence items).
+    `missing_in`: keyword to the number of instances lacking it (only for keywords some instance has).
+    `geometry`: one dictionary per instance with SOPInstanceUID, SOPClassUID, InstanceNumber, ImagePositionPatient,
+    ImageOrientationPatient, PixelSpacing, Rows, Columns, NumberOfFrames, ImageType, FrameOfReferenceUID where present.
+    """
+
+    series_instance_uid: str
+    instance_count: int
+    values: Mapping[str, tuple[Any, ...]]
+    missing_in: Mapping[str, int] = field(default_factory=dict)
+    geometry: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesView:
+    """One series with its study at hand: what a rule is evaluated on."""
+
+    study_instance_uid: str
+    revision: int
+    header: SeriesHeader
+    source: Source
+    origins: frozenset[Origin]
+    study_series_count: int
+    study_instance_count: int
+    study_modalities: tuple[str, ...]
+    received_at: datetime
+    identity_conflict: bool = False
+
+
+class Condition(Enum):
+    """How one condition of a rule ended; there is no silent non-match."""
+
+    TRUE = "true"
+    FALSE = "false"
+    MISSING = "missing"
+    MIXED = "mixed"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionResult:
+    """One condition, how it ended, the values it saw and what would change it."""
+
+    expression: str
+    outcome: Condition
+    values: Mapping[str, Any]
+    explanation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one rule said about one series. `matched` false always has a `reason`."""
+
+    rule: str
+    series_instance_uid: str
+    matched: bool
+    reason: str
+    conditions: tuple[ConditionResult, ...]
+
+
+class Priority(Enum):
+    """Order of work; smaller rank first."""
+
+    URGENT = "urgent"
+    ROUTINE = "routine"
+    BACKGROUND = "background"
+
+    @property
+    def rank(self) -> int:
+        """0 is served first."""
+        return {"urgent": 0, "routine": 1, "background": 2}[self.value]
+
+
+class LatePolicy(Enum):
+    """What a rule does when images arrive after it ran: IGNORE, or RERUN if the engine's input changed."""
+
+    IGNORE = "ignore"
+    RERUN = "rerun"
+
+
+class SendWhat(Enum):
+    """What is sent to a rule's destinations."""
+
+    RESULTS = "results"
+    SOURCE = "source"
+    BOTH = "both"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedJob:
+    """A job as routing plans it: one rule on one series. `engine` '' means: only send, run nothing."""
+
+    rule: str
+    series_instance_uid: str
+    engine: str
+    priority: Priority
+    results: tuple[str, ...]
+    destinations: tuple[str, ...]
+    send_what: SendWhat
+    late_instances: LatePolicy
+
+
+# --- jobs and deliveries -------------------------------------------------------------------------------------------
+
+
+class JobState(Enum):
+    """States of a job; `next_job_state` is the only way between them."""
+
+    PENDING = "pending"
+    LEASED = "leased"
+    WAITING = "waiting"  # an external engine works on it; polled at `not_before`
+    DONE = "done"
+    REJECTED = "rejected"  # the engine refuses this input, with a reason: filtered, not failed
+    FAILED = "failed"  # dead letter: needs a person
+    CANCELLED = "cancelled"
+
+
+_JOB_MOVES: Mapping[tuple[JobState, str], JobState] = {
+    (JobState.PENDING, "lease"): JobState.LEASED,
+    (JobState.WAITING, "lease"): JobState.LEASED,
+    (JobState.LEASED, "expire"): JobState.PENDING,
+    (JobState.LEASED, "finish"): JobState.DONE,
+    (JobState.LEASED, "reject"): JobState.REJECTED,
+    (JobState.LEASED, "retry_later"): JobState.PENDING,
+    (JobState.LEASED, "park"): JobState.WAITING,
+    (JobState.LEASED, "give_up"): JobState.FAILED,
+    (JobState.LEASED, "cancel"): JobState.CANCELLED,
+    (JobState.PENDING, "cancel"): JobState.CANCELLED,
+    (JobState.WAITING, "cancel"): JobState.CANCELLED,
+    (JobState.PENDING, "give_up"): JobState.FAILED,
+    (JobState.WAITING, "give_up"): JobState.FAILED,
+    (JobState.FAILED, "retry"): JobState.PENDING,
+    (JobState.CANCELLED, "retry"): JobState.PENDING,
+    (JobState.REJECTED, "retry"): JobState.PENDING,
+}
+
+
+def next_job_state(state: JobState, move: str) -> JobState:
+    """The state after `move`. Raises IllegalTransition, and changes nothing, for a move the table does not have."""
+    try:
+        return _JOB_MOVES[(state, move)]
+    except KeyError:
+        raise IllegalTransition(f"a job that is {state.value!r} cannot {move!r}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One rule's work on one series. `run_number` and `created_at` are fixed when the row is made, never by an attempt.
+
+    `token` is the fencing token of the current lease; a finish with an older one raises LeaseLost.
+    `input_digest` identifies the instances (UID and content) the engine receives.
+    """
+
+    id: int
+    study_instance_uid: str
+    revision: int
+    series_instance_uid: str
+    rule: str
+    engine: str
+    priority: Priority
+    results: tuple[str, ...]
+    destinations: tuple[str, ...]
+    send_what: SendWhat
+    state: JobState
+    attempts: int
+    run_number: int
+    input_digest: str
+    created_at: datetime
+    token: int = 0
+    handle: str | None = None  # of a WAITING job: the engine's own id
+    error: str = ""
+    superseded_job: int | None = None  # the earlier run on the same series this one follows
+
+
+class DeliveryState(Enum):
+    """States of a delivery of some instances of one study to one destination."""
+
+    PENDING = "pending"
+    LEASED = "leased"
+    DONE = "done"
+    FAILED = "failed"  # dead letter; the instances stay in the archive
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryItem:
+    """One instance of a delivery with its last DIMSE status (None = not tried)."""
+
+    instance: StoredInstance
+    sent: bool
+    dimse_status: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """Instances of one study for one destination, in sending order (SEG before SR)."""
+
+    id: int
+    study_instance_uid: str
+    destination: str
+    job_id: int | None
+    state: DeliveryState
+    attempts: int
+    created_at: datetime
+    items: tuple[DeliveryItem, ...]
+    token: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A DICOM AE results and images are sent to, by its name in the configuration."""
+
+    name: str
+    ae_title: str
+    host: str
+    port: int
+    calling_ae_title: str = ""  # '' = the node's first AE title
+
+
+# --- engines and what they say -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Code:
+    """A coded concept (PS3.3 8.8): value, scheme designator, meaning."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTask:
+    """What an engine gets: the instances of one series (received ones, any order), and how long it may take."""
+
+    job_id: int
+    study_instance_uid: str
+    series_instance_uid: str
+    instances: tuple[StoredInstance, ...]
+    header: SeriesHeader
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Which algorithm spoke; goes into every result (IHE AIR 6.5.3.1 equalities).
+
+    `device_uid` changes whenever model, version, weights or configuration do.
+    """
+
+    name: str
+    version: str
+    manufacturer: str
+    device_uid: str
+    weights_sha256: str
+    config_sha256: str
+    family: Code = Code(value="123110", scheme="DCM", meaning="Artificial Intelligence")
+    parameters: tuple[str, ...] = ()
+    demonstration: bool = False
+    notice: str = ""  # e.g. "demonstration, trained on synthetic phantoms, not for clinical use"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """One label of a label volume. `number` is its value in the array, >= 1."""
+
+    number: int
+    key: str
+    label: str
+    category: Code
+    type: Code
+    modifier: Code | None = None
+    color_rgb: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelVolume:
+    """Labels on the source grid: `labels[i]` belongs to the image `sop_instance_uids[i]` (rows x columns, uint8).
+
+    Slice identity, not position, ties planes to sources; planes are sorted along the normal, ascending. `segments`
+    lists what the model looks for, found or not; `notes` tell repairs ("interpolated slices") that results must carry.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    sop_instance_uids: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Presence(Enum):
+    """Whether a finding or organ is there; UNDETERMINED when the input does not let the model say."""
+
+    PRESENT = "present"
+    ABSENT = "absent"
+    UNDETERMINED = "undetermined"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One finding. `confidence` 0..1 is the model's certainty that it is *present*; None if not assessed."""
+
+    key: str
+    name: str
+    code: Code
+    presence: Presence
+    confidence: float | None
+    threshold: float | None = None
+    site: Code | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Findings on one image, all of them, absent ones too."""
+
+    sop_instance_uid: str
+    items: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentMeasurement:
+    """Volume (cm3) and mean attenuation (HU) of one segment; both None when `presence` is not PRESENT."""
+
+    segment: Segment
+    presence: Presence
+    volume_cm3: float | None
+    mean_hu: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """Measurements on the segments of the label volume in the same result."""
+
+    items: tuple[SegmentMeasurement, ...]
+    notes: tuple[str, ...] = ()
+
+
+# Closed union: an engine answers with these and nothing else. Mesh, Annotations, Picture and DicomFiles join with
+# the engines that produce them.
+ResultValue = LabelVolume | Findings | Measurements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """What an engine says about one task."""
+
+    values: tuple[ResultValue, ...]
+    provenance: Provenance
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # load, prepare, infer, finish: for metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """The engine works on; ask again with `handle` after `poll_after_s` seconds."""
+
+    handle: str
+    poll_after_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultContext:
+    """What an encoder needs beside the values: everything that makes the object deterministic.
+
+    `run_key` names the job: the same key gives the same UIDs and the same bytes. `tracking_key` is the same without
+    the run number. `predecessors` are the SOP Instance UIDs of the results this run follows.
+    """
+
+    run_key: str
+    tracking_key: str
+    run_number: int
+    created_at: datetime
+    time_zone: str  # "+HHMM" used when the source has no (0008,0201)
+    provenance: Provenance
+    node_name: str
+    predecessors: tuple[StoredInstance, ...] = ()

@@ -1,0 +1,1 @@
+"""Model packages and the process that runs them; the only importer of torch and monai beside demo.train."""

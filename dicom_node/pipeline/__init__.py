@@ -1,0 +1,1 @@
+"""The flow: ingest, route, work, deliver. Reads like the data."""

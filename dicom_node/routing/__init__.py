@@ -1,0 +1,1 @@
+"""Rules and completion: pure, the clock is passed in."""

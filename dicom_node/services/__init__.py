@@ -1,0 +1,1 @@
+"""What to answer: services that know no wire."""

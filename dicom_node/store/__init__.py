@@ -1,0 +1,1 @@
+"""Where things are kept: bytes in a folder, rows in SQLite."""
