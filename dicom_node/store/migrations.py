@@ -1,6 +1,32 @@
-"""The catalog's schema, as sqlite-utils migrations, applied in order under the catalog lock.
+"""The catalog's schema is sqlite-utils migrations, applied in order under the catalog lock.
 
-`index_schema` and `queue_schema` each register their own; a migration that has landed is never changed, only followed.
+`index_schema` and `queue_schema` register them; a migration that has landed is never changed, only followed.
 """
 
 from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+
+import sqlite_utils
+
+from dicom_node.store.index_schema import index_migrations
+from dicom_node.store.queue_schema import queue_migrations
+
+
+def migrate(path: Path) -> None:
+    """Bring the catalog at `path` to the current schema, creating it if need be. One process at a time."""
+    lock = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        database = sqlite_utils.Database(connection)
+        index_migrations.apply(database)
+        queue_migrations.apply(database)
+    finally:
+        connection.close()
+        os.close(lock)
