@@ -120,16 +120,28 @@ def cxr_phantom(
 
 def _ramp(distance: Plane, width: float) -> Plane:
     """1 where `distance` < 0, 0 where > 0, a smooth step of `width` between."""
-    t = np.clip(0.5 - distance * np.float32(1 / width), 0, 1)
-    step: Plane = t * t * (3 - 2 * t)
-    return step
+    t = distance * np.float32(-1 / width)
+    t += 0.5
+    return _smooth(t)
 
 
 def _bump(distance: Plane, half_width: float) -> Plane:
     """A smooth ridge of height 1 along distance == 0."""
-    t = np.clip(1 - np.abs(distance) * np.float32(1 / half_width), 0, 1)
-    ridge: Plane = t * t * (3 - 2 * t)
-    return ridge
+    t = np.abs(distance)
+    t *= np.float32(-1 / half_width)
+    t += 1
+    return _smooth(t)
+
+
+def _smooth(t: Plane) -> Plane:
+    """3 t^2 - 2 t^3 with t held in 0..1. In place where it can be: fresh pages cost more than sums here."""
+    np.maximum(t, 0, out=t)
+    np.minimum(t, 1, out=t)
+    square = np.square(t)
+    t *= -2
+    t += 3
+    square *= t
+    return square
 
 
 def _noise(scene: _Scene, cell: float) -> Plane:
@@ -138,18 +150,23 @@ def _noise(scene: _Scene, cell: float) -> Plane:
     A random lattice times two thin cubic B-spline matrices: the lattice, not the pixel grid, is random,
     so the field does not depend on the matrix size.
     """
-    basis = []
-    for positions, extent in zip(scene.grid, (1.6, 1.4), strict=True):
-        count = int(2 * extent / cell) + 4
-        x = (positions + extent) / cell
-        distance = np.abs(x[:, None] - np.arange(count)[None, :])
-        near = 2 / 3 - distance**2 + distance**3 / 2
-        far = np.clip(2 - distance, 0, None) ** 3 / 6
-        basis.append(np.where(distance < 1, near, far).astype(np.float32))
-    lattice = scene.rng.standard_normal((basis[0].shape[1], basis[1].shape[1]), np.float32)
+    along_rows, along_columns = (_spline_basis(p, e, cell) for p, e in zip(scene.grid, (1.6, 1.4), strict=True))
+    lattice = scene.rng.standard_normal((along_rows.shape[1], along_columns.shape[1]), np.float32)
     # 2.2 restores the variance that spline smoothing takes away
-    plane: Plane = (basis[0] @ lattice @ basis[1].T) * np.float32(2.2)
+    plane: Plane = (np.float32(2.2) * along_rows @ lattice) @ along_columns.T
     return plane
+
+
+def _spline_basis(positions: NDArray[np.float64], extent: float, cell: float) -> Plane:
+    """(positions, lattice) weights of cubic B-splines one `cell` apart; four per row are not zero."""
+    x = (positions + extent) / cell
+    first = np.floor(x).astype(np.int64)
+    t = x - first
+    quarter = (1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3
+    basis = np.zeros((len(x), int(2 * extent / cell) + 4), np.float32)
+    for offset, weight in enumerate(quarter):
+        basis[np.arange(len(x)), first + offset] = weight / 6
+    return basis
 
 
 def _spot(scene: _Scene, side: str, across: float, down: float) -> tuple[float, float]:
@@ -257,15 +274,17 @@ def _heart(scene: _Scene, ratio: float) -> None:
     outline = np.square((u - shift) / half) + np.square(
         (v - 0.36 + np.float32(0.25) * (shift - u)) / _between(rng, 0.29, 0.35)
     )
-    inside = _ramp(outline - 1, 0.22)
     column = _ramp(np.abs(u - 0.01) - np.clip(0.09 + 0.09 * (v + 0.5), 0.08, 0.17), 0.06)
     knob = _ramp(_radius(scene, 0.12, -0.30) - _between(rng, 0.06, 0.09), 0.06)
-    scene.density += np.float32(0.36) * np.maximum(np.maximum(inside, 0.85 * column), 0.7 * knob) * (
-        1 - np.float32(0.75) * _ramp(0.50 - v, 0.2)
-    )
+    solid = _ramp(outline - 1, 0.22)
+    np.maximum(solid, np.float32(0.9) * column, out=solid)
+    np.maximum(solid, np.float32(0.7) * knob, out=solid)
+    # fills what the lung took away, and a little more; below the domes it hardly shows
     lung = np.maximum(scene.lungs["right"], scene.lungs["left"])
-    mask = np.maximum(np.maximum(inside, 0.85 * column), 0.7 * knob)
-    scene.density += np.float32(0.26) * mask * lung
+    scene.density += solid * (np.float32(0.31) * lung + np.float32(0.10))
+    for side, vessels in scene.vessels.items():
+        scene.density -= np.float32(0.8) * vessels * solid
+        scene.vessels[side] = vessels * (1 - np.float32(0.8) * solid)
 
 
 def _bones(scene: _Scene) -> None:

@@ -1,0 +1,55 @@
+# One command each, from a fresh clone: `make demo`, `make test`. Both set up all they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+NODE_ARGS ?=
+# the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
+APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
+
+.PHONY: help demo serve test lint crash bench tools clean
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("dicom-node needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+tools:           ## install the system tools the tests use, where root and apt are at hand
+	@if command -v storescu >/dev/null && command -v Orthanc >/dev/null && command -v dciodvfy >/dev/null \
+	    && command -v java >/dev/null && [ -e /usr/share/java/pixelmed.jar ]; then \
+	  :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null; \
+	else \
+	  echo "note: without root or apt these were not installed, the tests that need them will skip: $(APT_PACKAGES)"; \
+	fi
+
+demo: $(STAMP)   ## a node, a second node as "the PACS", phantom studies, results, a report; INPUT=folder for your own files
+	$(BIN)/python -m dicom_node.cli demo --report demo-report $(if $(INPUT),--input "$(INPUT)")
+
+serve: $(STAMP)  ## the node, with NODE_ARGS
+	$(BIN)/dicom-node serve $(NODE_ARGS)
+
+test: $(STAMP) tools  ## the tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not crash" $(PYTEST_ARGS)
+
+lint: $(STAMP)   ## ruff, mypy --strict, the layer test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+crash: $(STAMP) tools  ## kill -9 at every commit point, many rounds
+	$(BIN)/python -m pytest -m crash $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## speed, as ratios inside one run
+	$(BIN)/python -m benchmarks.segment_ct
+
+clean:           ## remove what was built here; data folders stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-report
