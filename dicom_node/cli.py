@@ -1,0 +1,156 @@
+"""The command line: what can be said, and where it is done (`commands`, imported only when a command runs).
+
+Every failure is one line on standard error, `dicom-node: ...`, and exit status 2; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from dicom_node.errors import NodeError
+
+__all__ = ["main"]
+
+OK = 0
+FAILED = 2
+
+_SETTINGS = argparse.ArgumentParser(add_help=False)
+_SETTINGS.add_argument("--config", metavar="FILE", help="settings (default: config/node.yaml where it exists)")
+_SETTINGS.add_argument("--data-dir", metavar="DIR", help="where the node keeps everything (default: data)")
+_SETTINGS.add_argument("--rules", metavar="DIR", help="routing rules (default: routing_rules where it exists)")
+_SETTINGS.add_argument("--ae-title", metavar="AET", action="append", help="own AE title; may be repeated")
+_SETTINGS.add_argument("--host", metavar="ADDRESS", help="address of the DICOM port (default: 127.0.0.1)")
+_SETTINGS.add_argument("--dicom-port", metavar="PORT", type=int, help="0 = any free one (default: 11112)")
+_SETTINGS.add_argument("--http-port", metavar="PORT", type=int, help="0 = any free one (default: 8080)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo"]:  # it has a command line of its own
+        return _guarded(_demo, words[1:])
+    if words[:1] in (["jobs"], ["deliveries"]) and words[1:2] in ([], ["--study"], ["--limit"]):
+        words.insert(1, "list")
+    arguments = _parser().parse_args(words)
+    return _guarded(_run, arguments)
+
+
+def _guarded(run: Callable[[Any], int], argument: Any) -> int:
+    try:
+        return run(argument)
+    except NodeError as exc:
+        return _failed(str(exc))
+    except KeyboardInterrupt:
+        return _failed("interrupted")
+    except BrokenPipeError:  # `dicom-node jobs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except OSError as exc:
+        return _failed(f"{exc.filename or 'system'}: {exc.strerror or type(exc).__name__}")
+    except Exception as exc:  # the edge of the command line; the text of foreign errors may hold patient data
+        if os.environ.get("PYTHONDEVMODE"):
+            raise
+        trace = exc.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
+        return _failed(f"internal error: {type(exc).__name__} at {where}; PYTHONDEVMODE=1 shows all of it")
+
+
+def _failed(message: str) -> int:
+    print(f"dicom-node: {' '.join(message.split())}", file=sys.stderr)
+    return FAILED
+
+
+def _demo(words: list[str]) -> int:
+    from dicom_node.demo.tour import main as tour
+
+    return int(tour(words) or 0)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.run == "version":
+        print(f"dicom-node {version('dicom-node')}")
+        return OK
+    module = import_module("dicom_node.transfers" if arguments.run in ("send", "fetch") else "dicom_node.commands")
+    run: Callable[[argparse.Namespace], int] = getattr(module, arguments.run)
+    return run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dicom-node", description="A DICOM node that keeps, routes and analyses.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: str, text: str, under: Any = commands) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = under.add_parser(name, help=text, description=text, parents=[_SETTINGS])
+        made.set_defaults(run=run)
+        return made
+
+    def group(name: str, text: str) -> Any:
+        return commands.add_parser(name, help=text, description=text).add_subparsers(metavar="ACTION", required=True)
+
+    command("serve", "serve", "Run the node until SIGTERM or Ctrl-C.")
+    _wire_commands(command)
+    _study_commands(command)
+    _queue_commands(command, group)
+    rules = group("rules", "The routing rules.")
+    command("check", "rules_check", "Check the rules; say file, line and remedy of what is wrong.", rules)
+    explain = command("explain", "rules_explain", "Every rule and condition for a study, and why.", rules)
+    explain.add_argument("study", metavar="STUDY")
+    replay = command("replay", "rules_replay", "Run a rule set over the history without doing anything.", rules)
+    replay.add_argument("--since", default="7d", metavar="AGE", help="such as 12h or 7d (default)")
+    command("reload", "rules_reload", "Let the running node take the rules in.", rules)
+    models = group("models", "The model packages.")
+    command("list", "models_list", "The engines and their models.", models)
+    check = command("check", "models_check", "Whether they could run.", models)
+    check.add_argument("name", nargs="?", metavar="ENGINE")
+    config = group("config", "The settings.")
+    command("check", "config_check", "Check the settings and show what holds.", config)
+    commands.add_parser("demo", help="Show the whole line on phantoms, or on your own files.", add_help=False)
+    fsck = command("fsck", "fsck", "Check the index against the files, with the node stopped.")
+    fsck.add_argument("--repair", action="store_true", help="index the files that have no row")
+    fsck.add_argument("--quick", action="store_true", help="compare sizes only, do not read every byte")
+    command("version", "version", "The version.")
+    return parser
+
+
+def _wire_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    send = command("send", "send", "Send DICOM files to a node or PACS (C-STORE).")
+    send.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders to look through")
+    send.add_argument("--to", required=True, metavar="HOST:PORT/AET")
+    fetch = command("fetch", "fetch", "Fetch a study from a node or PACS (C-GET).")
+    fetch.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    fetch.add_argument("--from", required=True, metavar="HOST:PORT/AET", dest="origin")
+    fetch.add_argument("--into", metavar="DIR", help="folder for the files (default: one named like the study)")
+
+
+def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    route = command("route", "route", "Close a study and route it now.")
+    route.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    route.add_argument("--rule", metavar="RULE", help="only this rule")
+    route.add_argument("--again", action="store_true", help="run again although the input is the same")
+    release = command("release", "release", "Let a study with an identity conflict be analysed.")
+    release.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    status = command("status", "status", "Studies, jobs, deliveries, what is stuck and why, on one screen.")
+    status.add_argument("--json", action="store_true", help="the same for programs")
+
+
+def _queue_commands(command: Callable[..., argparse.ArgumentParser], group: Callable[[str, str], Any]) -> None:
+    for name, noun in (("jobs", "job"), ("deliveries", "delivery")):
+        actions = group(name, f"List, retry or cancel {name}.")
+        listing = command("list", f"{name}_list", "Newest first.", actions)
+        listing.add_argument("--study", metavar="STUDY", help="only of this study")
+        listing.add_argument("--limit", type=int, default=30, metavar="N")
+        for verb, text in (("retry", "Try it again."), ("cancel", "Give it up.")):
+            action = command(verb, f"{name}_{verb}", text, actions)
+            action.add_argument("id", type=int, nargs="+", metavar="ID", help=f"{noun} ids")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

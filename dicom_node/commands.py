@@ -1,0 +1,388 @@
+# ruff: noqa: T201 - what commands say goes to standard output
+"""What each command does; `cli` says what can be said. Most open the catalog, with the node running or stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig, load_config
+from dicom_node.errors import ConfigError, NodeError, NotFound
+from dicom_node.logs import setup_logging
+from dicom_node.model import Delivery, Job, StudyActivity
+from dicom_node.pulse import fresh, read_pulse
+
+OK = 0
+FAILED = 2
+RELOAD_S = 15.0
+WHY_CHARS = 160
+
+# --- settings
+
+
+def settings(arguments: argparse.Namespace) -> NodeConfig:
+    """The configuration: file, variables, flags. Without --config, `config/node.yaml` is read where it exists."""
+    path = Path(arguments.config) if arguments.config else Path("config/node.yaml")
+    overrides: dict[str, Any] = {
+        "data_dir": arguments.data_dir,
+        "rules_dir": arguments.rules,
+        "ae_titles": arguments.ae_title,
+        "host": arguments.host,
+        "dicom_port": arguments.dicom_port,
+        "http_port": arguments.http_port,
+    }
+    return load_config(path if arguments.config or path.is_file() else None, overrides=overrides)
+
+
+@contextmanager
+def _catalog(config: NodeConfig) -> Iterator[Any]:
+    from dicom_node.wiring import node_catalog
+
+    if not ((config.data_dir / "catalog.db").is_file() or (config.data_dir / "archive").is_dir()):
+        raise NotFound(f"{config.data_dir}: no node has been here; start one, or name its folder with --data-dir")
+    catalog = node_catalog(config, SystemClock())
+    try:
+        yield catalog
+    finally:
+        catalog.close()
+
+
+def _offline(arguments: argparse.Namespace) -> NodeConfig:
+    config = settings(arguments)
+    setup_logging("ERROR", "command")
+    return config
+
+
+# --- the node
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run the node."""
+    from dicom_node import supervisor
+    from dicom_node.deciding import node_rules
+    from dicom_node.wiring import engines
+
+    config = settings(arguments)
+    setup_logging(config.log_level, "supervisor")
+    node_rules(config)
+    for engine in engines(config).values():
+        try:
+            engine.check()
+        except NodeError as exc:  # the node keeps and sends without it; its jobs say why they fail
+            print(f"dicom-node: engine {engine.name} cannot run: {exc}", file=sys.stderr)
+        engine.close()
+    return supervisor.serve(config, lambda line: print(line, flush=True))
+
+
+def config_check(arguments: argparse.Namespace) -> int:
+    """Read everything that is configured; print what holds."""
+    from dicom_node.deciding import node_rules
+    from dicom_node.wiring import engines
+
+    config = settings(arguments)
+    rules = node_rules(config)
+    for engine in engines(config).values():
+        engine.close()
+    print(json.dumps(config.model_dump(mode="json"), indent=2))
+    print(f"settings are right; {len(rules.rules)} rules in {config.resolved_rules_dir()}", file=sys.stderr)
+    return OK
+
+
+def fsck(arguments: argparse.Namespace) -> int:
+    """Check or rebuild the index from the files."""
+    from dicom_node.pipeline.fsck import fsck as check
+    from dicom_node.process import wait_for_children
+    from dicom_node.store.catalog import data_lock
+
+    config = _offline(arguments)
+    if not config.data_dir.is_dir():
+        raise NotFound(f"{config.data_dir}: there is no such folder; name the node's with --data-dir")
+    with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
+        wait_for_children(config.data_dir)
+        with _catalog(config) as catalog:
+            report = check(
+                catalog,
+                rebuild=arguments.repair,
+                verify_hashes=not arguments.quick,
+                clock=SystemClock(),
+                max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
+            )
+    print(f"{report.rows} rows, {report.files} files")
+    for kind in ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "unusable"):
+        for what in getattr(report, kind):
+            print(f"{kind.replace('_', ' ')}: {what}")
+    print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")
+    return OK if report.clean else FAILED
+
+
+# --- studies
+
+
+def route(arguments: argparse.Namespace) -> int:
+    """Close a study and route it now."""
+    from dicom_node.deciding import node_router, node_rules
+    from dicom_node.pipeline.observe import Unobserved
+
+    config, clock = _offline(arguments), SystemClock()
+    rules = node_rules(config)
+    with _catalog(config) as catalog:
+        router = node_router(catalog, config, lambda: rules, clock, Unobserved())
+        routed = router.route_now(arguments.study, again=arguments.again, rule=arguments.rule)
+    for series in routed.series:
+        matched = [verdict.rule for verdict in series.verdicts if verdict.matched]
+        outcome = series.failure or (f"matched {', '.join(matched)}" if matched else "no rule matched")
+        print(f"series {series.series_instance_uid}: {outcome}")
+    print(f"new jobs: {', '.join(map(str, routed.job_ids)) or 'none'}")
+    return OK
+
+
+def release(arguments: argparse.Namespace) -> int:
+    """Let a study with an identity conflict be analysed."""
+    with _catalog(_offline(arguments)) as catalog:
+        catalog.queue.release_study(arguments.study)
+    print(f"study {arguments.study} is released")
+    return OK
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """The node on one screen."""
+    from dicom_node.deciding import due_now
+    from dicom_node.screen import NodeFacts, render_status
+
+    config, clock = _offline(arguments), SystemClock()
+
+    def waits_for(activity: StudyActivity) -> tuple[str, float | None]:
+        due = due_now(config, clock)(activity)
+        return due.waiting_for, max((due.at_s or 0.0) - clock.boot().seconds, 0.0)
+
+    with _catalog(config) as catalog:
+        snapshot = catalog.queue.snapshot()
+        stuck = catalog.queue.stuck(destinations=config.destinations, waits_for=waits_for)
+        free_bytes = catalog.archive.free_bytes()
+    roles = ("supervisor", "receiver", "service", "work")
+    pulses = {role: pulse for role in roles if (pulse := read_pulse(config.data_dir, role))}
+    facts = NodeFacts(
+        name="/".join(config.ae_titles),
+        data_dir=str(config.data_dir),
+        pulses=pulses,
+        alive=frozenset(role for role, pulse in pulses.items() if fresh(pulse, clock) and pulse.detail != "stopped"),
+        free_bytes=free_bytes,
+        snapshot=snapshot,
+        stuck=stuck,
+    )
+    if arguments.json:
+        print(json.dumps({**snapshot, "stuck": [asdict(one) for one in stuck], "alive": sorted(facts.alive)}, indent=2))
+    else:
+        print(render_status(facts), end="")
+    return OK
+
+
+# --- jobs and deliveries
+
+
+def jobs_list(arguments: argparse.Namespace) -> int:
+    """Newest first."""
+    with _catalog(_offline(arguments)) as catalog:
+        jobs: Sequence[Job] = catalog.queue.jobs(study_instance_uid=arguments.study, limit=arguments.limit)
+    rows = [
+        (
+            str(job.id),
+            job.state.value,
+            job.rule,
+            job.engine,
+            str(job.attempts),
+            job.study_instance_uid,
+            _line(job.error),
+        )
+        for job in jobs
+    ]
+    _table(("ID", "STATE", "RULE", "ENGINE", "TRIES", "STUDY", "WHY"), rows, "no jobs")
+    return OK
+
+
+def jobs_retry(arguments: argparse.Namespace) -> int:
+    """Try them again."""
+    return _each(arguments, lambda catalog: catalog.queue.retry_job, "job {} waits again")
+
+
+def jobs_cancel(arguments: argparse.Namespace) -> int:
+    """Give them up."""
+    return _each(arguments, lambda catalog: catalog.queue.cancel_job, "job {} is cancelled")
+
+
+def deliveries_list(arguments: argparse.Namespace) -> int:
+    """Newest first."""
+    with _catalog(_offline(arguments)) as catalog:
+        found: Sequence[Delivery] = catalog.queue.deliveries(study_instance_uid=arguments.study, limit=arguments.limit)
+    rows = [
+        (
+            *(str(one.id), one.state.value, one.destination, str(one.attempts)),
+            *(f"{sum(item.sent for item in one.items)}/{len(one.items)}", one.study_instance_uid, _line(one.error)),
+        )
+        for one in found
+    ]
+    _table(("ID", "STATE", "DESTINATION", "TRIES", "SENT", "STUDY", "WHY"), rows, "no deliveries")
+    return OK
+
+
+def deliveries_retry(arguments: argparse.Namespace) -> int:
+    """Try them again."""
+    return _each(arguments, lambda catalog: catalog.queue.retry_delivery, "delivery {} waits again")
+
+
+def deliveries_cancel(arguments: argparse.Namespace) -> int:
+    """Give them up."""
+    return _each(arguments, lambda catalog: catalog.queue.cancel_delivery, "delivery {} is cancelled")
+
+
+def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
+    with _catalog(_offline(arguments)) as catalog:
+        for number in arguments.id:
+            verb(catalog)(number)
+            print(done.format(number))
+    return OK
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    if not rows:
+        print(nothing)
+        return
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _line(text: str) -> str:
+    """A reason as one line of a table; all of it is in the log and in `status --json`."""
+    return " ".join(text.split())[:WHY_CHARS]
+
+
+# --- rules
+
+
+def rules_check(arguments: argparse.Namespace) -> int:
+    """Everything that is wrong, with file, line and remedy."""
+    from dicom_node.deciding import node_rules
+    from dicom_node.plugins import encoder_kinds
+    from dicom_node.routing.load import check_rules
+
+    config = settings(arguments)
+    folder = config.resolved_rules_dir()
+    problems = check_rules(folder, engines=config.engines, destinations=config.destinations, results=encoder_kinds())
+    for problem in problems:
+        print(f"dicom-node: {problem}", file=sys.stderr)
+    if problems:
+        return FAILED
+    names = [rule.name for rule in node_rules(config).rules]
+    print(f"{folder}: {len(names)} rules are right: {', '.join(names) or 'a plain archive'}")
+    return OK
+
+
+def rules_explain(arguments: argparse.Namespace) -> int:
+    """What was decided on a study, or would be if it was not decided yet."""
+    from dicom_node.deciding import due_now, node_router, node_rules
+    from dicom_node.pipeline.observe import Unobserved
+    from dicom_node.routing.explain import render_verdicts
+
+    config, clock = _offline(arguments), SystemClock()
+    with _catalog(config) as catalog:
+        if verdicts := catalog.queue.verdicts(arguments.study):
+            print("As decided:")
+            print(render_verdicts(verdicts))
+        waiting = [one for one in catalog.queue.open_studies() if one.study_instance_uid == arguments.study]
+        if waiting or not verdicts:
+            rules = node_rules(config)
+            router = node_router(catalog, config, lambda: rules, clock, Unobserved())
+            series = router.explain(arguments.study)
+            for activity in waiting:
+                print(f"Not routed yet; waits for {due_now(config, clock)(activity).waiting_for}")
+            print("The rules in force would say:")
+            print(render_verdicts([verdict for routed in series for verdict in routed.verdicts]))
+    return OK
+
+
+def rules_replay(arguments: argparse.Namespace) -> int:
+    """A changed rule set over the history, against the one that would be in force without --rules."""
+    from dicom_node.deciding import destination_of, node_rules, zone
+    from dicom_node.routing.explain import render_replay
+    from dicom_node.routing.replay import replay
+
+    config, clock = _offline(arguments), SystemClock()
+    new = node_rules(config)
+    arguments.rules = None
+    old = node_rules(settings(arguments))
+    since = clock.wall() - _age(arguments.since)
+    with _catalog(config) as catalog:
+        report = replay(
+            catalog.queue.series_history(since), old, new, destination_of=destination_of(config), zone=zone(config)
+        )
+    print(render_replay(report))
+    return OK
+
+
+def _age(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,5})([mhdw])", text)
+    if match is None:
+        raise ConfigError(f"--since: {text!r} is no age; write a number with m, h, d or w, such as 7d")
+    unit = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}[match[2]]
+    return timedelta(**{unit: int(match[1])})
+
+
+def rules_reload(arguments: argparse.Namespace) -> int:
+    """Let the running node take its rules in, and say how that went."""
+    config, clock = _offline(arguments), SystemClock()
+    supervisor, before = read_pulse(config.data_dir, "supervisor"), read_pulse(config.data_dir, "service")
+    if supervisor is None or before is None or not fresh(before, clock):
+        raise NotFound(f"{config.data_dir}: no node runs here; the rules are read when it starts")
+    os.kill(supervisor.pid, signal.SIGHUP)
+    deadline = time.monotonic() + RELOAD_S
+    while time.monotonic() < deadline:
+        now = read_pulse(config.data_dir, "service")
+        if now is not None and now.facts.get("reloads") != before.facts.get("reloads"):
+            if error := now.facts["rules_error"]:
+                raise ConfigError(f"the node keeps its old rules: {error}")
+            print(f"{now.facts['rules']} rules in force, digest {now.facts['rules_digest'][:12]}")
+            return OK
+        time.sleep(0.05)
+    raise NodeError(f"the node did not answer within {RELOAD_S:g} s; see its log")
+
+
+# --- models
+
+
+def models_list(arguments: argparse.Namespace) -> int:
+    """The engines and what they run."""
+    config = _offline(arguments)
+    rows = [(name, engine.kind, engine.model, f"{engine.timeout_s:g} s") for name, engine in config.engines.items()]
+    _table(("ENGINE", "KIND", "MODEL", "TIMEOUT"), rows, "no engines")
+    return OK
+
+
+def models_check(arguments: argparse.Namespace) -> int:
+    """Whether the engines could run."""
+    from dicom_node.wiring import engines
+
+    config = _offline(arguments)
+    wrong = 0
+    for name, engine in engines(config, arguments.name).items():
+        try:
+            engine.check()
+            print(f"{name}: can run")
+        except NodeError as exc:
+            wrong += 1
+            print(f"dicom-node: {name}: {exc}", file=sys.stderr)
+        finally:
+            engine.close()
+    return FAILED if wrong else OK

@@ -1,0 +1,70 @@
+"""What the gauges of `/metrics` say, from the catalog's snapshot and the signs of life. Pure, but for the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from dicom_node.config import NodeConfig
+from dicom_node.metrics import DELIVERY_STATES, JOB_STATES, LEDGER, OTHER, VARIANT_KINDS, Reading
+from dicom_node.pulse import read_pulse
+
+__all__ = ["catalog_readings", "node_readings"]
+
+VOLUME = "data"
+
+
+def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig) -> Iterator[Reading]:
+    """The readings of one `Status.snapshot`; label values beyond the configuration are added up as `other`."""
+    studies = snapshot["studies"]
+    yield "studies", (), studies["total"]
+    yield "studies_open", (), studies["open"]
+    yield "study_oldest_open_age_seconds", (), studies["oldest_open_age_s"]
+    yield "identity_conflict_studies", (), studies["identity_conflicts"]
+    yield "instances", (), snapshot["instances"]
+    for state in LEDGER:
+        yield "ledger_series", (state,), snapshot["ledger"][state]
+        yield "ledger_studies", (state,), snapshot["ledger_studies"][state]
+    yield "ledger_imbalance_studies", (), snapshot["ledger_studies"]["imbalance"]
+    for kind in VARIANT_KINDS:
+        yield "variants", (kind,), snapshot["variants"].get(kind, 0)
+    callers = {peer.ae_title for peer in config.peers.values()}
+    for title, count in _folded(snapshot["associations"]["by_calling_ae"], callers, sum, 0).items():
+        yield "associations_active", (title,), count
+    for state in JOB_STATES:
+        yield "jobs", (state,), snapshot["jobs"][state]["count"]
+        yield "job_oldest_age_seconds", (state,), snapshot["jobs"][state]["oldest_age_s"]
+    yield from _deliveries(snapshot["deliveries"], config)
+    yield "dead_letters", ("job",), snapshot["dead_letters"]["jobs"]
+    yield "dead_letters", ("delivery",), snapshot["dead_letters"]["deliveries"]
+
+
+def _deliveries(by_destination: Mapping[str, Any], config: NodeConfig) -> Iterator[Reading]:
+    for state in DELIVERY_STATES:
+        counts = {name: states[state]["count"] for name, states in by_destination.items()}
+        ages = {name: states[state]["oldest_age_s"] for name, states in by_destination.items()}
+        for name, count in _folded(counts, config.destinations, sum, 0).items():
+            yield "deliveries", (name, state), count
+        for name, age in _folded(ages, config.destinations, max, 0.0).items():
+            yield "delivery_oldest_age_seconds", (name, state), age
+
+
+def _folded(
+    values: Mapping[str, float], known: Collection[str], fold: Callable[[list[float]], float], zero: float
+) -> dict[str, float]:
+    """One value for each known name, and `other`: what `fold` makes of the rest."""
+    rest = [value for name, value in values.items() if name not in known]
+    return {name: values.get(name, zero) for name in sorted(known)} | {OTHER: fold(rest) if rest else zero}
+
+
+def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: int) -> Iterator[Reading]:
+    """Disk and processes."""
+    usage = shutil.disk_usage(config.data_dir)
+    yield "storage_free_bytes", (VOLUME,), usage.free
+    yield "storage_used_ratio", (VOLUME,), usage.used / usage.total if usage.total else 0.0
+    yield "intake_state", (), 0 if free_above_reserve > 0 else 2
+    yield "workers_alive", (), workers_alive
+    supervisor = read_pulse(config.data_dir, "supervisor")
+    for role, restarts in (supervisor.facts.get("restarts", {}) if supervisor else {}).items():
+        yield "process_restarts", (role,), restarts

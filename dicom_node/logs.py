@@ -1,0 +1,132 @@
+"""Structured logging: one JSON object a line on standard error, and nothing of a patient in it.
+
+Our own records are a constant message plus `extra` fields (UIDs, ids, AE titles). What libraries say is another matter:
+pydicom and pynetdicom put attribute values into messages, exceptions and warnings. So of any other library only the
+fact is kept: logger, level, place, class of the exception. The text of an exception is written only when it is a
+`NodeError`, whose messages carry no patient data by contract.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import sys
+import threading
+import traceback
+import warnings
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, TextIO
+
+from dicom_node.errors import NodeError
+
+__all__ = ["JsonLines", "setup_logging"]
+
+TRUSTED = ("dicom_node", "apscheduler")  # their messages are constants or name our own timers
+CAPPED = ("pynetdicom", "pydicom", "highdicom", "monai", "torch", "PIL")
+FRAMES_MAX = 12
+FIELD_CHARS_MAX = 2000
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """One record as one line of JSON: time, level, process, logger, message, then the record's own fields."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; control characters inside values are escaped, so a peer cannot forge one."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "process": self._process,
+            "logger": record.name,
+        }
+        if _trusted(record.name):
+            line["message"] = record.getMessage()
+            line |= {key: _plain(value) for key, value in vars(record).items() if key not in _STANDARD | line.keys()}
+        else:
+            line["message"] = "a library reported a problem"
+            line["where"] = f"{record.module}:{record.lineno}"
+        if record.exc_info and record.exc_info[1] is not None:
+            line |= _exception_fields(record.exc_info[1])
+        return json.dumps(line, ensure_ascii=True)
+
+
+def setup_logging(level: str, process: str, stream: TextIO | None = None) -> None:
+    """Send every record, warning and uncaught exception of this process to `stream` (standard error) as JSON lines.
+
+    Replaces what was set up before. `level` is for the node's own loggers; libraries are capped at WARNING.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines(process))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("dicom_node").setLevel(level)
+    for name in CAPPED:
+        library = logging.getLogger(name)
+        library.setLevel(logging.WARNING)
+        library.propagate = True
+        for own in list(library.handlers):  # a library's own handler would write values past the formatter
+            library.removeHandler(own)
+    logging.raiseExceptions = False  # a handler's failure prints the record's arguments
+    warnings.showwarning = _show_warning
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    if stream is None:
+        faulthandler.enable()
+
+
+def _trusted(logger: str) -> bool:
+    return logger.split(".", 1)[0] in TRUSTED
+
+
+def _plain(value: object) -> object:
+    """JSON-ready, bounded."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in list(value)[:100]]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in list(value.items())[:100]}
+    if isinstance(value, BaseException) and not isinstance(value, NodeError):
+        return type(value).__name__
+    return str(value)[:FIELD_CHARS_MAX]
+
+
+def _exception_fields(exc: BaseException) -> dict[str, Any]:
+    fields: dict[str, Any] = {"exception": type(exc).__name__}
+    if isinstance(exc, NodeError):
+        fields["exception_message"] = str(exc)[:FIELD_CHARS_MAX]
+    if exc.__cause__ is not None:
+        fields["cause"] = type(exc.__cause__).__name__
+    frames = traceback.extract_tb(exc.__traceback__)[-FRAMES_MAX:]
+    fields["frames"] = [f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in frames]
+    return fields
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    logging.getLogger(__name__).warning(
+        "a library warned",
+        extra={"category": category.__name__, "where": f"{filename.rsplit('/', 1)[-1]}:{lineno}"},
+    )
+
+
+def _uncaught(kind: type[BaseException], exc: BaseException | None, trace: TracebackType | None) -> None:
+    if exc is None or issubclass(kind, SystemExit | KeyboardInterrupt):
+        return
+    logging.getLogger(__name__).critical("an exception was not caught", exc_info=(kind, exc, trace))

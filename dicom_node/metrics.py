@@ -1,0 +1,345 @@
+"""Prometheus metrics: the only importer of prometheus_client.
+
+Counters and histograms live in every process and are added up at scrape through files in PROMETHEUS_MULTIPROC_DIR,
+which the supervisor sets and empties before any of its children imports this file. The files are named after the
+process's role, not its id: a restarted process goes on counting where the killed one stopped, and none is left over.
+Gauges are not counted at all: they are computed from the catalog at the time of scrape (`Gauges`).
+
+Every label has a closed set of values, known at start and initialised at zero: AE titles only if configured, else
+`other`. Never a UID, a name, an address or free text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from dicom_node.config import NodeConfig
+from dicom_node.errors import NodeError
+from dicom_node.model import CloseTrigger, DeliveryState, JobState, Priority, StoreOutcome
+
+__all__ = ["CONTENT_TYPE", "GAUGES", "MULTIPROCESS_VARIABLE", "Gauges", "Metrics", "Reading", "render"]
+
+PREFIX = "dicom_node_"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+OTHER = "other"
+
+# PS3.3 C.7.3.1.1.1, the ones a node meets; any other is counted as `other`
+MODALITIES = ("CR", "CT", "DX", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "RF", "SEG", "SR", "US", "XA")
+SERVICES = ("echo", "store", "find", "get", "move")
+STATUS_CLASSES = ("success", "pending", "warning", "cancel", "failure")
+OUTCOMES = (*(outcome.value for outcome in StoreOutcome), "invalid", "failed")
+ASSOCIATION_RESULTS = ("released", "aborted")
+REJECT_REASONS = ("calling_ae", "called_ae", "address", "limit", "protocol")
+CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role")
+VERDICTS = ("match", "nomatch", "missing_tag", "mixed", "error")
+ATTEMPT_OUTCOMES = ("done", "rejected", "retry", "parked", "failed", "lost")
+DEAD_LETTER_REASONS = ("attempts", "deadline", "error")
+STAGES = ("queue", "load", "prepare", "infer", "finish", "encode")
+OBJECT_KINDS = ("SEG", "SR", "image", OTHER)
+DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
+
+FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+WORK_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+STUDY_S = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
+
+
+class _Labels:
+    """A closed set of label values."""
+
+    def __init__(self, known: Iterable[str], *, other: bool = True) -> None:
+        self.values = tuple(dict.fromkeys((*known, OTHER) if other else known))
+
+    def __call__(self, value: str) -> str:
+        return value if value in self.values else OTHER
+
+
+class Metrics:
+    """The counters and histograms of one process. Thread-safe, never raises for an unknown label value: `other`.
+
+    `process` is the role of this process; with PROMETHEUS_MULTIPROC_DIR set, no other living process may use the same.
+    """
+
+    def __init__(self, config: NodeConfig, *, process: str = "main") -> None:
+        if os.environ.get(MULTIPROCESS_VARIABLE):
+            values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        self._calling = _Labels(sorted(peer.ae_title for peer in config.peers.values()))
+        self._modality = _Labels(MODALITIES)
+        self._destination = _Labels(sorted(config.destinations))
+        self._engine = _Labels(sorted(config.engines))
+        self._rule = _Labels(())
+        self._intake()
+        self._studies()
+        self._work()
+        self._delivery()
+
+    # --- definitions, each label set at zero
+
+    def _counter(self, name: str, text: str, labels: Mapping[str, Sequence[str]] | None = None) -> Counter:
+        counter = Counter(PREFIX + name, text, tuple(labels or ()), registry=self.registry)
+        for combination in product(*labels.values()) if labels else ():
+            counter.labels(*combination)
+        return counter
+
+    def _histogram(
+        self, name: str, text: str, buckets: Sequence[float], labels: Mapping[str, Sequence[str]] | None = None
+    ) -> Histogram:
+        histogram = Histogram(PREFIX + name, text, tuple(labels or ()), registry=self.registry, buckets=buckets)
+        for combination in product(*labels.values()) if labels else ():
+            histogram.labels(*combination)
+        return histogram
+
+    def _intake(self) -> None:
+        calling = {"calling_ae": self._calling.values}
+        self._associations = self._counter(
+            "associations_total", "Associations that ended, by how.", calling | {"result": ASSOCIATION_RESULTS}
+        )
+        self._rejects = self._counter(
+            "association_reject_total", "Association requests that were rejected.", {"reason": REJECT_REASONS}
+        )
+        self._requests = self._counter(
+            "dimse_requests_total",
+            "DIMSE requests answered, by the class of the final status.",
+            {"service": SERVICES, "status_class": STATUS_CLASSES},
+        )
+        self._dimse_seconds = self._histogram(
+            "dimse_duration_seconds", "Request to final response.", FAST_S, {"service": SERVICES}
+        )
+        self._instances = self._counter(
+            "instances_received_total",
+            "Instances that came by C-STORE, by what became of them.",
+            calling | {"modality": self._modality.values, "outcome": OUTCOMES},
+        )
+        self._irregular = self._counter("irregular_uids_total", "Instances with padded UIDs or leading zeros in them.")
+        self._bytes = self._counter("received_bytes_total", "Data set bytes that came by C-STORE.")
+        self._contexts = self._counter(
+            "context_refused_total", "Presentation contexts that were refused.", {"kind": CONTEXT_REFUSALS}
+        )
+
+    def _studies(self) -> None:
+        self._closed = self._counter(
+            "study_closed_total", "Study revisions closed.", {"trigger": tuple(item.value for item in CloseTrigger)}
+        )
+        self._close_seconds = self._histogram(
+            "study_receive_to_close_seconds", "First image received to revision closed.", STUDY_S
+        )
+        self._late = self._counter("late_revisions_total", "Revisions that late images opened and routing closed.")
+        self._evaluations = self._counter(
+            "rule_evaluations_total", "Rules evaluated on series.", {"rule": (), "verdict": VERDICTS}
+        )
+        self._unrouted = self._counter("unrouted_studies_total", "Closed study revisions that no rule matched.")
+
+    def _work(self) -> None:
+        engine = {"engine": self._engine.values}
+        self._attempts = self._counter(
+            "job_attempts_total", "Attempts at jobs, by how they ended.", engine | {"outcome": ATTEMPT_OUTCOMES}
+        )
+        self._lease_lost = self._counter("job_lease_expired_total", "Jobs whose lease was lost to another worker.")
+        self._dead = self._counter(
+            "dead_letters_total",
+            "Work given up until a person retries it.",
+            {"kind": ("job", "delivery"), "reason": DEAD_LETTER_REASONS},
+        )
+        self._inference_seconds = self._histogram(
+            "inference_duration_seconds", "Stages of an analysis.", WORK_S, engine | {"stage": STAGES}
+        )
+        self._turnaround = self._histogram(
+            "study_turnaround_seconds",
+            "Job created to result in the catalog.",
+            STUDY_S,
+            {"priority": tuple(item.value for item in Priority)} | engine,
+        )
+
+    def _delivery(self) -> None:
+        self._deliveries = self._counter(
+            "deliveries_total",
+            "Objects sent to destinations, by how it ended.",
+            {"destination": self._destination.values, "object": OBJECT_KINDS, "outcome": DELIVERY_OUTCOMES},
+        )
+        self._delivery_seconds = self._histogram(
+            "delivery_duration_seconds", "Queued to acknowledged.", STUDY_S, {"destination": self._destination.values}
+        )
+
+    # --- intake
+
+    def association_ended(self, calling_ae_title: str, result: str) -> None:
+        """`result`: released or aborted."""
+        self._associations.labels(self._calling(calling_ae_title), result).inc()
+
+    def association_rejected(self, reason: str) -> None:
+        """`reason`: one of REJECT_REASONS."""
+        self._rejects.labels(reason if reason in REJECT_REASONS else "protocol").inc()
+
+    def context_refused(self, kind: str) -> None:
+        """`kind`: one of CONTEXT_REFUSALS."""
+        self._contexts.labels(kind if kind in CONTEXT_REFUSALS else "abstract_syntax").inc()
+
+    def request_answered(self, service: str, status: int, seconds: float) -> None:
+        """A DIMSE request got its final response."""
+        self._requests.labels(service, status_class(status)).inc()
+        self._dimse_seconds.labels(service).observe(seconds)
+
+    def instance_received(
+        self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False
+    ) -> None:
+        """A C-STORE was answered; `outcome` is a StoreOutcome value, `invalid` or `failed`."""
+        known = outcome if outcome in OUTCOMES else "failed"
+        self._instances.labels(self._calling(calling_ae_title), self._modality(modality), known).inc()
+        self._bytes.inc(length)
+        if irregular_uids:
+            self._irregular.inc()
+
+    # --- studies and rules
+
+    def rules_loaded(self, names: Sequence[str]) -> None:
+        """A rule set came into force: its rules become label values, at zero."""
+        self._rule = _Labels(names)
+        for rule, verdict in product(self._rule.values, VERDICTS):
+            self._evaluations.labels(rule, verdict)
+
+    def study_closed(self, trigger: str, revision: int, seconds: float, *, matched: bool) -> None:
+        """A study revision was routed, `seconds` after its first image."""
+        self._closed.labels(trigger).inc()
+        self._close_seconds.observe(max(seconds, 0.0))
+        if revision > 1:
+            self._late.inc()
+        if not matched:
+            self._unrouted.inc()
+
+    def rule_evaluated(self, rule: str, verdict: str) -> None:
+        """`verdict`: one of VERDICTS."""
+        self._evaluations.labels(self._rule(rule), verdict if verdict in VERDICTS else "error").inc()
+
+    # --- work
+
+    def job_attempted(self, engine: str, outcome: str) -> None:
+        """An attempt at a job ended; `outcome` is one of ATTEMPT_OUTCOMES."""
+        self._attempts.labels(self._engine(engine), outcome if outcome in ATTEMPT_OUTCOMES else "failed").inc()
+        if outcome == "lost":
+            self._lease_lost.inc()
+
+    def dead_letter(self, kind: str, reason: str) -> None:
+        """A job or delivery was given up."""
+        self._dead.labels(kind, reason if reason in DEAD_LETTER_REASONS else "error").inc()
+
+    def inference(self, engine: str, stage_seconds: Mapping[str, float]) -> None:
+        """The stages of one analysis; a stage that is not one of STAGES is not kept."""
+        for stage, seconds in stage_seconds.items():
+            if stage in STAGES:
+                self._inference_seconds.labels(self._engine(engine), stage).observe(seconds)
+
+    def turnaround(self, engine: str, priority: str, seconds: float) -> None:
+        """A job is done, `seconds` after it was created."""
+        self._turnaround.labels(priority, self._engine(engine)).observe(max(seconds, 0.0))
+
+    # --- delivery
+
+    def object_delivered(self, destination: str, modality: str, outcome: str) -> None:
+        """One object, one try; `outcome` is one of DELIVERY_OUTCOMES."""
+        kind = modality if modality in ("SEG", "SR") else "image" if modality else OTHER
+        known = outcome if outcome in DELIVERY_OUTCOMES else "failed"
+        self._deliveries.labels(self._destination(destination), kind, known).inc()
+
+    def delivery_finished(self, destination: str, seconds: float) -> None:
+        """A whole delivery was acknowledged, `seconds` after it was queued."""
+        self._delivery_seconds.labels(self._destination(destination)).observe(max(seconds, 0.0))
+
+
+def status_class(status: int) -> str:
+    """The class of a DIMSE status (PS3.7 Annex C): success, pending, warning, cancel or failure."""
+    if status == 0x0000:
+        return "success"
+    if status in (0xFF00, 0xFF01):
+        return "pending"
+    if status == 0xFE00:
+        return "cancel"
+    if status in (0x0001, 0x0107, 0x0116) or status & 0xF000 == 0xB000:
+        return "warning"
+    return "failure"
+
+
+# --- gauges -----------------------------------------------------------------------------------------------------------
+
+JOB_STATES = tuple(state.value for state in JobState)
+
+DELIVERY_STATES = tuple(state.value for state in DeliveryState)
+LEDGER = ("received", "routed", "filtered", "waiting", "failed")
+VARIANT_KINDS = tuple(outcome.value for outcome in StoreOutcome)
+
+GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "associations_active": ("Associations open now.", ("calling_ae",)),
+    "studies": ("Studies kept.", ()),
+    "studies_open": ("Studies with series not yet routed.", ()),
+    "study_oldest_open_age_seconds": ("Age of the oldest study not yet routed.", ()),
+    "instances": ("Instances kept.", ()),
+    "variants": ("Listed variants: other content or syntax under a known UID.", ("kind",)),
+    "identity_conflict_studies": ("Studies under two patient identities, not released.", ()),
+    "ledger_series": ("Series by where they stand; received is the sum of the others.", ("state",)),
+    "ledger_studies": ("Studies by where the worst of their series stands.", ("state",)),
+    "ledger_imbalance_studies": ("Studies in no class of the ledger; must be 0.", ()),
+    "jobs": ("Jobs by state.", ("state",)),
+    "job_oldest_age_seconds": ("Age of the oldest unfinished job in that state, 0 when there is none.", ("state",)),
+    "deliveries": ("Deliveries by state.", ("destination", "state")),
+    "delivery_oldest_age_seconds": ("Age of the oldest unfinished delivery in that state.", ("destination", "state")),
+    "dead_letters": ("Work that needs a person.", ("kind",)),
+    "destination_up": ("1 if the last try got through or none was made.", ("destination",)),
+    "ruleset_info": ("The rule set in force.", ("digest",)),
+    "ruleset_rules": ("Rules in force.", ()),
+    "ruleset_load_failed": ("1 when the rules on disk could not be taken in.", ()),
+    "storage_free_bytes": ("Free space on the volume of the data folder.", ("volume",)),
+    "storage_used_ratio": ("Used part of that volume.", ("volume",)),
+    "intake_state": ("0 open, 2 refusing for lack of space.", ()),
+    "workers_alive": ("Workers that gave a sign of life lately.", ()),
+    "process_restarts": ("Times the supervisor started the process again.", ("process",)),
+    "catalog_readable": ("0 when the gauges above could not be computed.", ()),
+}
+
+Reading = tuple[str, tuple[str, ...], float]  # name in GAUGES, label values, value
+
+
+class Gauges(Collector):
+    """Every gauge, computed by `read` when asked. When `read` fails only `catalog_readable` (0) is given."""
+
+    def __init__(self, read: Callable[[], Iterable[Reading]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, those without a reading left out."""
+        try:
+            readings = [*self._read(), ("catalog_readable", (), 1.0)]
+        except (NodeError, OSError):
+            readings = [("catalog_readable", (), 0.0)]
+        families: dict[str, GaugeMetricFamily] = {}
+        for name, label_values, value in readings:
+            text, labels = GAUGES[name]
+            family = families.setdefault(name, GaugeMetricFamily(PREFIX + name, text, labels=labels))
+            family.add_metric(label_values, value)
+        yield from families.values()
+
+
+class _Own(Protocol):
+    registry: CollectorRegistry
+
+
+def render(own: _Own, gauges: Gauges) -> tuple[str, bytes]:
+    """Content type and text of one scrape: counters of every process together, and the gauges."""
+    scrape = CollectorRegistry()
+    folder = os.environ.get(MULTIPROCESS_VARIABLE)
+    if folder and Path(folder).is_dir():
+        MultiProcessCollector(scrape, path=folder)  # type: ignore[no-untyped-call]
+        text = generate_latest(scrape)
+    else:
+        text = generate_latest(own.registry)
+    now = CollectorRegistry()
+    now.register(gauges)
+    return CONTENT_TYPE, text + generate_latest(now)

@@ -1,0 +1,64 @@
+"""Which class answers to which word: engine kinds and result kinds, ours and those of installed packages.
+
+Ours stand here as text and are imported when they are asked for, so that no command loads what it does not use.
+Other packages add theirs by entry points in the groups `dicom_node.engines` and `dicom_node.results`
+(`word = "module:Class"`); a word of ours cannot be taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from dicom_node.errors import ConfigError
+
+__all__ = ["encoder_class", "encoder_kinds", "engine_class", "engine_kinds"]
+
+_ENGINES: Mapping[str, str] = {"local": "dicom_node.models.engine:LocalModelEngine"}
+_ENCODERS: Mapping[str, str] = {
+    "seg": "dicom_node.results.seg:SegEncoder",
+    "sr": "dicom_node.results.sr:SrEncoder",
+}
+
+
+def engine_kinds() -> tuple[str, ...]:
+    """Every word `engines.<name>.kind` may be."""
+    return _words(_ENGINES, "dicom_node.engines")
+
+
+def encoder_kinds() -> tuple[str, ...]:
+    """Every word a rule's `results:` may have, ours first and in encoding order."""
+    return _words(_ENCODERS, "dicom_node.results")
+
+
+def engine_class(kind: str) -> Any:
+    """The class of engine kind `kind`, to be called with (name, settings, devices=...).
+
+    Raises ConfigError, with the words there are, for an unknown one or a class that cannot be imported.
+    """
+    return _find(kind, _ENGINES, "dicom_node.engines", "engine kind")
+
+
+def encoder_class(kind: str) -> Any:
+    """The `interfaces.ResultEncoder` class for result kind `kind`. Raises ConfigError as `engine_class` does."""
+    return _find(kind, _ENCODERS, "dicom_node.results", "result kind")
+
+
+def _words(table: Mapping[str, str], group: str) -> tuple[str, ...]:
+    return (*table, *sorted({entry.name for entry in entry_points(group=group)} - set(table)))
+
+
+def _find(word: str, table: Mapping[str, str], group: str, what: str) -> Any:
+    target = table.get(word)
+    if target is None:
+        found = [entry.value for entry in entry_points(group=group) if entry.name == word]
+        if not found:
+            raise ConfigError(f"{what} {word!r} is not known (known: {', '.join(_words(table, group))})")
+        target = found[0]
+    module, _, name = target.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"{what} {word!r}: {target} cannot be imported: {exc}") from exc

@@ -1,0 +1,210 @@
+"""One child of the supervisor: `python -m dicom_node.process ROLE`, told what to do on standard input.
+
+The child dies with its parent (PR_SET_PDEATHSIG), leaves SIGINT to it, stops cleanly on SIGTERM and gives a sign of
+life every second. What a role does is in `node`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig
+from dicom_node.errors import ConfigError, NodeError
+from dicom_node.interfaces import Clock
+from dicom_node.logs import setup_logging
+from dicom_node.pulse import Pulse, beat
+
+__all__ = ["EXIT_ERROR", "Facts", "Orders", "Part", "adopted", "encode_orders", "main", "wait_for_children"]
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 1.0
+EXIT_ERROR = 2
+CHILDREN_LOCK = "children.lock"
+CHILDREN_S = 15.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What the supervisor tells a child. `listen_fd` is an inherited listening socket, -1 for none."""
+
+    config: NodeConfig
+    supervisor_pid: int
+    listen_fd: int = -1
+    ports: tuple[int, int] = (0, 0)  # DICOM, HTTP: as really bound
+
+
+Facts = tuple[bool, str, Mapping[str, Any]]  # ok, detail, facts
+
+
+class Part(Protocol):
+    """A running role."""
+
+    def health(self) -> Facts:
+        """ok, detail, facts: goes into the pulse every second. Must not block."""
+        ...
+
+    def reload(self) -> None:
+        """SIGHUP."""
+        ...
+
+    def stop(self) -> None:
+        """End cleanly within a few seconds."""
+        ...
+
+
+def adopted(orders: Orders) -> socket.socket:
+    """The listening socket the supervisor bound."""
+    return socket.socket(fileno=orders.listen_fd)
+
+
+def encode_orders(orders: Orders) -> bytes:
+    """For the child's standard input; the configuration never stands on a command line."""
+    plain = {
+        "config": orders.config.model_dump(mode="json"),
+        "supervisor_pid": orders.supervisor_pid,
+        "listen_fd": orders.listen_fd,
+        "ports": orders.ports,
+    }
+    return json.dumps(plain).encode()
+
+
+def _decode_orders(text: bytes) -> Orders:
+    plain = json.loads(text)
+    return Orders(
+        config=NodeConfig.model_validate(plain["config"]),
+        supervisor_pid=plain["supervisor_pid"],
+        listen_fd=plain["listen_fd"],
+        ports=tuple(plain["ports"]),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one role until SIGTERM. Returns the exit status."""
+    role = (sys.argv[1:] if argv is None else argv)[0]
+    asked = _Asked()
+    signal.signal(signal.SIGTERM, asked.to_stop)
+    signal.signal(signal.SIGHUP, asked.to_reload)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
+    orders = _decode_orders(sys.stdin.buffer.read())
+    _die_with(orders.supervisor_pid)
+    os.umask(0o077)
+    setup_logging(orders.config.log_level, role)
+    try:
+        with _counted(orders.config.data_dir):
+            return _run(role, orders, asked)
+    except NodeError as exc:
+        log.critical("the process cannot run", extra={"role": role, "error": str(exc)})
+        return EXIT_ERROR
+
+
+class _Asked:
+    """What signals asked for; `wake` is set by each."""
+
+    def __init__(self) -> None:
+        self.wake = threading.Event()
+        self.stop = False
+        self.reload = False
+
+    def to_stop(self, *_: object) -> None:
+        self.stop = True
+        self.wake.set()
+
+    def to_reload(self, *_: object) -> None:
+        self.reload = True
+        self.wake.set()
+
+
+def _run(role: str, orders: Orders, asked: _Asked) -> int:
+    from dicom_node.node import start_part  # heavy: after the signals are in place
+
+    clock = SystemClock()
+    started_at = clock.wall().isoformat()
+    part = start_part(role, orders, clock)
+    try:
+        while not asked.stop:
+            ok, detail, facts = part.health()
+            beat(orders.config.data_dir, role, _pulse(clock, started_at, ok, detail, facts))
+            asked.wake.wait(BEAT_S)
+            asked.wake.clear()
+            if asked.reload:
+                asked.reload = False
+                part.reload()
+        return 0
+    finally:
+        log.info("stopping", extra={"role": role})
+        part.stop()
+        beat(orders.config.data_dir, role, _pulse(clock, started_at, False, "stopped", {}))
+
+
+def _pulse(clock: Clock, started_at: str, ok: bool, detail: str, facts: Mapping[str, Any]) -> Pulse:
+    now = clock.boot()
+    return Pulse(
+        pid=os.getpid(),
+        boot_id=now.boot_id,
+        boot_s=now.seconds,
+        started_at=started_at,
+        ok=ok,
+        detail=detail,
+        facts=facts,
+    )
+
+
+@contextmanager
+def _counted(data_dir: Path) -> Iterator[None]:
+    """Show that a process of a node works on this folder, for `wait_for_children`."""
+    fd = os.open(data_dir / CHILDREN_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def wait_for_children(data_dir: Path) -> None:
+    """Wait until no process of an earlier node works on this folder. Raises ConfigError when one stays too long."""
+    fd = os.open(data_dir / CHILDREN_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + CHILDREN_S
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"data_dir: a process of an earlier node still works on {data_dir}; end it first"
+                    ) from None
+                time.sleep(0.05)
+    finally:
+        os.close(fd)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Be killed by the kernel when the supervisor ends, however it ends."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        log.warning("PR_SET_PDEATHSIG is not available; orphans are possible")
+    if os.getppid() != parent_pid:  # it ended before the call
+        os._exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    from dicom_node.process import main as run  # the module under its own name: `node` imports its classes too
+
+    sys.exit(run())

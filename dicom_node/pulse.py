@@ -1,0 +1,68 @@
+"""Signs of life of the processes: small files in `<data>/run/`, read by `/ready`, the supervisor and the commands.
+
+A pulse says who (process id), when (boot clock) and how (ok, detail, facts). It is replaced whole, never half-written,
+and is not synced: after a power cut it is meaningless anyway, which its boot id shows. No patient data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dicom_node.interfaces import Clock, seconds_since
+from dicom_node.model import BootTime
+
+__all__ = ["FRESH_S", "Pulse", "beat", "fresh", "read_pulse", "run_folder"]
+
+FRESH_S = 6.0  # processes beat every second; one that is silent this long is stuck or dead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """One sign of life. `started_at` is ISO 8601 UTC."""
+
+    pid: int
+    boot_id: str
+    boot_s: float
+    started_at: str
+    ok: bool
+    detail: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def at(self) -> BootTime:
+        """When it was given."""
+        return BootTime(boot_id=self.boot_id, seconds=self.boot_s)
+
+
+def run_folder(data_dir: Path) -> Path:
+    """Where pulses and metrics files are."""
+    return data_dir / "run"
+
+
+def beat(data_dir: Path, role: str, pulse: Pulse) -> None:
+    """Give a sign of life. A full disk is not an error here: silence says enough."""
+    path = run_folder(data_dir) / f"{role}.json"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(asdict(pulse)), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def read_pulse(data_dir: Path, role: str) -> Pulse | None:
+    """The last sign of life of that process, or None."""
+    try:
+        return Pulse(**json.loads((run_folder(data_dir) / f"{role}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def fresh(pulse: Pulse | None, clock: Clock) -> bool:
+    """Whether its process lives and moves."""
+    return pulse is not None and seconds_since(pulse.at, clock.boot()) < FRESH_S

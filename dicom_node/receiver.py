@@ -1,0 +1,45 @@
+"""The receiver process: associations, services, intake. Part of the composition root."""
+
+from __future__ import annotations
+
+import threading
+
+from dicom_node.dimse.pynetdicom_scp import PynetdicomServer
+from dicom_node.interfaces import Clock
+from dicom_node.metrics import Metrics
+from dicom_node.process import Facts, Orders, adopted
+from dicom_node.wiring import CountedIngest, node_catalog
+
+__all__ = ["Receiver"]
+
+
+class Receiver:
+    """Associations, services, intake."""
+
+    def __init__(self, orders: Orders, clock: Clock) -> None:
+        config = orders.config
+        self._catalog = node_catalog(config, clock)
+        metrics = Metrics(config, process="receiver")
+        self._server = PynetdicomServer(
+            config,
+            sink=CountedIngest(self._catalog, config, clock, metrics),
+            index=self._catalog.index,
+            associations=self._catalog.index,
+            observe=metrics,
+            sock=adopted(orders),
+        )
+        self._server.start()
+
+    def health(self) -> Facts:
+        """Whether connections are taken."""
+        accepting = any(thread.name == "dicom-accept" for thread in threading.enumerate())
+        facts = {"associations": self._server.active_associations}
+        return accepting, "" if accepting else "no connections are taken", facts
+
+    def reload(self) -> None:
+        """Nothing of a receiver is re-read."""
+
+    def stop(self) -> None:
+        """Requests under way may finish; the rest is aborted."""
+        self._server.stop()
+        self._catalog.close()

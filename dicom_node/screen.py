@@ -1,0 +1,139 @@
+"""`dicom-node status`: the node on one screen. Pure: facts in, text out; no patient data."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dicom_node.pulse import Pulse
+from dicom_node.store.queue import Stuck
+
+__all__ = ["NodeFacts", "render_status"]
+
+STUCK_SHOWN = 12
+WIDTH = 120
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What the screen shows. `alive`: roles that gave a sign of life lately; `free_bytes`: above the reserve."""
+
+    name: str
+    data_dir: str
+    pulses: Mapping[str, Pulse]
+    alive: frozenset[str]
+    free_bytes: int
+    snapshot: Mapping[str, Any]
+    stuck: Sequence[Stuck]
+
+
+def render_status(facts: NodeFacts) -> str:
+    """The screen."""
+    return "\n".join([*_node(facts), "", *_counts(facts.snapshot), "", *_stuck(facts.stuck)]) + "\n"
+
+
+def _node(facts: NodeFacts) -> list[str]:
+    supervisor = facts.pulses.get("supervisor")
+    if supervisor is None or not facts.alive:
+        lines = [f"{facts.name}: not running; data in {facts.data_dir}"]
+    else:
+        ports = f"DICOM port {supervisor.facts.get('dicom_port')}, HTTP port {supervisor.facts.get('http_port')}"
+        lines = [f"{facts.name}: running since {supervisor.started_at[:19]}Z, {ports}; data in {facts.data_dir}"]
+        lines.append("processes   " + ", ".join(_process(facts, role) for role in ("receiver", "service", "work")))
+        service = facts.pulses.get("service")
+        if service is not None and "rules" in service.facts:
+            broken = " (the rules on disk are broken: rules check)" if service.facts.get("rules_error") else ""
+            lines.append(f"rules       {service.facts['rules']} in force{broken}")
+    if facts.free_bytes <= 0:
+        lines.append("disk        BELOW THE RESERVE: nothing is taken in")
+    else:
+        lines.append(f"disk        {_bytes(facts.free_bytes)} above the reserve")
+    return lines
+
+
+def _process(facts: NodeFacts, role: str) -> str:
+    pulse, restarts = facts.pulses.get(role), 0
+    if supervisor := facts.pulses.get("supervisor"):
+        restarts = supervisor.facts.get("restarts", {}).get(role, 0)
+    again = f" ({restarts} restarts)" if restarts else ""
+    if pulse is None or role not in facts.alive:
+        return f"{role} SILENT{again}"
+    return f"{role} {'ok' if pulse.ok else pulse.detail or 'not ok'}{again}"
+
+
+def _counts(snapshot: Mapping[str, Any]) -> list[str]:
+    studies, ledger = snapshot["studies"], snapshot["ledger_studies"]
+    lines = [
+        f"studies     {studies['total']} kept, {studies['open']} open"
+        + (f" (oldest for {_age(studies['oldest_open_age_s'])})" if studies["open"] else "")
+        + f", {studies['identity_conflicts']} with an identity conflict; {snapshot['instances']} instances",
+        f"ledger      {ledger['received']} received = {ledger['routed']} routed + {ledger['filtered']} filtered"
+        f" + {ledger['waiting']} waiting + {ledger['failed']} failed"
+        + (f"; UNACCOUNTED FOR: {ledger['imbalance']}" if ledger["imbalance"] else ""),
+    ]
+    if reasons := snapshot["ledger"]["reasons"]:
+        lines.append("filtered    " + ", ".join(f"{count} series: {why}" for why, count in sorted(reasons.items())))
+    if variants := snapshot["variants"]:
+        lines.append("variants    " + ", ".join(f"{count} {kind}" for kind, count in sorted(variants.items())))
+    lines.append("jobs        " + _states(snapshot["jobs"]))
+    for destination, states in sorted(snapshot["deliveries"].items()):
+        lines.append(f"to {destination:<9}" + _states(states))
+    lines.append(f"associations open: {snapshot['associations']['open']}")
+    return [line[:WIDTH] for line in lines]
+
+
+def _states(states: Mapping[str, Mapping[str, float]]) -> str:
+    shown = [
+        f"{counted['count']} {state}"
+        + (f" (oldest {_age(counted['oldest_age_s'])})" if counted["oldest_age_s"] else "")
+        for state, counted in states.items()
+        if counted["count"]
+    ]
+    return ", ".join(shown) or "none"
+
+
+def _stuck(found: Sequence[Stuck]) -> list[str]:
+    if not found:
+        return ["nothing waits, nothing is stuck"]
+    # what needs a person first, then the oldest
+    ordered = sorted(found, key=lambda one: (one.next_s is not None, -one.age_s))
+    lines = [f"waiting or stuck: {len(found)}"]
+    for one in ordered[:STUCK_SHOWN]:
+        number = f" {one.id}" if one.id is not None else ""
+        why = " ".join(one.why.split())
+        lines.append(f"  {one.kind}{number} {one.state} for {_age(one.age_s)}: {one.name}; {why}"[:WIDTH])
+        lines.append(f"    study {one.study_instance_uid}; {_next(one)}"[:WIDTH])
+    if len(ordered) > STUCK_SHOWN:
+        lines.append(f"  ... and {len(ordered) - STUCK_SHOWN} more: --json, jobs list, deliveries list")
+    return lines
+
+
+def _next(one: Stuck) -> str:
+    if one.next_s is not None:
+        return f"goes on by itself in {_age(one.next_s)}" if one.next_s >= 1 else "goes on by itself now"
+    study = shlex.quote(one.study_instance_uid)
+    remedy = {
+        "job": f"dicom-node jobs retry {one.id}",
+        "delivery": f"dicom-node deliveries retry {one.id}",
+        "conflict": f"dicom-node release {study}",
+        "series": f"dicom-node route {study}",
+    }.get(one.kind)
+    return f"needs a person: {remedy}" if remedy else "waits"
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -1,0 +1,138 @@
+"""The service process: timers, courier, HTTP. Part of the composition root."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from dicom_node.deciding import node_router, node_rules
+from dicom_node.dimse.pynetdicom_scu import DimseSender
+from dicom_node.errors import NodeError, RuleError
+from dicom_node.gauges import catalog_readings, node_readings
+from dicom_node.http.health import Check, HealthServer, ReadyCheck
+from dicom_node.interfaces import Clock
+from dicom_node.metrics import Gauges, Metrics, Reading, render
+from dicom_node.node import Timers
+from dicom_node.pipeline.deliver import Courier
+from dicom_node.process import Facts, Orders, adopted
+from dicom_node.pulse import fresh, read_pulse
+from dicom_node.routing.rules import RuleSet
+from dicom_node.wiring import destinations, node_catalog
+
+__all__ = ["Service"]
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """Timers, courier, HTTP."""
+
+    def __init__(self, orders: Orders, clock: Clock) -> None:
+        config = orders.config
+        self._config, self._clock = config, clock
+        self._metrics = Metrics(config, process="service")
+        self._rules = self._read_rules()
+        self._rules_error = ""
+        self._reloads = 0
+        self._catalog = node_catalog(config, clock)
+        self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
+        self._courier = Courier(
+            self._catalog.queue,
+            DimseSender(config.delivery, config.ae_titles[0]),
+            destinations(config),
+            settings=config.delivery,
+            clock=clock,
+            observer=self._metrics,
+        )
+        self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page)
+        self._timers = Timers()
+        self._timers.every(config.completion.tick_s, self._sweep)
+        self._courier.start()
+        self._http.start()
+
+    def _sweep(self) -> None:
+        try:
+            self._router.sweep()
+        except Exception as exc:  # edge: the timer's tick; the next one tries again
+            log.error("the completion sweep failed", exc_info=exc)
+
+    # --- rules
+
+    def _read_rules(self) -> RuleSet:
+        rule_set = node_rules(self._config)
+        self._metrics.rules_loaded([rule.name for rule in rule_set.rules])
+        log.info("rules in force", extra={"digest": rule_set.digest, "rules": len(rule_set.rules)})
+        return rule_set
+
+    def reload(self) -> None:
+        """Take the rules in again, whole or not at all: a broken set leaves the old one in force."""
+        try:
+            self._rules = self._read_rules()
+            self._rules_error = ""
+        except NodeError as exc:
+            self._rules_error = str(exc)
+            kind = "rule" if isinstance(exc, RuleError) else "folder"
+            log.error("the rules cannot be taken in; the old ones stay", extra={"error": str(exc), "wrong": kind})
+        self._reloads += 1
+
+    # --- health
+
+    def health(self) -> Facts:
+        """Timers run; the rule set in force."""
+        facts = {
+            "rules_digest": self._rules.digest,
+            "rules": len(self._rules.rules),
+            "rules_error": self._rules_error,
+            "reloads": self._reloads,
+            "destinations_up": dict(self._courier.up()),
+        }
+        running = self._timers.running
+        return running, "" if running else "the timers do not run", facts
+
+    def _checks(self) -> tuple[ReadyCheck, ...]:
+        def scp() -> Check:
+            pulse = read_pulse(self._config.data_dir, "receiver")
+            ok = pulse is not None and fresh(pulse, self._clock) and pulse.ok
+            detail = "" if ok else (pulse.detail if pulse and pulse.detail else "the receiver gives no sign of life")
+            return Check(name="scp", ok=ok, detail=detail)
+
+        def catalog() -> Check:
+            self._catalog.database.write(lambda connection: None, timeout_s=5.0)
+            return Check(name="catalog", ok=True)
+
+        def disk() -> Check:
+            free = self._catalog.archive.free_bytes()
+            return Check(name="disk", ok=free > 0, detail="" if free > 0 else "free space is below the reserve")
+
+        def workers() -> Check:
+            if self._config.jobs.workers == 0:
+                return Check(name="workers", ok=True, detail="none configured")
+            alive = self._workers_alive()
+            return Check(name="workers", ok=alive > 0, detail=f"{alive} of {self._config.jobs.workers}")
+
+        return scp, catalog, disk, workers
+
+    def _workers_alive(self) -> int:
+        pulse = read_pulse(self._config.data_dir, "work")
+        return int(pulse.facts.get("workers_alive", 0)) if pulse and fresh(pulse, self._clock) else 0
+
+    # --- metrics
+
+    def _page(self) -> tuple[str, bytes]:
+        return render(self._metrics, Gauges(self._readings))
+
+    def _readings(self) -> Iterable[Reading]:
+        yield from catalog_readings(self._catalog.queue.snapshot(), self._config)
+        yield from node_readings(self._config, self._catalog.archive.free_bytes(), self._workers_alive())
+        for name, up in self._courier.up().items():
+            yield "destination_up", (name,), float(up)
+        yield "ruleset_info", (self._rules.digest,), 1.0
+        yield "ruleset_rules", (), float(len(self._rules.rules))
+        yield "ruleset_load_failed", (), float(bool(self._rules_error))
+
+    def stop(self) -> None:
+        """What is being sent goes on after the next start."""
+        self._timers.stop()
+        self._http.stop()
+        self._courier.stop()
+        self._catalog.close()

@@ -1,0 +1,292 @@
+"""The first process: binds the ports once, starts the others, restarts what dies, stops everything.
+
+It opens the catalog only to migrate it and to close the associations of dead receivers; it serves nothing itself, so
+what a peer sends cannot hurt it. A lock on the data folder keeps a second node out; each child holds a second one, so
+that after a crash a new node does not begin while a child of the old one still writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig, is_loopback
+from dicom_node.errors import ConfigError, NodeError
+from dicom_node.process import Orders, encode_orders, wait_for_children
+from dicom_node.pulse import Pulse, beat, read_pulse, run_folder
+from dicom_node.store.catalog import Catalog, data_lock, open_catalog
+
+__all__ = ["ROLES", "serve"]
+
+log = logging.getLogger(__name__)
+
+ROLES = ("receiver", "service", "work")
+START_S = 120.0  # all children ready within, else the start has failed
+STOP_S = 15.0  # then SIGKILL: whatever is left is repeated after the next start
+POLL_S = 0.05
+BACKOFF_S = 0.2
+BACKOFF_MAX_S = 30.0
+STEADY_S = 60.0  # a child that lived this long starts anew with the shortest back-off
+BACKLOG = 256
+_STOP = {int(signal.SIGTERM), int(signal.SIGINT)}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+@dataclass(slots=True)
+class _Child:
+    role: str
+    listener: socket.socket | None
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    failures: int = 0
+    start_at: float = 0.0
+    restarts: int = 0
+
+
+def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
+    """Run the node until SIGTERM or SIGINT; `say` gets the one line that tells it is ready.
+
+    Raises ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot start).
+    Returns the exit status: 0 for a clean stop.
+    """
+    os.umask(0o077)
+    config = replace_data_dir(config)
+    with _Signals() as signals, data_lock(config.data_dir), contextlib.ExitStack() as stack:
+        dicom = stack.enter_context(_bind(config.host, config.dicom_port, "dicom_port"))
+        http = stack.enter_context(_bind(config.http_host, config.http_port, "http_port"))
+        supervisor = _Supervisor(config, dicom, http, signals)
+        supervisor.prepare()
+        try:
+            supervisor.start()
+            if supervisor.wait_until_ready():
+                say(ready_line(config, dicom, http))
+                supervisor.watch()
+        finally:
+            supervisor.stop()
+    return 0
+
+
+def replace_data_dir(config: NodeConfig) -> NodeConfig:
+    """The same settings with an absolute data folder, which exists. Raises ConfigError."""
+    try:
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise ConfigError(f"data_dir: {config.data_dir} cannot be made: {exc.strerror}; name another one") from exc
+    return config.model_copy(update={"data_dir": config.data_dir.resolve()})
+
+
+def ready_line(config: NodeConfig, dicom: socket.socket, http: socket.socket) -> str:
+    """One line: where the node answers, and who can reach it."""
+    titles = "/".join(config.ae_titles)
+    where = f"DICOM {titles} on {_address(dicom)}, HTTP on {_address(http)}"
+    if is_loopback(config.host):
+        reach = "only this machine can reach it (to open it set `host` and list `peers` in the configuration)"
+    else:
+        reach = f"reachable from other machines by {len(config.peers)} configured peer(s)"
+    return f"dicom-node ready: {where}; {reach}"
+
+
+def _address(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bind(host: str, port: int, key: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "no such port"
+        raise ConfigError(f"{key}: {host}:{port} cannot be bound: {reason}; choose another (0 = any free one)") from exc
+
+
+class _Signals:
+    """Signals as something to wait for. Handlers and a pipe, not a mask: libraries have threads that mask nothing."""
+
+    def __enter__(self) -> _Signals:
+        self._read_end, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._read_end)
+        os.close(self._write_end)
+
+    def wait(self, seconds: float) -> set[int]:
+        """The signals that came, at most `seconds` from now."""
+        select.select([self._read_end], [], [], seconds)
+        try:
+            return set(os.read(self._read_end, 512))
+        except BlockingIOError:
+            return set()
+
+
+def _nothing(*_: object) -> None:
+    """The pipe tells."""
+
+
+class _Supervisor:
+    """Starts, watches and stops the children. Single-threaded but for the catalog's own writer."""
+
+    def __init__(self, config: NodeConfig, dicom: socket.socket, http: socket.socket, signals: _Signals) -> None:
+        self._config = config
+        self._signals = signals
+        self._clock = SystemClock()
+        self._ports = (int(dicom.getsockname()[1]), int(http.getsockname()[1]))
+        listeners = {"receiver": dicom, "service": http}
+        self._children = [_Child(role=role, listener=listeners.get(role)) for role in ROLES]
+        self._began_at = self._clock.wall().isoformat()
+
+    # --- start
+
+    def prepare(self) -> None:
+        """Migrate the catalog, close what a crash left open, empty the run folder. Raises ConfigError."""
+        wait_for_children(self._config.data_dir)
+        with self._catalog() as catalog:
+            catalog.recover()
+        run = run_folder(self._config.data_dir)
+        shutil.rmtree(run, ignore_errors=True)
+        (run / "metrics").mkdir(parents=True)
+        self._beat("starting")
+
+    @contextlib.contextmanager
+    def _catalog(self) -> Iterator[Catalog]:
+        catalog = open_catalog(self._config.data_dir, self._clock, self._config.storage)
+        try:
+            yield catalog
+        finally:
+            catalog.close()
+
+    def start(self) -> None:
+        """Start every child."""
+        for child in self._children:
+            self._spawn(child)
+
+    def _spawn(self, child: _Child) -> None:
+        fds = (child.listener.fileno(),) if child.listener else ()
+        orders = Orders(
+            config=self._config,
+            supervisor_pid=os.getpid(),
+            listen_fd=fds[0] if fds else -1,
+            ports=self._ports,
+        )
+        child.process = subprocess.Popen(
+            [sys.executable, "-m", "dicom_node.process", child.role],
+            stdin=subprocess.PIPE,
+            pass_fds=fds,
+            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
+        )
+        child.started = time.monotonic()
+        assert child.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.process.stdin as pipe:
+            pipe.write(encode_orders(orders))
+
+    def wait_until_ready(self) -> bool:
+        """True once every child is ready; False when a signal asked to stop. Raises NodeError when one cannot start."""
+        deadline = time.monotonic() + START_S
+        while not all(self._is_ready(child) for child in self._children):
+            if self._signals.wait(POLL_S) & _STOP:
+                return False
+            for child in self._children:
+                status = child.process.poll() if child.process else None
+                if status is not None:
+                    raise NodeError(f"the {child.role} process ended with status {status} while starting; see the log")
+            if time.monotonic() > deadline:
+                waiting = ", ".join(child.role for child in self._children if not self._is_ready(child))
+                raise NodeError(f"not ready after {START_S:g} s: {waiting}; see the log")
+        self._beat("ready")
+        return True
+
+    def _is_ready(self, child: _Child) -> bool:
+        pulse = read_pulse(self._config.data_dir, child.role)
+        return pulse is not None and child.process is not None and pulse.pid == child.process.pid and pulse.ok
+
+    # --- watch
+
+    def watch(self) -> None:
+        """Restart what dies, until SIGTERM or SIGINT; SIGHUP goes on to the service process."""
+        while True:
+            caught = self._signals.wait(0.5)
+            if caught & _STOP:
+                log.info("stop asked for")
+                return
+            if signal.SIGHUP in caught:
+                self._pass_on(signal.SIGHUP, "service")
+            for child in self._children:
+                self._look_after(child)
+
+    def _look_after(self, child: _Child) -> None:
+        now = time.monotonic()
+        if child.process is not None and (status := child.process.poll()) is not None:
+            child.process = None
+            child.failures = 0 if now - child.started > STEADY_S else child.failures + 1
+            pause = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(child.failures, 10))
+            child.start_at = now + pause
+            log.error("a process ended", extra={"role": child.role, "status": status, "restart_in_s": pause})
+            if child.role == "receiver":
+                self._close_dead_associations()
+        if child.process is None and now >= child.start_at:
+            child.restarts += 1
+            self._spawn(child)
+            self._beat("ready")
+
+    def _close_dead_associations(self) -> None:
+        try:
+            with self._catalog() as catalog:
+                catalog.index.close_dead_epochs(())  # only receivers have associations, and there is none now
+        except NodeError as exc:  # forced completion and the next start close them too
+            log.error("associations of the dead receiver stay open", extra={"error": str(exc)})
+
+    def _pass_on(self, number: signal.Signals, role: str) -> None:
+        for child in self._children:
+            if child.role == role and child.process is not None:
+                child.process.send_signal(number)
+
+    def _beat(self, detail: str) -> None:
+        now = self._clock.boot()
+        pulse = Pulse(
+            pid=os.getpid(),
+            boot_id=now.boot_id,
+            boot_s=now.seconds,
+            started_at=self._began_at,
+            ok=detail == "ready",
+            detail=detail,
+            facts={
+                "dicom_port": self._ports[0],
+                "http_port": self._ports[1],
+                "restarts": {child.role: child.restarts for child in self._children},
+            },
+        )
+        beat(self._config.data_dir, "supervisor", pulse)
+
+    # --- stop
+
+    def stop(self) -> None:
+        """End every child: SIGTERM, then SIGKILL after STOP_S. Nothing is lost by it, only repeated."""
+        alive = [child.process for child in self._children if child.process is not None]
+        for process in alive:
+            process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for process in alive:
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.error("a process did not stop in time and is killed", extra={"pid": process.pid})
+                process.kill()
+                process.wait(timeout=5.0)
+        self._beat("stopped")

@@ -1,0 +1,81 @@
+"""The work process: workers, engines, encoders. No torch: models run in the engines' own children."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from dicom_node.interfaces import Clock
+from dicom_node.metrics import Metrics
+from dicom_node.pipeline.headers_of import read_series_header
+from dicom_node.pipeline.work import Worker
+from dicom_node.process import Facts, Orders
+from dicom_node.wiring import encoders, engines, node_catalog, node_ingest
+
+__all__ = ["Work"]
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.2  # how often an idle worker looks for a job
+WORKER_PAUSE_S = 2.0  # after the catalog could not be had
+
+
+class Work:
+    """Workers: jobs, engines, encoders. The engines' own children hold the models."""
+
+    def __init__(self, orders: Orders, clock: Clock) -> None:
+        self._config, self._clock = orders.config, clock
+        self._stopping = threading.Event()
+        self._catalog = node_catalog(self._config, clock)
+        self._engines = engines(self._config)
+        self._worker = self._make_worker()
+        self._threads = [
+            threading.Thread(target=self._run, args=(f"work-{number}",), name=f"worker-{number}", daemon=True)
+            for number in range(self._config.jobs.workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _make_worker(self) -> Worker:
+        config = self._config
+        return Worker(
+            self._catalog.queue,
+            engines=self._engines,
+            timeouts_s={name: settings.timeout_s for name, settings in config.engines.items()},
+            encoders=encoders(),
+            stage=node_ingest(self._catalog, config, self._clock).stage,
+            read_header=read_series_header,
+            settings=config.jobs,
+            node_name=config.ae_titles[0],
+            time_zone=config.time_zone,
+            clock=self._clock,
+            observer=Metrics(config, process="work"),
+        )
+
+    def _run(self, name: str) -> None:
+        while not self._stopping.is_set():
+            try:
+                busy, pause_s = self._worker.run_once(name), IDLE_S
+            except Exception as exc:  # edge: the worker's loop; a lost lease runs out and is done again
+                log.error("a worker stumbled", extra={"worker": name}, exc_info=exc)
+                busy, pause_s = False, WORKER_PAUSE_S
+            if not busy:
+                self._stopping.wait(pause_s)
+
+    def health(self) -> Facts:
+        """How many workers live."""
+        alive = sum(thread.is_alive() for thread in self._threads)
+        wanted = len(self._threads)
+        return alive == wanted, "" if alive == wanted else f"{alive} of {wanted}", {"workers_alive": alive}
+
+    def reload(self) -> None:
+        """Nothing of a worker is re-read."""
+
+    def stop(self) -> None:
+        """Work under way is dropped; its lease runs out and it is done again."""
+        self._stopping.set()
+        for engine in self._engines.values():
+            engine.close()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+        self._catalog.close()

@@ -1,0 +1,110 @@
+"""Import directions and owners, as DESIGN section 3 sets them, checked on the source with `ast`."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dicom_node
+
+PACKAGE = Path(dicom_node.__file__).parent
+CORE = {
+    *("errors", "model", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
+    *("radiograph", "transcode", "plugins"),
+}
+# the composition root: may import anything
+ROOT = {
+    *("cli", "commands", "transfers", "screen"),
+    *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "deciding", "gauges"),
+}
+FOLDERS: dict[str, set[str]] = {
+    "services": set(),
+    "dimse": {"services"},
+    "store": set(),
+    "routing": set(),
+    "pipeline": {"routing"},
+    "models": set(),
+    "engines": set(),
+    "results": set(),
+    "http": set(),
+    "demo": {"services", "dimse", "store", "routing", "pipeline", "models", "engines", "results", "http", *ROOT},
+}
+OWNERS: dict[str, tuple[str, ...]] = {
+    "pynetdicom": ("dimse/pynetdicom_*.py",),
+    "sqlite3": ("store/*.py",),
+    "sqlite_utils": ("store/*.py",),
+    "torch": ("models/*.py", "demo/train.py", "demo/measure.py"),
+    "monai": ("models/*.py", "demo/train.py", "demo/measure.py"),
+    "highdicom": ("results/*.py",),
+    "apscheduler": ("node.py",),
+    "prometheus_client": ("metrics.py",),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything the file imports, inside functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _part(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def _violations(file: Path, package: Path) -> list[str]:
+    relative = file.relative_to(package)
+    part = _part(relative.parts)
+    found = []
+    for line, name in _imports(file):
+        words = name.split(".")
+        if words[0] in OWNERS and not any(relative.match(pattern) for pattern in OWNERS[words[0]]):
+            found.append(f"{relative}:{line}: only {OWNERS[words[0]]} may import {words[0]}")
+        if words[0] != "dicom_node" or len(words) == 1 or part in ROOT or part == "__init__":
+            continue
+        target = words[1]
+        allowed = CORE if part in CORE else CORE | {part} | FOLDERS[part]
+        if target not in allowed and not target.startswith("__"):
+            found.append(f"{relative}:{line}: {part} may not import {target}")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_every_import_goes_in_the_allowed_direction(file: Path) -> None:
+    assert _violations(file, PACKAGE) == []
+
+
+def test_every_file_belongs_to_a_known_part() -> None:
+    assert {_part(file.relative_to(PACKAGE).parts) for file in FILES} <= CORE | ROOT | set(FOLDERS) | {"__init__"}
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("pipeline/work.py", "from dicom_node.store.catalog import open_catalog"),
+        ("pipeline/work.py", "def f():\n    import torch"),
+        ("store/sqlite.py", "import dicom_node.dimse.query"),
+        ("headers.py", "from dicom_node import routing"),
+        ("http/health.py", "from prometheus_client import Counter"),
+        ("dimse/upper_layer.py", "from pynetdicom import AE"),
+    ],
+)
+def test_a_forbidden_import_is_seen(tmp_path: Path, where: str, source: str) -> None:
+    file = tmp_path / where
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    assert len(_violations(file, tmp_path)) == 1
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    heavy = "torch monai pynetdicom highdicom pydicom numpy apscheduler prometheus_client celpy sqlite_utils"
+    code = f"import sys, dicom_node.cli; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert answer.stdout.strip() == "[]"
