@@ -135,6 +135,8 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     route.add_argument("study", metavar="STUDY", help="Study Instance UID")
     route.add_argument("--rule", metavar="RULE", help="only this rule")
     route.add_argument("--again", action="store_true", help="run again although the input is the same")
+    timeline = command("timeline", "timeline", "What happened to a study, and when.")
+    timeline.add_argument("study", metavar="STUDY", help="Study Instance UID")
     release = command("release", "release", "Let a study with an identity conflict be analysed.")
     release.add_argument("study", metavar="STUDY", help="Study Instance UID")
     status = command("status", "status", "Studies, jobs, deliveries, what is stuck and why, on one screen.")

@@ -156,6 +156,17 @@ def release(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def timeline(arguments: argparse.Namespace) -> int:
+    """What happened to a study, and when. Raises NotFound."""
+    with _catalog(_offline(arguments)) as catalog:
+        events = catalog.queue.timeline(arguments.study)
+    if not events:
+        raise NotFound(f"there is no study {arguments.study}")
+    for event in events:
+        print(f"{event.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], event.text)
+    return OK
+
+
 def status(arguments: argparse.Namespace) -> int:
     """The node on one screen."""
     from dicom_node.deciding import due_now

@@ -6,6 +6,7 @@ Implementations never import each other, only this file, `model` and `errors`; `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
@@ -94,6 +95,11 @@ class Spool(Protocol):
         """
         ...
 
+    @property
+    def created(self) -> bool:
+        """After `commit`: whether the file is new under its name; false when the same object was there already."""
+        ...
+
     def discard(self) -> None:
         """Forget it. Idempotent; a no-op after `commit`."""
         ...
@@ -147,6 +153,13 @@ class InstanceIndex(Protocol):
         study's and series' activity and, if the series was routed before, opens the study's next revision; SR, SEG,
         KO, PR, documents and instances of other origins never do.
         A study seen under a second (Patient ID, Issuer) is flagged, and stays one study.
+        """
+        ...
+
+    def if_unreferenced(self, location: str, action: Callable[[], None]) -> bool:
+        """Call `action` (which removes the file at `location`) if no row refers to the file, while none can come to.
+
+        Returns whether it was called. `add_instance` refuses a file that is gone, so no row ever points at nothing.
         """
         ...
 
@@ -213,17 +226,89 @@ class InstanceSink(Protocol):
         ...
 
 
+# --- checking archive against index --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownFile:
+    """What the index says of one file; `present` false: it was missing or damaged when last looked for."""
+
+    sop_instance_uid: str
+    file: ArchivedFile
+    present: bool
+    is_variant: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivedObject:
+    """One archived file read back and hashed; `data_set` is readable until the `examine` block ends.
+
+    The UIDs and `source_ae` ('' for what the node itself produced) are those of its file meta. `named_rightly` is false
+    when the bytes are not those the name calls for: they changed on disk.
+    """
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    source_ae: str
+    file: ArchivedFile
+    named_rightly: bool
+    written_at: datetime
+    data_set: memoryview
+
+
+class CheckedArchive(Protocol):
+    """The archive as fsck sees it."""
+
+    def locations(self) -> Iterator[str]:
+        """Every file; see `Archive.locations`."""
+        ...
+
+    def status(self, location: str) -> tuple[int, float] | None:
+        """Size in bytes and modification time (seconds since 1970), None when it is not there."""
+        ...
+
+    def examine(self, location: str) -> AbstractContextManager[ArchivedObject]:
+        """Read it back. Raises NotFound, InvalidInstance (it has not the archive's form), StorageError (unreadable)."""
+        ...
+
+
+class CheckedIndex(Protocol):
+    """The index as fsck sees it."""
+
+    def files(self) -> Iterator[KnownFile]:
+        """Every file the index knows: main ones by SOP Instance UID, then variants; paged."""
+        ...
+
+    def unknown_locations(self, locations: Sequence[str]) -> Sequence[str]:
+        """Those of `locations` no row refers to, in their order."""
+        ...
+
+    def mark_file(self, known: KnownFile, *, present: bool) -> None:
+        """Say whether a main file is there. A missing one is served and counted nowhere; variants have no state."""
+        ...
+
+    def restore(self, record: InstanceRecord) -> StoreOutcome:
+        """Index a file found in the archive, keeping the first of a UID; its series stays unrouted, nothing is run."""
+        ...
+
+
 # --- studies, jobs, deliveries ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedSeries:
-    """What routing decided for one series: its header, every rule's verdict and the jobs that follow."""
+    """What routing decided for one series: its header, every rule's verdict and the jobs that follow.
+
+    With `failure` set nothing could be decided: the series is closed as failed, for that reason, until a person routes
+    it.
+    """
 
     series_instance_uid: str
     header: SeriesHeader
     verdicts: tuple[Verdict, ...]
     jobs: tuple[PlannedJob, ...]
+    failure: str = ""
 
 
 class StudyLedger(Protocol):
@@ -288,7 +373,13 @@ class JobQueue(Protocol):
         """Heartbeat. Raises LeaseLost (also when the job was cancelled: the work must be dropped)."""
         ...
 
-    def finish_job(self, job: Job, produced: Sequence[InstanceRecord], sending_order: Sequence[str]) -> None:
+    def finish_job(
+        self,
+        job: Job,
+        produced: Sequence[InstanceRecord],
+        sending_order: Sequence[str],
+        stage_seconds: Mapping[str, float] | None = None,
+    ) -> None:
         """One transaction: results become visible, deliveries are queued (`sending_order`: SOP Instance UIDs), the job
         is DONE. Raises LeaseLost and writes nothing when the token is stale. A produced instance whose UID is known
         with the same digest is adopted; with another digest the existing one is adopted and kept.
@@ -312,7 +403,7 @@ class JobQueue(Protocol):
         ...
 
     def retry_job(self, job_id: int) -> None:
-        """By a person: FAILED, REJECTED or CANCELLED back to PENDING, attempts 0. Raises NotFound, IllegalTransition."""
+        """By a person: FAILED, REJECTED or CANCELLED back to PENDING. Raises NotFound, IllegalTransition."""
         ...
 
     def cancel_job(self, job_id: int) -> None:
@@ -325,6 +416,14 @@ class JobQueue(Protocol):
 
     def jobs(self, *, study_instance_uid: str | None = None, limit: int = 100) -> Sequence[Job]:
         """Newest first."""
+        ...
+
+    def job_input(self, job: Job) -> tuple[Sequence[StoredInstance], SeriesHeader]:
+        """Exactly the instances of `job.input_digest`, and the series' header as kept at its latest closing.
+
+        Images that came after the job was made are left out. Raises StorageError when one of the instances was
+        replaced or is gone.
+        """
         ...
 
     def job_results(self, job_id: int) -> Sequence[StoredInstance]:

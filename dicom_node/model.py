@@ -228,6 +228,8 @@ class StudyActivity:
     pending_series: tuple[str, ...]  # series with images not yet routed, of this revision
     instance_count: int
     immediate_series: tuple[str, ...] = ()  # single-image CR / DX / MG series among the pending ones
+    received_seq: Mapping[str, int] = field(default_factory=dict)  # per pending series: tells a later image apart
+    again: bool = False  # by a person: run again what was already run
 
 
 class CloseTrigger(Enum):
@@ -248,6 +250,7 @@ class SeriesHeader:
     `missing_in`: keyword to the number of instances lacking it (only for keywords some instance has).
     `geometry`: one dictionary per instance with SOPInstanceUID, SOPClassUID, InstanceNumber, ImagePositionPatient,
     ImageOrientationPatient, PixelSpacing, Rows, Columns, NumberOfFrames, ImageType, FrameOfReferenceUID where present.
+    `distinct_counts`: only for keywords with more distinct values than `values` keeps, how many there are.
     """
 
     series_instance_uid: str
@@ -255,6 +258,7 @@ class SeriesHeader:
     values: Mapping[str, tuple[Any, ...]]
     missing_in: Mapping[str, int] = field(default_factory=dict)
     geometry: tuple[Mapping[str, Any], ...] = ()
+    distinct_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -416,6 +420,7 @@ class Job:
     handle: str | None = None  # of a WAITING job: the engine's own id
     error: str = ""
     superseded_job: int | None = None  # the earlier run on the same series this one follows
+    age_s: float = 0.0  # when it was read: since it was made, or since a person retried it
 
 
 class DeliveryState(Enum):
@@ -452,6 +457,7 @@ class Delivery:
     items: tuple[DeliveryItem, ...]
     token: int = 0
     error: str = ""
+    age_s: float = 0.0  # when it was read: since it was queued, or since a person retried it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,6 +469,14 @@ class Destination:
     host: str
     port: int
     calling_ae_title: str = ""  # '' = the node's first AE title
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineEvent:
+    """One thing that happened to a study, for people: `text` carries names of the configuration and counts only."""
+
+    at: datetime
+    text: str
 
 
 # --- engines and what they say -------------------------------------------------------------------------------------
@@ -610,8 +624,9 @@ class Pending:
 class ResultContext:
     """What an encoder needs beside the values: everything that makes the object deterministic.
 
-    `run_key` names the job: the same key gives the same UIDs and the same bytes. `tracking_key` is the same without
-    the run number. `predecessors` are the SOP Instance UIDs of the results this run follows.
+    `run_key` names the job: the same key gives the same UIDs and the same bytes. `tracking_key` names the model and the
+    series only, so that tracking UIDs outlast a new run, a new version and late images. `predecessors` are the
+    results of the run this one follows.
     """
 
     run_key: str

@@ -55,15 +55,21 @@ class Database:
     def write(self, fn: Write[T], timeout_s: float = 60.0) -> T:
         """Run `fn` in a transaction and return its value once the transaction is durable.
 
-        What `fn` raises is raised here and undoes only its own changes. Raises CatalogBusy when the lock was not had
-        in time, StorageError when SQLite cannot write (disk full, I/O error). `fn` may be run on another thread, and
-        must not call `write`.
+        What `fn` raises is raised here and undoes only its own changes. Raises CatalogBusy when the lock was not had or
+        the transaction not done in time (it may then still be done), StorageError when SQLite cannot write (disk full,
+        I/O error). `fn` may be run on another thread, and must not call `write`.
         """
         if self._closed:
             raise StorageError("the catalog is closed")
         future: Future[T] = Future()
-        self._queue.put((fn, future), timeout=timeout_s)
-        return future.result(timeout=timeout_s)
+        try:
+            self._queue.put((fn, future), timeout=timeout_s)
+            return future.result(timeout=timeout_s)
+        except (TimeoutError, queue.Full) as exc:
+            if future.done() and not future.cancelled():
+                raise  # raised by `fn` itself
+            future.cancel()  # skipped if it has not begun
+            raise CatalogBusy(f"the catalog did not take a change within {timeout_s:g} s") from exc
 
     def _run(self) -> None:
         connection: sqlite3.Connection | None = None
@@ -98,7 +104,8 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 for fn, future in batch:
-                    results.append(_in_savepoint(connection, fn, future))
+                    if future.set_running_or_notify_cancel():
+                        results.append(_in_savepoint(connection, fn, future))
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

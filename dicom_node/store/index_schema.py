@@ -23,6 +23,7 @@ CREATE TABLE patient (
     UNIQUE (patient_id, issuer, only_study)
 );
 CREATE INDEX patient_name_key ON patient (name_key);
+CREATE INDEX patient_name_groups ON patient (id) WHERE instr(name_key, '=') > 0;
 
 CREATE TABLE study (
     study_instance_uid TEXT PRIMARY KEY,
@@ -44,11 +45,12 @@ CREATE TABLE study (
 CREATE INDEX study_patient ON study (patient);
 CREATE INDEX study_patient_id ON study (patient_id);
 CREATE INDEX study_name_key ON study (name_key);
-CREATE INDEX study_date ON study (study_date, study_time);
+CREATE INDEX study_name_groups ON study (study_instance_uid) WHERE instr(name_key, '=') > 0;
+CREATE INDEX study_date ON study (study_date, study_time, study_instance_uid);
 CREATE INDEX study_accession ON study (accession_number);
 
 CREATE TABLE series (
-    series_instance_uid TEXT PRIMARY KEY,
+    series_instance_uid TEXT NOT NULL,
     study_instance_uid TEXT NOT NULL REFERENCES study (study_instance_uid),
     modality TEXT NOT NULL, series_number TEXT NOT NULL,
     instance_count INTEGER NOT NULL,
@@ -56,24 +58,27 @@ CREATE TABLE series (
     attributes TEXT NOT NULL,
     routing TEXT NOT NULL DEFAULT 'none',        -- none: no received image; open: images not yet routed; routed
     received_seq INTEGER NOT NULL DEFAULT 0,     -- counts up with every RECEIVED image: routing detects a late one
-    source TEXT NOT NULL DEFAULT '{}'            -- JSON of the last Source that fed it
+    source TEXT NOT NULL DEFAULT '{}',           -- JSON of the last Source that fed it
+    PRIMARY KEY (study_instance_uid, series_instance_uid)  -- careless anonymisers reuse a series UID in two studies
 );
-CREATE INDEX series_study ON series (study_instance_uid);
+CREATE INDEX series_uid ON series (series_instance_uid);
 CREATE INDEX series_open ON series (study_instance_uid) WHERE routing = 'open';
 
 CREATE TABLE instance (
     sop_instance_uid TEXT PRIMARY KEY,
     sop_class_uid TEXT NOT NULL,
-    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL REFERENCES series (series_instance_uid),
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
     transfer_syntax_uid TEXT NOT NULL,
-    instance_number TEXT NOT NULL, instance_order INTEGER,  -- Instance Number as an integer when it is one
+    instance_number TEXT NOT NULL,
+    instance_order INTEGER NOT NULL,             -- Instance Number as an integer; the largest one when it is none
     location TEXT NOT NULL, data_set_offset INTEGER NOT NULL, data_set_length INTEGER NOT NULL, sha256 TEXT NOT NULL,
     pixel_data_offset INTEGER,
     origin TEXT NOT NULL, modality TEXT NOT NULL, is_image INTEGER NOT NULL,
     attributes TEXT NOT NULL,
     source TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'present',       -- present | missing (fsck)
-    received_at TEXT NOT NULL
+    received_at TEXT NOT NULL,
+    FOREIGN KEY (study_instance_uid, series_instance_uid) REFERENCES series (study_instance_uid, series_instance_uid)
 );
 CREATE INDEX instance_series ON instance (series_instance_uid, instance_order, sop_instance_uid);
 CREATE INDEX instance_study ON instance (study_instance_uid);

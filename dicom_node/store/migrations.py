@@ -1,6 +1,6 @@
 """The catalog's schema is sqlite-utils migrations, applied in order under the catalog lock.
 
-`index_schema` and `queue_schema` register them; a migration that has landed is never changed, only followed.
+`index_schema`, `queue_schema` and `timeline` register them. One that has landed is never changed, only followed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sqlite_utils
 
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
+from dicom_node.store.timeline import timeline_migrations
 
 
 def migrate(path: Path) -> None:
@@ -27,6 +28,7 @@ def migrate(path: Path) -> None:
         database = sqlite_utils.Database(connection)
         index_migrations.apply(database)
         queue_migrations.apply(database)
+        timeline_migrations.apply(database)
     finally:
         connection.close()
         os.close(lock)

@@ -1,7 +1,133 @@
-"""Tables of studies' verdicts, jobs and deliveries."""
+"""Tables of what was decided and what follows: headers, verdicts, jobs, deliveries.
+
+The index's tables say what is there; these say what became of it. A series is closed by one row in `routed_series`;
+its verdicts hang on that row, so the history of every decision stays. `rank` is `Priority.rank`. Leases and delays are
+boot times (`*_s` with `*_boot_id`): of another boot, or NULL, they count as past. `*_at` are ISO 8601 UTC.
+A series is named by both its UIDs: careless anonymisers reuse a series UID in two studies.
+"""
 
 from __future__ import annotations
 
-from sqlite_utils import Migrations
+from sqlite_utils import Database, Migrations
 
 queue_migrations = Migrations("queue")
+
+_TABLES = """
+CREATE TABLE routed_series (                     -- one row each time a series is closed
+    id INTEGER PRIMARY KEY,
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    revision INTEGER NOT NULL,
+    close_trigger TEXT NOT NULL,                 -- a CloseTrigger value
+    rule_set_digest TEXT NOT NULL,
+    outcome TEXT NOT NULL,                       -- routed | filtered | held (identity conflict) | failed
+    reason TEXT NOT NULL,                        -- of filtered, held and failed
+    planned TEXT NOT NULL,                       -- JSON list: rules that asked for a job or a sending
+    routed_at TEXT NOT NULL
+);
+CREATE INDEX routed_series_series ON routed_series (study_instance_uid, series_instance_uid, id);
+CREATE INDEX routed_series_at ON routed_series (routed_at);
+
+CREATE TABLE standing (                          -- where a series stands since its latest closing; see store.standing
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    routed INTEGER NOT NULL REFERENCES routed_series (id),   -- the latest closing
+    class TEXT NOT NULL,                         -- routed | filtered | waiting (held) | failed | lost
+    reason TEXT NOT NULL,
+    PRIMARY KEY (study_instance_uid, series_instance_uid)
+) WITHOUT ROWID;
+CREATE INDEX standing_routed ON standing (routed);
+CREATE INDEX standing_class ON standing (class, reason);
+
+CREATE TABLE series_header (                     -- of the latest closing; apart, since it is large
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    header BLOB NOT NULL,                        -- SeriesHeader as JSON, zlib
+    PRIMARY KEY (study_instance_uid, series_instance_uid)
+);
+
+CREATE TABLE verdict (
+    routed INTEGER NOT NULL REFERENCES routed_series (id), position INTEGER NOT NULL,
+    rule TEXT NOT NULL,
+    matched INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    conditions TEXT NOT NULL,                    -- JSON: expression, outcome, values, explanation
+    PRIMARY KEY (routed, position)
+) WITHOUT ROWID;
+
+CREATE TABLE job (
+    id INTEGER PRIMARY KEY,
+    study_instance_uid TEXT NOT NULL, revision INTEGER NOT NULL, series_instance_uid TEXT NOT NULL,
+    rule TEXT NOT NULL, engine TEXT NOT NULL,
+    priority TEXT NOT NULL, rank INTEGER NOT NULL,
+    results TEXT NOT NULL, destinations TEXT NOT NULL,       -- JSON lists
+    send_what TEXT NOT NULL, late_instances TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending',       -- a JobState value; moves only by model.next_job_state
+    attempts INTEGER NOT NULL DEFAULT 0,
+    run_number INTEGER NOT NULL,
+    input_digest TEXT NOT NULL,
+    superseded_job INTEGER REFERENCES job (id),
+    token INTEGER NOT NULL DEFAULT 0,            -- fencing: counts up with each lease
+    worker TEXT NOT NULL DEFAULT '',
+    handle TEXT,                                 -- an external engine's own id
+    error TEXT NOT NULL DEFAULT '',
+    stages TEXT NOT NULL DEFAULT '{}',           -- JSON: stage of a DONE job to its seconds
+    lease_until_s REAL, lease_boot_id TEXT,
+    not_before_s REAL, not_before_boot_id TEXT,
+    created_at TEXT NOT NULL,
+    since_s REAL NOT NULL, since_boot_id TEXT NOT NULL, since_at TEXT NOT NULL,  -- made, or retried by a person
+    UNIQUE (study_instance_uid, series_instance_uid, rule, run_number)
+);
+CREATE INDEX job_runnable ON job (rank, id) WHERE state IN ('pending', 'leased', 'waiting');
+CREATE INDEX job_state ON job (state);
+
+CREATE TABLE job_result (                        -- what a job produced, in sending order
+    job INTEGER NOT NULL REFERENCES job (id), position INTEGER NOT NULL,
+    sop_instance_uid TEXT NOT NULL,
+    PRIMARY KEY (job, position)
+) WITHOUT ROWID;
+CREATE INDEX job_result_instance ON job_result (sop_instance_uid);
+
+CREATE TABLE delivery (
+    id INTEGER PRIMARY KEY,
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL, rule TEXT NOT NULL,
+    destination TEXT NOT NULL,
+    job INTEGER REFERENCES job (id),             -- of results
+    input_digest TEXT NOT NULL,                  -- of source images: what was to be sent; '' for results
+    rank INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending',       -- a DeliveryState value
+    attempts INTEGER NOT NULL DEFAULT 0,
+    token INTEGER NOT NULL DEFAULT 0,
+    worker TEXT NOT NULL DEFAULT '',
+    error TEXT NOT NULL DEFAULT '',
+    lease_until_s REAL, lease_boot_id TEXT,
+    not_before_s REAL, not_before_boot_id TEXT,
+    created_at TEXT NOT NULL,
+    since_s REAL NOT NULL, since_boot_id TEXT NOT NULL, since_at TEXT NOT NULL
+);
+CREATE UNIQUE INDEX delivery_once ON delivery (job, destination) WHERE job IS NOT NULL;
+CREATE INDEX delivery_runnable ON delivery (destination, rank, id) WHERE state IN ('pending', 'leased');
+CREATE INDEX delivery_source ON delivery (study_instance_uid, series_instance_uid, rule, destination);
+CREATE INDEX delivery_state ON delivery (state, destination);
+
+CREATE TABLE delivery_item (
+    delivery INTEGER NOT NULL REFERENCES delivery (id), position INTEGER NOT NULL,
+    sop_instance_uid TEXT NOT NULL, sha256 TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'waiting',       -- waiting | sent | refused
+    dimse_status INTEGER,
+    error TEXT NOT NULL DEFAULT '',
+    PRIMARY KEY (delivery, position)
+) WITHOUT ROWID;
+CREATE INDEX delivery_item_instance ON delivery_item (sop_instance_uid);
+
+-- What the ledger counts beside `standing`. Images coming into an open series touch none of these.
+CREATE INDEX series_routed ON series (study_instance_uid, series_instance_uid) WHERE routing = 'routed';
+CREATE INDEX series_restored ON series (study_instance_uid) WHERE routing = 'none' AND image_count > 0;
+CREATE INDEX instance_document ON instance (study_instance_uid, series_instance_uid)
+    WHERE origin = 'received' AND is_image = 0;
+"""
+
+
+@queue_migrations()
+def queue_tables(db: Database) -> None:
+    """The first schema."""
+    for statement in _TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)

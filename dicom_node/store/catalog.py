@@ -1,0 +1,128 @@
+"""The data folder: everything the node keeps, opened as one thing.
+
+    <data>/catalog.db       index, ledger, queues (SQLite, WAL)
+    <data>/catalog.lock     writers of every process take turns on it
+    <data>/archive/         the bytes
+    <data>/node.lock        held by the node that uses the folder
+
+Copy it with the node stopped and the node has moved.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dicom_node.config import StorageSettings
+from dicom_node.errors import ConfigError, StorageError
+from dicom_node.interfaces import Clock
+from dicom_node.store.database import Database
+from dicom_node.store.folder import FolderArchive
+from dicom_node.store.fs import FileSystem, RealFileSystem
+from dicom_node.store.index import SqliteIndex
+from dicom_node.store.migrations import migrate
+from dicom_node.store.queue import QueueOptions, SqliteQueue
+
+__all__ = ["Catalog", "data_lock", "open_catalog"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """What one process sees of the data folder. `epoch` names this process's life."""
+
+    database: Database
+    archive: FolderArchive
+    index: SqliteIndex
+    queue: SqliteQueue
+    epoch: str
+
+    def recover(self, live_epochs: Iterable[str] = ()) -> None:
+        """At node start, under `data_lock` and before anything is received: tidy up after processes that died.
+
+        Associations of epochs not in `live_epochs` are ended DEAD; temporaries of objects half received are removed.
+        """
+        self.index.close_dead_epochs({self.epoch, *live_epochs})
+        self.archive.sweep()
+
+    def close(self) -> None:
+        """Finish what is queued. Idempotent."""
+        self.database.close()
+
+
+def open_catalog(
+    data_dir: Path,
+    clock: Clock,
+    storage: StorageSettings,
+    *,
+    fs: FileSystem | None = None,
+    options: QueueOptions | None = None,
+) -> Catalog:
+    """Open the data folder, creating what is missing (mode 0700) and bringing the schema up to date.
+
+    Any number of processes may do so at a time. Raises ConfigError when the folder cannot be used, StorageError when
+    its disk fails.
+    """
+    files = fs or RealFileSystem()
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
+    if not os.access(data_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"data_dir: {data_dir} cannot be written by this user; name a folder that can")
+    archive = FolderArchive(
+        data_dir / "archive", fs=files, reserve_bytes=storage.reserve_bytes, reserve_ratio=storage.reserve_ratio
+    )
+    path = data_dir / "catalog.db"
+    _create_private(path)
+    migrate(path)
+    _sync_folder(files, data_dir)
+    database = Database(path)
+    epoch = f"{os.getpid()}-{uuid.uuid4().hex}"
+    return Catalog(
+        database=database,
+        archive=archive,
+        index=SqliteIndex(database, archive.path, clock, epoch),
+        queue=SqliteQueue(database, archive.path, clock, options),
+        epoch=epoch,
+    )
+
+
+def _create_private(path: Path) -> None:
+    # SQLite gives its WAL and shared memory the mode of the database file
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _sync_folder(fs: FileSystem, folder: Path) -> None:
+    try:
+        fd = fs.open_folder(folder)
+        try:
+            fs.fsync_dir(fd)
+        finally:
+            fs.close(fd)
+    except OSError as exc:
+        raise StorageError("the data folder cannot be synced") from exc
+
+
+@contextmanager
+def data_lock(data_dir: Path) -> Iterator[None]:
+    """Keep a second node out of `data_dir` for as long as the block, or this process, lives. Raises ConfigError."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"data_dir: another node is using {data_dir}; stop it, or give this one its own with --data-dir"
+            ) from None
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,373 @@
+"""Bytes in a folder: Part-10 files under names derived from digests, never from a peer's text.
+
+    <root>/aa/<64 hex digits>.dcm     256 shard folders, made and synced at install
+    <root>/tmp/                       only where the file system has no nameless files (O_TMPFILE)
+
+The digits are SHA-256 over the transfer syntax UID and the data set's own SHA-256, so one name means one content: a
+name that is taken is the same object, already there. Order per object: sync the file, name it, sync the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dicom_node.errors import InvalidInstance, NotFound, StorageError
+from dicom_node.interfaces import ArchivedObject
+from dicom_node.model import ArchivedFile
+from dicom_node.store.fs import FileSystem, RealFileSystem
+from dicom_node.store.part10 import build_file_meta, parse_file_meta
+
+__all__ = ["FolderArchive", "FolderSpool"]
+
+PIECE = 64 * 1024  # bytes per write: bounds memory and how long one call holds the disk
+_LOCATION = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.dcm")
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+
+
+class FolderArchive:
+    """`interfaces.Archive` on one file system. Many processes may use one root at a time."""
+
+    def __init__(
+        self, root: Path, *, fs: FileSystem | None = None, reserve_bytes: int = 0, reserve_ratio: float = 0.0
+    ) -> None:
+        """`root` is made if need be (StorageError if it cannot be); free space below the larger reserve is not used."""
+        self._root = root
+        self._fs: FileSystem = fs or RealFileSystem()
+        self._reserve_bytes = reserve_bytes
+        self._reserve_ratio = reserve_ratio
+        self._tmp = root / "tmp"
+        try:
+            self._install()
+        except OSError as exc:
+            raise _storage_error("the archive's folders cannot be made", exc) from exc
+
+    def _install(self) -> None:
+        self._fs.mkdir(self._root)
+        for number in range(256):
+            self._fs.mkdir(self._root / f"{number:02x}")
+        self._fs.mkdir(self._tmp)
+        # a new folder is only durable with its parent's entry
+        for folder in (self._root, self._root.parent):
+            fd = self._fs.open_folder(folder)
+            try:
+                self._fs.fsync_dir(fd)
+            finally:
+                self._fs.close(fd)
+
+    def begin(
+        self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str
+    ) -> FolderSpool:
+        """See `interfaces.Archive.begin`."""
+        if self.free_bytes() <= 0:
+            raise StorageError("free space is below the reserve")
+        meta = build_file_meta(
+            sop_class_uid=sop_class_uid,
+            sop_instance_uid=sop_instance_uid,
+            transfer_syntax_uid=transfer_syntax_uid,
+            source_ae=source_ae,
+        )
+        try:
+            fd, temporary = self._open()
+        except OSError as exc:
+            raise _storage_error("a new file cannot be opened", exc) from exc
+        return FolderSpool(self._fs, self._root, fd, temporary, meta, transfer_syntax_uid)
+
+    def _open(self) -> tuple[int, Path | None]:
+        try:
+            return self._fs.open_tmpfile(self._root), None
+        except OSError as exc:
+            if exc.errno not in _NO_TMPFILE:
+                raise
+        temporary = _temporary(self._tmp)
+        return self._fs.create(temporary), temporary
+
+    def path(self, location: str) -> str:
+        """See `interfaces.Archive.path`."""
+        if not _LOCATION.fullmatch(location):
+            raise NotFound("this is no location in the archive")
+        return str(self._root / location)
+
+    def free_bytes(self) -> int:
+        """See `interfaces.Archive.free_bytes`. Raises StorageError when the file system does not say."""
+        try:
+            space = self._fs.statvfs(self._root)
+        except OSError as exc:
+            raise _storage_error("free space is unknown", exc) from exc
+        total = space.f_blocks * space.f_frsize
+        return space.f_bavail * space.f_frsize - max(self._reserve_bytes, int(total * self._reserve_ratio))
+
+    def locations(self) -> Iterator[str]:
+        """See `interfaces.Archive.locations`; in the order of their names."""
+        for number in range(256):
+            shard = f"{number:02x}"
+            try:
+                names = sorted(os.listdir(self._root / shard))
+            except FileNotFoundError:
+                continue
+            for name in names:
+                location = f"{shard}/{name}"
+                if _LOCATION.fullmatch(location):
+                    yield location
+
+    def remove(self, location: str) -> None:
+        """See `interfaces.Archive.remove`. Raises StorageError."""
+        try:
+            self._fs.unlink(Path(self.path(location)))
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise _storage_error("a file cannot be removed", exc) from exc
+
+    def sweep(self) -> int:
+        """Remove what a crash left in `tmp`; returns how many. Only while no other process receives."""
+        removed = 0
+        for leftover in list(self._tmp.iterdir()) if self._tmp.is_dir() else []:
+            leftover.unlink(missing_ok=True)
+            removed += 1
+        return removed
+
+    def status(self, location: str) -> tuple[int, float] | None:
+        """See `interfaces.CheckedArchive.status`."""
+        try:
+            info = os.stat(self.path(location))
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise _storage_error("an archived file cannot be looked at", exc) from exc
+        return info.st_size, info.st_mtime
+
+    @contextmanager
+    def examine(self, location: str) -> Iterator[ArchivedObject]:
+        """See `interfaces.CheckedArchive.examine`."""
+        try:
+            with open(self.path(location), "rb") as file:
+                info = os.fstat(file.fileno())
+                meta = parse_file_meta(memoryview(os.pread(file.fileno(), PIECE, 0)))
+                # read before it is mapped: a bad block is an error here and would be a SIGBUS there
+                sha256 = _hash_from(file.fileno(), meta.data_set_offset)
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        except FileNotFoundError:
+            raise NotFound("the archive has no such file") from None
+        except OSError as exc:
+            raise _storage_error("an archived file cannot be read", exc) from exc
+        with mapped, memoryview(mapped) as view, view[meta.data_set_offset :] as data_set:
+            yield ArchivedObject(
+                sop_class_uid=meta.sop_class_uid,
+                sop_instance_uid=meta.sop_instance_uid,
+                transfer_syntax_uid=meta.transfer_syntax_uid,
+                source_ae=meta.source_ae,
+                file=ArchivedFile(
+                    location=location,
+                    data_set_offset=meta.data_set_offset,
+                    data_set_length=len(data_set),
+                    sha256=sha256,
+                ),
+                named_rightly=_location(meta.transfer_syntax_uid, sha256) == location,
+                written_at=datetime.fromtimestamp(info.st_mtime, UTC),
+                data_set=data_set,
+            )
+
+
+class FolderSpool:
+    """`interfaces.Spool`: one data set on its way in. Not for two threads at a time."""
+
+    def __init__(
+        self, fs: FileSystem, root: Path, fd: int, temporary: Path | None, meta: bytes, transfer_syntax_uid: str
+    ) -> None:
+        self._fs = fs
+        self._root = root
+        self._fd = fd
+        self._temporary = temporary
+        self._meta_length = len(meta)
+        self._transfer_syntax_uid = transfer_syntax_uid
+        self._pending = bytearray(meta)
+        self._hashed_from = len(meta)  # the pending bytes before this one are not of the data set
+        self._digest = hashlib.sha256()
+        self._length = 0
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+        self._created = False
+        self._offset = len(meta)  # of the data set in the file that keeps it; another's envelope may be longer
+
+    @property
+    def length(self) -> int:
+        """Data set bytes so far."""
+        return self._length
+
+    @property
+    def sha256(self) -> str:
+        """Of the data set bytes so far."""
+        digest = self._digest.copy()
+        digest.update(self._pending[self._hashed_from :])
+        return digest.hexdigest()
+
+    @property
+    def created(self) -> bool:
+        """After `commit`: whether the name is new, that is whether removing the file takes it from nobody else."""
+        return self._created
+
+    def write(self, fragment: bytes | memoryview) -> None:
+        """See `interfaces.Spool.write`: memory stays below two pieces whatever the fragment's size."""
+        view = memoryview(fragment)
+        self._length += len(view)
+        for start in range(0, len(view), PIECE):
+            self._pending += view[start : start + PIECE]
+            while len(self._pending) >= PIECE:
+                self._flush(PIECE)
+
+    def _flush(self, count: int) -> None:
+        with memoryview(self._pending) as pending:
+            self._digest.update(pending[self._hashed_from : count])
+            written = 0
+            try:
+                while written < count:
+                    written += self._fs.write(self._fd, pending[written:count])
+            except OSError as exc:
+                raise _storage_error("a received object cannot be written", exc) from exc
+        self._hashed_from = 0
+        del self._pending[:count]
+
+    def view(self) -> memoryview:
+        """See `interfaces.Spool.view`. Raises StorageError."""
+        if self._view is None:
+            self._flush(len(self._pending))
+            try:
+                self._map = mmap.mmap(self._fd, self._meta_length + self._length, prot=mmap.PROT_READ)
+            except OSError as exc:
+                raise _storage_error("a received object cannot be read back", exc) from exc
+            self._view = memoryview(self._map)[self._meta_length :]
+        return self._view
+
+    def commit(self) -> ArchivedFile:
+        """See `interfaces.Spool.commit`. The spool is closed afterwards, whatever happens."""
+        try:
+            self._flush(len(self._pending))
+            sha256 = self._digest.hexdigest()
+            location = _location(self._transfer_syntax_uid, sha256)
+            try:
+                self._fs.fsync(self._fd)
+                self._name(location)
+            except OSError as exc:
+                raise _storage_error("a received object cannot be made durable", exc) from exc
+        finally:
+            self.discard()
+        return ArchivedFile(
+            location=location, data_set_offset=self._offset, data_set_length=self._length, sha256=sha256
+        )
+
+    def _name(self, location: str) -> None:
+        shard, name = location.split("/")
+        folder_fd = self._fs.open_folder(self._root / shard)
+        try:
+            self._place(name, folder_fd, self._root / location)
+            try:
+                self._fs.fsync_dir(folder_fd)
+            except OSError:
+                if self._created:
+                    with suppress(OSError):
+                        self._fs.unlink(self._root / location)
+                    self._created = False
+                raise
+        finally:
+            self._fs.close(folder_fd)
+
+    def _place(self, name: str, folder_fd: int, target: Path) -> None:
+        if self._temporary is None:
+            try:
+                self._fs.link(self._fd, name, folder_fd)
+            except FileExistsError:
+                if not self._same_bytes(target):
+                    self._replace(name, folder_fd)
+            else:
+                self._created = True
+        elif not target.exists():
+            self._fs.rename(self._temporary, name, folder_fd)
+            self._temporary, self._created = None, True
+        elif not self._same_bytes(target):
+            self._fs.rename(self._temporary, name, folder_fd)
+            self._temporary = None
+
+    def _replace(self, name: str, folder_fd: int) -> None:
+        # What lies under this name was damaged on disk since; put the good bytes in its place in one step.
+        temporary = _temporary(self._root / "tmp")
+        tmp_fd = self._fs.open_folder(temporary.parent)
+        try:
+            self._fs.link(self._fd, temporary.name, tmp_fd)
+        finally:
+            self._fs.close(tmp_fd)
+        try:
+            self._fs.rename(temporary, name, folder_fd)
+        except OSError:
+            with suppress(OSError):
+                self._fs.unlink(temporary)
+            raise
+
+    def _same_bytes(self, target: Path) -> bool:
+        """Whether `target` still holds our data set: an acknowledgement must not rest on a file that rotted."""
+        try:
+            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            start = parse_file_meta(memoryview(os.pread(fd, PIECE, 0))).data_set_offset
+            if os.fstat(fd).st_size - start != self._length:
+                return False
+            for offset in range(0, self._length, PIECE):
+                if os.pread(fd, PIECE, start + offset) != os.pread(self._fd, PIECE, self._meta_length + offset):
+                    return False
+            self._offset = start
+            return True
+        except (InvalidInstance, OSError):
+            return False
+        finally:
+            os.close(fd)
+
+    def discard(self) -> None:
+        """See `interfaces.Spool.discard`."""
+        if self._view is not None:
+            self._view.release()
+            self._view = None
+        if self._map is not None:
+            with suppress(BufferError):  # a caller still holds a slice: the mapping ends with it
+                self._map.close()
+            self._map = None
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            with suppress(OSError):
+                self._fs.close(fd)
+        if self._temporary is not None:
+            with suppress(OSError):  # `sweep` finds it
+                self._fs.unlink(self._temporary)
+            self._temporary = None
+
+
+def _location(transfer_syntax_uid: str, data_set_sha256: str) -> str:
+    # hashing the digest instead of the bytes a second time; the transfer syntax is part of what the bytes mean
+    name = hashlib.sha256(f"{transfer_syntax_uid} {data_set_sha256}".encode()).hexdigest()
+    return f"{name[:2]}/{name}.dcm"
+
+
+def _hash_from(fd: int, offset: int) -> str:
+    digest = hashlib.sha256()
+    while piece := os.pread(fd, 16 * PIECE, offset):
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f"{secrets.token_hex(16)}.part"
+
+
+def _storage_error(what: str, exc: OSError) -> StorageError:
+    # never str(exc): it may name paths; the symbol says all
+    return StorageError(f"{what}: {errno.errorcode.get(exc.errno or 0, 'I/O error')}")

@@ -1,0 +1,123 @@
+"""The file system behind every durable step, so that tests can make any one of them fail.
+
+`FileSystem` has exactly the calls the archive's promise depends on: file synced, then named, then the folder synced.
+Calls raise OSError and nothing else; what it means is decided by the caller.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["FileSystem", "RealFileSystem"]
+
+FOLDER_MODE = 0o700
+FILE_MODE = 0o600
+
+
+class FileSystem(Protocol):
+    """Calls on one file system. Descriptors are the caller's to close."""
+
+    def mkdir(self, path: Path) -> None:
+        """Create a folder only its owner may enter; one that exists is fine."""
+        ...
+
+    def open_folder(self, path: Path) -> int:
+        """A descriptor of a folder, for `link`, `rename`, `unlink` and `fsync_dir`."""
+        ...
+
+    def open_tmpfile(self, folder: Path) -> int:
+        """A new file without a name in `folder`'s file system: a crash leaves nothing of it."""
+        ...
+
+    def create(self, path: Path) -> int:
+        """A new file with a name. Raises FileExistsError."""
+        ...
+
+    def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
+        """Append some of `data`; returns how much."""
+        ...
+
+    def fsync(self, fd: int) -> None:
+        """Make a file's bytes survive a power cut. After a failure the file must not be used."""
+        ...
+
+    def fsync_dir(self, fd: int) -> None:
+        """Make a folder's names survive a power cut."""
+        ...
+
+    def link(self, fd: int, name: str, folder_fd: int) -> None:
+        """Give the open file a name. Raises FileExistsError, never replaces."""
+        ...
+
+    def rename(self, source: Path, name: str, folder_fd: int) -> None:
+        """Move a file to its name, replacing what is there, in one step."""
+        ...
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name. Raises FileNotFoundError."""
+        ...
+
+    def statvfs(self, path: Path) -> os.statvfs_result:
+        """Space on the file system."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """Give a descriptor back."""
+        ...
+
+
+class RealFileSystem:
+    """Linux."""
+
+    def mkdir(self, path: Path) -> None:
+        """Create a folder, mode 0700."""
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+    def open_folder(self, path: Path) -> int:
+        """Open a folder."""
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def open_tmpfile(self, folder: Path) -> int:
+        """Open a nameless file (O_TMPFILE). Where there is no such thing: EOPNOTSUPP, EISDIR or EINVAL."""
+        return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
+
+    def create(self, path: Path) -> int:
+        """Create a named file."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+
+    def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
+        """Append."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """Sync a file."""
+        os.fsync(fd)
+
+    def fsync_dir(self, fd: int) -> None:
+        """Sync a folder."""
+        os.fsync(fd)
+
+    def link(self, fd: int, name: str, folder_fd: int) -> None:
+        """Name an open file through /proc: no CAP_DAC_READ_SEARCH needed, unlike AT_EMPTY_PATH.
+
+        `dst_dir_fd` makes Python call linkat with AT_SYMLINK_FOLLOW; plain link() would try to link the symlink.
+        """
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
+
+    def rename(self, source: Path, name: str, folder_fd: int) -> None:
+        """Move into a folder."""
+        os.rename(source, name, dst_dir_fd=folder_fd)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name."""
+        os.unlink(path)
+
+    def statvfs(self, path: Path) -> os.statvfs_result:
+        """Space."""
+        return os.statvfs(path)
+
+    def close(self, fd: int) -> None:
+        """Close."""
+        os.close(fd)

@@ -1,0 +1,336 @@
+"""`interfaces.InstanceIndex` and `interfaces.AssociationLog` on SQLite.
+
+Reads fetch a page and are done: no read transaction outlives a call, so a slow peer never keeps the WAL from being
+written back. Writes return when they would survive a power cut (`store.database`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from dicom_node.errors import InvalidIdentifier, StorageError
+from dicom_node.interfaces import Clock, KnownFile
+from dicom_node.model import (
+    ArchivedFile,
+    AssociationEnd,
+    ConflictPolicy,
+    InstanceRecord,
+    Level,
+    Match,
+    Origin,
+    Query,
+    Source,
+    StoredInstance,
+    StoreOutcome,
+)
+from dicom_node.store.database import Database
+from dicom_node.store.instances import insert_instance, mark_instance, restore_instance
+from dicom_node.store.query import Plan, plan, supported
+from dicom_node.store.rows import source_of, utc, utc_text
+
+__all__ = ["SqliteIndex", "Variant"]
+
+PAGE = 500  # rows a read holds at once
+_PRUNE_EVERY = 500  # associations opened between two looks for old ones
+_PRUNE_AGE_S = 24 * 3600.0
+
+_UNIQUE_KEYS = {
+    "PatientID": "s.patient_id",
+    "StudyInstanceUID": "i.study_instance_uid",
+    "SeriesInstanceUID": "i.series_instance_uid",
+    "SOPInstanceUID": "i.sop_instance_uid",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Other content or another transfer syntax under a known SOP Instance UID, kept beside the one that is served."""
+
+    kind: StoreOutcome
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    path: str
+    data_set_offset: int
+    data_set_length: int
+    sha256: str
+    source: Source
+    received_at: datetime
+
+
+class SqliteIndex:
+    """Instances and associations in the catalog. `epoch` names this process's life; it marks its associations."""
+
+    def __init__(self, database: Database, archive_path: Callable[[str], str], clock: Clock, epoch: str) -> None:
+        self._database = database
+        self._archive_path = archive_path
+        self._clock = clock
+        self._epoch = epoch
+        self._opened = 0
+
+    def _fetch(self, sql: str, parameters: Sequence[object] | Mapping[str, object] = ()) -> list[sqlite3.Row]:
+        with self._database.read() as connection:
+            return connection.execute(sql, parameters).fetchall()
+
+    # --- instances: writing
+
+    def add_instance(
+        self,
+        record: InstanceRecord,
+        policy: ConflictPolicy,
+        same_pixels: Callable[[StoredInstance], bool],
+    ) -> StoreOutcome:
+        """See `interfaces.InstanceIndex.add_instance`. Raises StorageError when the archived file is gone."""
+        same: bool | None = None
+        first = self.instance(record.header.sop_instance_uid) if policy is ConflictPolicy.KEEP_FIRST else None
+        if (
+            first is not None
+            and first.transfer_syntax_uid == record.header.transfer_syntax_uid
+            and first.sha256 != record.file.sha256
+        ):
+            same = same_pixels(first)
+        return self._database.write(lambda connection: self._add(connection, record, policy, same))
+
+    def _add(
+        self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None
+    ) -> StoreOutcome:
+        # Equal bytes sent twice at once share one file; the one whose write failed may just have removed it
+        # (`if_unreferenced`, under the same lock), and a row must never point at nothing.
+        if not os.path.exists(self._archive_path(record.file.location)):
+            raise StorageError("the archived file is gone before it was indexed")
+        return insert_instance(connection, record, policy, same)
+
+    def if_unreferenced(self, location: str, action: Callable[[], None]) -> bool:
+        """See `interfaces.InstanceIndex.if_unreferenced`."""
+
+        def look(connection: sqlite3.Connection) -> bool:
+            found = connection.execute(
+                "SELECT 1 FROM instance WHERE location = :at UNION ALL "
+                "SELECT 1 FROM variant WHERE location = :at LIMIT 1",
+                {"at": location},
+            ).fetchone()
+            if found is None:
+                action()
+            return found is None
+
+        return self._database.write(look)
+
+    # --- instances: reading
+
+    def instance(self, sop_instance_uid: str) -> StoredInstance | None:
+        """See `interfaces.InstanceIndex.instance`."""
+        rows = self._fetch(
+            "SELECT * FROM instance WHERE sop_instance_uid = ? AND state = 'present'", (sop_instance_uid,)
+        )
+        return self._stored(rows[0]) if rows else None
+
+    def variants(self, sop_instance_uid: str) -> tuple[Variant, ...]:
+        """What else was kept under this UID, oldest first."""
+        rows = self._fetch("SELECT * FROM variant WHERE sop_instance_uid = ? ORDER BY id", (sop_instance_uid,))
+        return tuple(
+            Variant(
+                kind=StoreOutcome(row["kind"]),
+                sop_instance_uid=row["sop_instance_uid"],
+                transfer_syntax_uid=row["transfer_syntax_uid"],
+                path=self._archive_path(row["location"]),
+                data_set_offset=row["data_set_offset"],
+                data_set_length=row["data_set_length"],
+                sha256=row["sha256"],
+                source=source_of(row["source"]),
+                received_at=utc(row["received_at"]),
+            )
+            for row in rows
+        )
+
+    def instances(self, level: Level, uids: Mapping[str, Sequence[str]]) -> Iterator[StoredInstance]:
+        """See `interfaces.InstanceIndex.instances`. Raises InvalidIdentifier for other keys, or none."""
+        conditions, parameters = ["i.state = 'present'"], []
+        for keyword, values in uids.items():
+            if keyword not in _UNIQUE_KEYS or not any(values):
+                raise InvalidIdentifier(f"{keyword} is no unique key with a value")
+            conditions.append(f"{_UNIQUE_KEYS[keyword]} IN (SELECT value FROM json_each(?))")
+            parameters.append(json.dumps(list(values)))
+        if not uids:
+            raise InvalidIdentifier(f"no unique key for a retrieve at the {level.value} level")
+        joined = " JOIN study AS s ON s.study_instance_uid = i.study_instance_uid" if "PatientID" in uids else ""
+        pages = Plan(
+            select=f"SELECT i.* FROM instance AS i{joined}",
+            where=" AND ".join(conditions),
+            parameters=tuple(parameters),
+            order=("i.series_instance_uid", "i.instance_order", "i.sop_instance_uid"),
+            walk="SeriesInstanceUID" in uids,
+            keywords=(),
+        )
+        return map(self._stored, self._pages(pages, ("series_instance_uid", "instance_order", "sop_instance_uid")))
+
+    def find(self, query: Query) -> Iterator[Match]:
+        """See `interfaces.InstanceIndex.find`. Raises InvalidIdentifier for an attribute that is not `supported`."""
+        pages = plan(query)
+        rows = self._pages(pages, tuple(f"k{number}" for number in range(len(pages.order))))
+        columns = [(keyword, f"c{number}") for number, keyword in enumerate(pages.keywords)]
+        return (Match(attributes={keyword: row[column] for keyword, column in columns}) for row in rows)
+
+    def supported(self, level: Level) -> frozenset[str]:
+        """See `interfaces.InstanceIndex.supported`."""
+        return supported(level)
+
+    def _pages(self, pages: Plan, order: Sequence[str]) -> Iterator[sqlite3.Row]:
+        after: tuple[object, ...] | None = None
+        while True:
+            rows = self._fetch(*pages.page(after, PAGE))
+            yield from rows
+            if len(rows) < PAGE:
+                return
+            after = tuple(rows[-1][column] for column in order)
+
+    def _stored(self, row: sqlite3.Row) -> StoredInstance:
+        return StoredInstance(
+            sop_class_uid=row["sop_class_uid"],
+            sop_instance_uid=row["sop_instance_uid"],
+            study_instance_uid=row["study_instance_uid"],
+            series_instance_uid=row["series_instance_uid"],
+            transfer_syntax_uid=row["transfer_syntax_uid"],
+            path=self._archive_path(row["location"]),
+            data_set_offset=row["data_set_offset"],
+            data_set_length=row["data_set_length"],
+            sha256=row["sha256"],
+            origin=Origin(row["origin"]),
+            modality=row["modality"],
+        )
+
+    # --- fsck
+
+    def files(self) -> Iterator[KnownFile]:
+        """See `interfaces.CheckedIndex.files`."""
+        columns = "sop_instance_uid, location, data_set_offset, data_set_length, sha256"
+        after: object = ""
+        while rows := self._fetch(
+            f"SELECT {columns}, state = 'present' AS present, sop_instance_uid AS k FROM instance "
+            f"WHERE sop_instance_uid > ? ORDER BY sop_instance_uid LIMIT {PAGE}",
+            (after,),
+        ):
+            yield from (_known(row, is_variant=False) for row in rows)
+            after = rows[-1]["k"]
+        after = 0
+        while rows := self._fetch(
+            f"SELECT {columns}, 1 AS present, id AS k FROM variant WHERE id > ? ORDER BY id LIMIT {PAGE}", (after,)
+        ):
+            yield from (_known(row, is_variant=True) for row in rows)
+            after = rows[-1]["k"]
+
+    def unknown_locations(self, locations: Sequence[str]) -> list[str]:
+        """See `interfaces.CheckedIndex.unknown_locations`."""
+        rows = self._fetch(
+            "WITH asked AS (SELECT value AS at, key FROM json_each(?)) SELECT at FROM asked "
+            "WHERE NOT EXISTS (SELECT 1 FROM instance WHERE location = at) "
+            "AND NOT EXISTS (SELECT 1 FROM variant WHERE location = at) ORDER BY key",
+            (json.dumps(list(locations)),),
+        )
+        return [row["at"] for row in rows]
+
+    def mark_file(self, known: KnownFile, *, present: bool) -> None:
+        """See `interfaces.CheckedIndex.mark_file`."""
+        if not known.is_variant:
+            state = "present" if present else "missing"
+            self._database.write(lambda connection: mark_instance(connection, known.sop_instance_uid, state))
+
+    def restore(self, record: InstanceRecord) -> StoreOutcome:
+        """See `interfaces.CheckedIndex.restore`."""
+        return self._database.write(lambda connection: restore_instance(connection, record))
+
+    # --- associations
+
+    def open_association(self, association_id: str, source: Source) -> None:
+        """See `interfaces.AssociationLog.open_association`."""
+        self._opened += 1
+        prune = self._opened % _PRUNE_EVERY == 0
+        boot, wall = self._clock.boot(), utc_text(self._clock.wall())
+        row = (
+            *(association_id, self._epoch, source.calling_ae_title, source.called_ae_title, source.address),
+            *(boot.seconds, boot.boot_id, wall),
+        )
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT OR IGNORE INTO association (association_id, epoch, calling_ae_title, called_ae_title, address, "
+                "last_boot_s, last_boot_id, opened_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+            if prune:
+                self._prune(connection)
+
+        self._database.write(write)
+
+    def touch_associations(self, association_ids: Iterable[str]) -> None:
+        """See `interfaces.AssociationLog.touch_associations`."""
+        boot = self._clock.boot()
+        rows = [(boot.seconds, boot.boot_id, association_id) for association_id in association_ids]
+        if rows:
+            self._database.write(
+                lambda connection: connection.executemany(
+                    "UPDATE association SET last_boot_s = ?, last_boot_id = ? "
+                    "WHERE association_id = ? AND ended = 'open'",
+                    rows,
+                )
+            )
+
+    def end_association(self, association_id: str, end: AssociationEnd) -> None:
+        """See `interfaces.AssociationLog.end_association`."""
+        boot = self._clock.boot()
+        self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE association SET ended = ?, last_boot_s = ?, last_boot_id = ? "
+                "WHERE association_id = ? AND ended = 'open'",
+                (end.value, boot.seconds, boot.boot_id, association_id),
+            )
+        )
+
+    def mark_store_failed(self, association_id: str) -> None:
+        """See `interfaces.AssociationLog.mark_store_failed`."""
+        self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE association SET store_failed = 1 WHERE association_id = ?", (association_id,)
+            )
+        )
+
+    def close_dead_epochs(self, live: Iterable[str]) -> int:
+        """End as DEAD every open association of a process that is not among `live`; returns how many."""
+        listed = json.dumps(sorted(live))
+
+        def write(connection: sqlite3.Connection) -> int:
+            closed = connection.execute(
+                "UPDATE association SET ended = 'dead' WHERE ended = 'open' "
+                "AND epoch NOT IN (SELECT value FROM json_each(?))",
+                (listed,),
+            ).rowcount
+            self._prune(connection)
+            return closed
+
+        return self._database.write(write)
+
+    def _prune(self, connection: sqlite3.Connection) -> None:
+        """Forget associations that ended a day ago and feed no open revision: echoes come every few seconds."""
+        boot = self._clock.boot()
+        connection.execute(
+            "DELETE FROM association WHERE ended <> 'open' AND (last_boot_id <> ? OR last_boot_s < ?) "
+            "AND association_id NOT IN (SELECT association_id FROM study_association)",
+            (boot.boot_id, boot.seconds - _PRUNE_AGE_S),
+        )
+
+
+def _known(row: sqlite3.Row, *, is_variant: bool) -> KnownFile:
+    return KnownFile(
+        sop_instance_uid=row["sop_instance_uid"],
+        file=ArchivedFile(
+            location=row["location"],
+            data_set_offset=row["data_set_offset"],
+            data_set_length=row["data_set_length"],
+            sha256=row["sha256"],
+        ),
+        present=bool(row["present"]),
+        is_variant=is_variant,
+    )

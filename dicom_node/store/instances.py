@@ -1,0 +1,459 @@
+"""What one more instance does to the index, inside the caller's transaction.
+
+Patients, studies and series follow from instances: the first value of an attribute wins, later ones fill gaps. Only a
+new image of origin RECEIVED moves completion: it opens its series, and the study's next revision when none is open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from dicom_node.headers import INDEXED, is_image, value_representation
+from dicom_node.model import ConflictPolicy, InstanceHeader, InstanceRecord, Level, Origin, StoreOutcome
+from dicom_node.store.names import name_key
+from dicom_node.store.rows import json_text, utc_text
+
+__all__ = ["KEY_SUFFIX", "insert_instance", "mark_instance", "restore_instance"]
+
+LAST = 2**62  # instance_order of an instance whose number is none
+KEY_SUFFIX = ".key"  # beside a PN attribute in JSON: its folded form, for matching
+
+
+def insert_instance(
+    connection: sqlite3.Connection,
+    record: InstanceRecord,
+    policy: ConflictPolicy,
+    same_pixels: bool | None = None,
+) -> StoreOutcome:
+    """Index one archived instance; the semantics are `interfaces.InstanceIndex.add_instance`'s.
+
+    `same_pixels`: whether its pixel data is that of the instance already known under this UID; None when nobody looked.
+    A PRODUCED instance whose UID is known is DUPLICATE whatever its content: the existing one is adopted and kept.
+    """
+    return _insert(connection, record, policy, same_pixels, moves_completion=True)
+
+
+def restore_instance(connection: sqlite3.Connection, record: InstanceRecord) -> StoreOutcome:
+    """Index an instance found in the archive (fsck): as `insert_instance` keeping the first, but nothing is run for it.
+
+    Its series stays at routing 'none', so nothing that was analysed once is analysed again; a new image opens it.
+    """
+    return _insert(connection, record, ConflictPolicy.KEEP_FIRST, None, moves_completion=False)
+
+
+def _insert(
+    connection: sqlite3.Connection,
+    record: InstanceRecord,
+    policy: ConflictPolicy,
+    same_pixels: bool | None,
+    *,
+    moves_completion: bool,
+) -> StoreOutcome:
+    uid = record.header.sop_instance_uid
+    known = connection.execute("SELECT * FROM instance WHERE sop_instance_uid = ?", (uid,)).fetchone()
+    if known is not None:
+        return _insert_known(connection, record, known, policy, same_pixels, moves_completion)
+    _upsert_study(connection, record, overwrite=False)
+    _upsert_series(connection, record, overwrite=False)
+    _write_instance(connection, record, record.origin)
+    _count_one(connection, record)
+    if moves_completion and record.origin is Origin.RECEIVED:
+        _note_received(connection, record, opens=is_image(record.header))
+    return StoreOutcome.NEW
+
+
+# --- a SOP Instance UID that is known ------------------------------------------------------------------------------
+
+
+def _insert_known(
+    connection: sqlite3.Connection,
+    record: InstanceRecord,
+    known: sqlite3.Row,
+    policy: ConflictPolicy,
+    same_pixels: bool | None,
+    moves_completion: bool,
+) -> StoreOutcome:
+    header, file = record.header, record.file
+    same_syntax = known["transfer_syntax_uid"] == header.transfer_syntax_uid
+    if same_syntax and known["sha256"] == file.sha256:
+        _write_place(connection, "instance", record)
+        if known["state"] != "present":  # it was gone or damaged; here it is again
+            mark_instance(connection, header.sop_instance_uid, "present")
+        return StoreOutcome.DUPLICATE
+    if record.origin is Origin.PRODUCED:
+        return StoreOutcome.DUPLICATE
+    if record.origin is Origin.RECEIVED:
+        study = connection.execute(
+            "SELECT patient_id, issuer FROM study WHERE study_instance_uid = ?", (header.study_instance_uid,)
+        ).fetchone()
+        if study is not None and _another_patient(study, header):
+            _flag_identity(connection, header.study_instance_uid)
+    variant = connection.execute(
+        "SELECT id, kind FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?",
+        (header.sop_instance_uid, file.sha256, header.transfer_syntax_uid),
+    ).fetchone()
+    taken_back = variant is not None and variant["kind"] == StoreOutcome.REPLACED.value
+    if variant is not None and not (taken_back and policy is ConflictPolicy.REPLACE):
+        _write_place(connection, "variant", record)
+        return StoreOutcome.DUPLICATE
+    if known["state"] == "present":
+        if not same_syntax:
+            return _keep_variant(connection, record, StoreOutcome.OTHER_SYNTAX)
+        if policy is ConflictPolicy.REFUSE:
+            return StoreOutcome.REFUSED
+        if policy is ConflictPolicy.KEEP_FIRST:
+            return _keep_variant(
+                connection, record, StoreOutcome.HEADER_CHANGED if same_pixels else StoreOutcome.VARIANT
+            )
+    elif policy is ConflictPolicy.REFUSE:
+        return StoreOutcome.REFUSED
+    # REPLACE, or the first one is gone and any readable object is better than none
+    _replace(connection, record, known, moves_completion)
+    return StoreOutcome.REPLACED
+
+
+def _write_place(connection: sqlite3.Connection, table: str, record: InstanceRecord) -> None:
+    """The archive writes a damaged file anew when its content comes again, and the new envelope may be longer."""
+    file = record.file
+    connection.execute(
+        f"UPDATE {table} SET location = ?, data_set_offset = ? WHERE sop_instance_uid = ? AND sha256 = ? "
+        "AND transfer_syntax_uid = ? AND (location <> ? OR data_set_offset <> ?)",
+        (
+            *(file.location, file.data_set_offset, record.header.sop_instance_uid, file.sha256),
+            *(record.header.transfer_syntax_uid, file.location, file.data_set_offset),
+        ),
+    )
+
+
+def _keep_variant(connection: sqlite3.Connection, record: InstanceRecord, kind: StoreOutcome) -> StoreOutcome:
+    header, file = record.header, record.file
+    connection.execute(
+        "INSERT INTO variant (sop_instance_uid, kind, transfer_syntax_uid, location, data_set_offset, data_set_length, "
+        "sha256, source, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(header.sop_instance_uid, kind.value, header.transfer_syntax_uid),
+            *(file.location, file.data_set_offset, file.data_set_length, file.sha256),
+            *(json_text(asdict(record.source)), utc_text(record.received_at)),
+        ),
+    )
+    return kind
+
+
+def _replace(
+    connection: sqlite3.Connection, record: InstanceRecord, known: sqlite3.Row, moves_completion: bool
+) -> None:
+    uid = record.header.sop_instance_uid
+    connection.execute(
+        "DELETE FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?",
+        (uid, record.file.sha256, record.header.transfer_syntax_uid),
+    )
+    if known["state"] == "present":  # the replaced object stays, listed
+        connection.execute(
+            "INSERT INTO variant (sop_instance_uid, kind, transfer_syntax_uid, location, data_set_offset, "
+            "data_set_length, sha256, source, received_at) SELECT sop_instance_uid, ?, transfer_syntax_uid, location, "
+            "data_set_offset, data_set_length, sha256, source, received_at FROM instance WHERE sop_instance_uid = ?",
+            (StoreOutcome.REPLACED.value, uid),
+        )
+    # our own result is known by its UID, even if altered on the way
+    ours = known["origin"] != Origin.RECEIVED.value
+    origin = Origin.RETURNED if ours and record.origin is Origin.RECEIVED else record.origin
+    connection.execute("DELETE FROM instance WHERE sop_instance_uid = ?", (uid,))
+    _upsert_study(connection, record, overwrite=True)
+    _upsert_series(connection, record, overwrite=True)
+    _write_instance(connection, record, origin)
+    places = {
+        (known["study_instance_uid"], known["series_instance_uid"]),
+        (record.header.study_instance_uid, record.header.series_instance_uid),
+    }
+    for study_uid, series_uid in sorted(places):
+        _recount(connection, study_uid, series_uid)
+    if moves_completion and origin is Origin.RECEIVED:
+        _note_received(connection, record, opens=is_image(record.header))
+
+
+def mark_instance(connection: sqlite3.Connection, sop_instance_uid: str, state: str) -> None:
+    """Set an instance 'present' or 'missing'; what is missing is counted and found nowhere."""
+    row = connection.execute(
+        "UPDATE instance SET state = ? WHERE sop_instance_uid = ? RETURNING study_instance_uid, series_instance_uid",
+        (state, sop_instance_uid),
+    ).fetchone()
+    if row is not None:
+        _recount(connection, row[0], row[1])
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def _write_instance(connection: sqlite3.Connection, record: InstanceRecord, origin: Origin) -> None:
+    header, file = record.header, record.file
+    number = header.attributes.get("InstanceNumber", "")
+    connection.execute(
+        "INSERT INTO instance (sop_instance_uid, sop_class_uid, study_instance_uid, series_instance_uid, "
+        "transfer_syntax_uid, instance_number, instance_order, location, data_set_offset, data_set_length, sha256, "
+        "pixel_data_offset, origin, modality, is_image, attributes, source, received_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(header.sop_instance_uid, header.sop_class_uid, header.study_instance_uid, header.series_instance_uid),
+            *(header.transfer_syntax_uid, number, _order(number)),
+            *(file.location, file.data_set_offset, file.data_set_length, file.sha256, header.pixel_data_offset),
+            *(origin.value, header.attributes.get("Modality", ""), int(is_image(header))),
+            json_text(_kept(header.attributes, INDEXED[Level.IMAGE])),
+            *(json_text(asdict(record.source)), utc_text(record.received_at)),
+        ),
+    )
+
+
+def _order(number: str) -> int:
+    return int(number) if re.fullmatch(r"[+-]?\d{1,12}", number) and number.isascii() else LAST
+
+
+def _upsert_study(connection: sqlite3.Connection, record: InstanceRecord, *, overwrite: bool) -> None:
+    header = record.header
+    known = connection.execute(
+        "SELECT patient, patient_id, issuer, attributes FROM study WHERE study_instance_uid = ?",
+        (header.study_instance_uid,),
+    ).fetchone()
+    kept = _kept(header.attributes, (*INDEXED[Level.PATIENT], *INDEXED[Level.STUDY]))
+    if known is None:
+        patient = _patient(connection, record)
+        now = utc_text(record.received_at)
+        connection.execute(
+            "INSERT INTO study (study_instance_uid, patient, patient_id, issuer, name_key, birth_date, study_date, "
+            "study_time, accession_number, study_id, modalities, sop_classes, series_count, instance_count, "
+            "attributes, first_received_at, last_received_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', 0, 0, ?, ?, ?)",
+            (header.study_instance_uid, patient, *_study_columns(kept), json_text(kept), now, now),
+        )
+        return
+    if _another_patient(known, header):
+        if record.origin is Origin.RECEIVED:
+            _flag_identity(connection, header.study_instance_uid)
+        # the second identity's demographics say nothing about the first's
+        kept = _kept(header.attributes, INDEXED[Level.STUDY])
+    else:
+        _fill_patient(connection, known["patient"], _kept(header.attributes, INDEXED[Level.PATIENT]), overwrite)
+    merged = _merged(json.loads(known["attributes"]), kept, overwrite)
+    if merged is not None:
+        connection.execute(
+            "UPDATE study SET patient_id = ?, issuer = ?, name_key = ?, birth_date = ?, study_date = ?, "
+            "study_time = ?, accession_number = ?, study_id = ?, attributes = ? WHERE study_instance_uid = ?",
+            (*_study_columns(merged), json_text(merged), header.study_instance_uid),
+        )
+
+
+def _study_columns(kept: Mapping[str, str]) -> tuple[str, ...]:
+    return (
+        kept.get("PatientID", ""),
+        kept.get("IssuerOfPatientID", ""),
+        kept.get("PatientName" + KEY_SUFFIX, ""),
+        *(kept.get(keyword, "") for keyword in ("PatientBirthDate", "StudyDate", "StudyTime")),
+        *(kept.get(keyword, "") for keyword in ("AccessionNumber", "StudyID")),
+    )
+
+
+def _identity(attributes: Mapping[str, str]) -> tuple[str, str]:
+    return attributes.get("PatientID", ""), attributes.get("IssuerOfPatientID", "")
+
+
+def _another_patient(study: sqlite3.Row, header: InstanceHeader) -> bool:
+    """Whether `header` names another patient than the study has. An issuer left out is no other issuer."""
+    patient_id, issuer = _identity(header.attributes)
+    return bool(study["patient_id"] != patient_id or (issuer and study["issuer"] and study["issuer"] != issuer))
+
+
+def _flag_identity(connection: sqlite3.Connection, study_instance_uid: str) -> None:
+    connection.execute("UPDATE study SET identity_conflict = 1 WHERE study_instance_uid = ?", (study_instance_uid,))
+
+
+def _patient(connection: sqlite3.Connection, record: InstanceRecord) -> int:
+    patient_id, issuer = _identity(record.header.attributes)
+    # an empty ID says nothing about who it is: such a patient has this one study
+    only_study = record.header.study_instance_uid if not patient_id else ""
+    kept = _kept(record.header.attributes, INDEXED[Level.PATIENT])
+    known = connection.execute(
+        "SELECT id FROM patient WHERE patient_id = ? AND issuer = ? AND only_study = ?",
+        (patient_id, issuer, only_study),
+    ).fetchone()
+    if known is not None:
+        _fill_patient(connection, known["id"], kept, overwrite=False)
+        return int(known["id"])
+    row = connection.execute(
+        "INSERT INTO patient (patient_id, issuer, only_study, patient_name, name_key, birth_date, attributes) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (patient_id, issuer, only_study, *_patient_columns(kept), json_text(kept)),
+    ).fetchone()
+    return int(row["id"])
+
+
+def _patient_columns(kept: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(kept.get(keyword, "") for keyword in ("PatientName", "PatientName" + KEY_SUFFIX, "PatientBirthDate"))
+
+
+def _fill_patient(connection: sqlite3.Connection, patient: int, kept: Mapping[str, str], overwrite: bool) -> None:
+    row = connection.execute("SELECT attributes FROM patient WHERE id = ?", (patient,)).fetchone()
+    merged = _merged(json.loads(row["attributes"]), kept, overwrite)
+    if merged is not None:
+        connection.execute(
+            "UPDATE patient SET patient_name = ?, name_key = ?, birth_date = ?, attributes = ? WHERE id = ?",
+            (*_patient_columns(merged), json_text(merged), patient),
+        )
+
+
+def _upsert_series(connection: sqlite3.Connection, record: InstanceRecord, *, overwrite: bool) -> None:
+    header = record.header
+    key = (header.study_instance_uid, header.series_instance_uid)
+    known = connection.execute(
+        "SELECT attributes FROM series WHERE study_instance_uid = ? AND series_instance_uid = ?", key
+    ).fetchone()
+    kept = _kept(header.attributes, INDEXED[Level.SERIES])
+    if known is None:
+        connection.execute(
+            "INSERT INTO series (study_instance_uid, series_instance_uid, modality, series_number, instance_count, "
+            "attributes) VALUES (?, ?, ?, ?, 0, ?)",
+            (*key, kept.get("Modality", ""), kept.get("SeriesNumber", ""), json_text(kept)),
+        )
+    elif (merged := _merged(json.loads(known["attributes"]), kept, overwrite)) is not None:
+        connection.execute(
+            "UPDATE series SET modality = ?, series_number = ?, attributes = ? "
+            "WHERE study_instance_uid = ? AND series_instance_uid = ?",
+            (merged.get("Modality", ""), merged.get("SeriesNumber", ""), json_text(merged), *key),
+        )
+
+
+# --- counts --------------------------------------------------------------------------------------------------------
+
+
+def _count_one(connection: sqlite3.Connection, record: InstanceRecord) -> None:
+    """What `_recount` would find after one new instance, without reading the series."""
+    header = record.header
+    study, series = header.study_instance_uid, header.series_instance_uid
+    image = int(record.origin is Origin.RECEIVED and is_image(header))
+    (count,) = connection.execute(
+        "UPDATE series SET instance_count = instance_count + 1, image_count = image_count + ? "
+        "WHERE study_instance_uid = ? AND series_instance_uid = ? RETURNING instance_count",
+        (image, study, series),
+    ).fetchone()
+    row = connection.execute(
+        "SELECT modalities, sop_classes FROM study WHERE study_instance_uid = ?", (study,)
+    ).fetchone()
+    connection.execute(
+        "UPDATE study SET instance_count = instance_count + 1, series_count = series_count + ?, modalities = ?, "
+        "sop_classes = ? WHERE study_instance_uid = ?",
+        (
+            int(count == 1),
+            _joined([*row["modalities"].split("\\"), header.attributes.get("Modality", "")]),
+            _joined([*row["sop_classes"].split("\\"), header.sop_class_uid]),
+            study,
+        ),
+    )
+
+
+def _recount(connection: sqlite3.Connection, study: str, series: str) -> None:
+    present = "FROM instance WHERE state = 'present' AND study_instance_uid = :study"
+    names = {"study": study, "series": series}
+    connection.execute(
+        f"UPDATE series SET instance_count = (SELECT count(*) {present} AND series_instance_uid = :series), "
+        f"image_count = (SELECT count(*) {present} AND series_instance_uid = :series "
+        "AND origin = 'received' AND is_image) WHERE study_instance_uid = :study AND series_instance_uid = :series",
+        names,
+    )
+    # without images there is nothing left to wait for or to route
+    connection.execute(
+        "UPDATE series SET routing = 'none' WHERE study_instance_uid = :study AND series_instance_uid = :series "
+        "AND image_count = 0",
+        names,
+    )
+    rows = connection.execute(f"SELECT DISTINCT modality, sop_class_uid {present}", names).fetchall()
+    connection.execute(
+        f"UPDATE study SET instance_count = (SELECT count(*) {present}), "
+        "series_count = (SELECT count(*) FROM series WHERE study_instance_uid = :study AND instance_count > 0), "
+        "modalities = :modalities, sop_classes = :classes WHERE study_instance_uid = :study",
+        {
+            **names,
+            "modalities": _joined(row["modality"] for row in rows),
+            "classes": _joined(row["sop_class_uid"] for row in rows),
+        },
+    )
+
+
+def _joined(values: Iterable[str]) -> str:
+    return "\\".join(sorted({value for value in values if value}))
+
+
+# --- completion ----------------------------------------------------------------------------------------------------
+
+
+def _note_received(connection: sqlite3.Connection, record: InstanceRecord, *, opens: bool) -> None:
+    """Activity of the study, and of the series when this is an image (DESIGN section 5)."""
+    study, boot = record.header.study_instance_uid, record.received_boot
+    if opens:
+        _open_series(connection, record)
+    connection.execute(
+        "UPDATE study SET last_boot_s = ?, last_boot_id = ?, last_received_at = ? WHERE study_instance_uid = ?",
+        (boot.seconds, boot.boot_id, utc_text(record.received_at), study),
+    )
+    if record.source.association_id is not None:
+        connection.execute(
+            "INSERT OR IGNORE INTO study_association (study_instance_uid, association_id) VALUES (?, ?)",
+            (study, record.source.association_id),
+        )
+
+
+def _open_series(connection: sqlite3.Connection, record: InstanceRecord) -> None:
+    study, boot = record.header.study_instance_uid, record.received_boot
+    open_series = connection.execute(
+        "SELECT 1 FROM series WHERE study_instance_uid = ? AND routing = 'open' LIMIT 1", (study,)
+    ).fetchone()
+    if open_series is None:  # the first image ever, or one after everything was routed
+        connection.execute(
+            "UPDATE study SET revision = revision + 1, opened_boot_s = ?, opened_boot_id = ? "
+            "WHERE study_instance_uid = ?",
+            (boot.seconds, boot.boot_id, study),
+        )
+        connection.execute("DELETE FROM study_association WHERE study_instance_uid = ?", (study,))
+    connection.execute(
+        "UPDATE series SET routing = 'open', received_seq = received_seq + 1, source = ? "
+        "WHERE study_instance_uid = ? AND series_instance_uid = ?",
+        (json_text(asdict(record.source)), study, record.header.series_instance_uid),
+    )
+
+
+# --- attributes ----------------------------------------------------------------------------------------------------
+
+
+def _kept(attributes: Mapping[str, str], keywords: Iterable[str]) -> dict[str, str]:
+    """The attributes of one level as the index keeps them, person names with their folded form."""
+    kept: dict[str, str] = {}
+    for keyword in keywords:
+        if text := attributes.get(keyword):
+            vr = value_representation(keyword)
+            # PS3.5 6.2: 1993.08.22 and 10:09:07 are the forms of ACR-NEMA; kept as today's, so that ranges work
+            if vr == "DA":
+                text = _OLD_DATE.sub(r"\1\2\3", text)
+            elif vr == "TM":
+                text = text.replace(":", "")
+            kept[keyword] = text
+            if vr == "PN":
+                kept[keyword + KEY_SUFFIX] = name_key(text)
+    return kept
+
+
+def _merged(old: Mapping[str, str], new: Mapping[str, str], overwrite: bool) -> dict[str, str] | None:
+    """`old` with its gaps filled from `new`, or None when that changes nothing; `overwrite` lets `new` win.
+
+    Who the patient is, is never changed: the row's key says it.
+    """
+    changes = {
+        key: text
+        for key, text in new.items()
+        if old.get(key) != text and key not in _PATIENT_IDENTITY and (overwrite or key not in old)
+    }
+    return {**old, **changes} if changes else None
+
+
+_PATIENT_IDENTITY = frozenset({"PatientID", "IssuerOfPatientID"})
+_OLD_DATE = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)")

@@ -1,0 +1,283 @@
+"""What the node is doing, computed from the catalog when asked: counts for metrics, and what is stuck and why.
+
+The ledger accounts for every series that was received, by where it stands now (`store.standing` says what each class
+means): received = routed + filtered + waiting + failed. `imbalance` counts what is in none of these and must be 0.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dicom_node.interfaces import seconds_since
+from dicom_node.model import BootTime, DeliveryState, JobState, StudyActivity
+from dicom_node.store.ledger import Ledger
+from dicom_node.store.rows import CatalogPart
+from dicom_node.store.standing import count_series, count_studies, moving_studies
+
+__all__ = ["Stuck", "snapshot", "stuck"]
+
+CLASSES = ("routed", "filtered", "waiting", "failed")
+STUCK_MAX = 100  # of each kind
+
+_JOB_STATES = tuple(state.value for state in JobState)
+_DELIVERY_STATES = tuple(state.value for state in DeliveryState)
+_UNFINISHED = "('pending', 'leased', 'waiting', 'failed')"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck:
+    """One thing that waits or failed. `why` and `name` carry no patient data.
+
+    `kind`: study, conflict, series, job or delivery. `next_s`: seconds until something happens by itself, None if a
+    person is needed.
+    """
+
+    kind: str
+    id: int | None
+    study_instance_uid: str
+    name: str
+    state: str
+    why: str
+    age_s: float
+    next_s: float | None
+
+
+def snapshot(part: CatalogPart) -> Mapping[str, Any]:
+    """Everything countable, JSON-ready. Keys:
+
+    * `studies`: total, open, oldest_open_age_s, identity_conflicts; `instances`: total.
+    * `ledger` (series) and `ledger_studies`: received, routed, filtered, waiting, failed, imbalance, and of series
+      `reasons` (why filtered -> count).
+    * `jobs`: state -> count, oldest_age_s (0 when none; of finished ones always 0).
+    * `deliveries`: destination -> state -> the same.
+    * `dead_letters`: jobs, deliveries. `variants`: kind -> count. `associations`: open, by_calling_ae.
+    """
+    with part.database.read() as connection:
+        moving = moving_studies(connection)
+        return {
+            "studies": _studies(part, connection),
+            "instances": connection.execute("SELECT coalesce(sum(instance_count), 0) FROM study").fetchone()[0],
+            "ledger": _series_ledger(connection, moving),
+            "ledger_studies": _balanced(count_studies(connection, moving)),
+            "jobs": _jobs(part, connection),
+            "deliveries": _deliveries(part, connection),
+            "dead_letters": {
+                "jobs": _count(connection, "job WHERE state = 'failed'"),
+                "deliveries": _count(connection, "delivery WHERE state = 'failed'"),
+            },
+            "variants": dict(connection.execute("SELECT kind, count(*) FROM variant GROUP BY kind").fetchall()),
+            "associations": _associations(connection),
+        }
+
+
+def _count(connection: sqlite3.Connection, table_where: str) -> int:
+    return int(connection.execute(f"SELECT count(*) FROM {table_where}").fetchone()[0])
+
+
+def _studies(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
+    opened = connection.execute(
+        "SELECT coalesce(opened_boot_s, last_boot_s) AS since_s, coalesce(opened_boot_id, last_boot_id) AS boot_id, "
+        "last_received_at FROM (SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open') "
+        "CROSS JOIN study USING (study_instance_uid)"
+    ).fetchall()
+    ages = [part.age_s(row["since_s"] or 0.0, row["boot_id"] or "", row["last_received_at"]) for row in opened]
+    return {
+        "total": _count(connection, "study"),
+        "open": len(opened),
+        "oldest_open_age_s": max(ages, default=0.0),
+        "identity_conflicts": _count(connection, "study WHERE identity_conflict AND NOT released"),
+    }
+
+
+def _balanced(counts: Mapping[str, int]) -> dict[str, int]:
+    received = sum(counts.values())
+    known = {name: counts.get(name, 0) for name in CLASSES}
+    return {"received": received, **known, "imbalance": received - sum(known.values())}
+
+
+def _series_ledger(connection: sqlite3.Connection, moving: str) -> dict[str, Any]:
+    standing = count_series(connection, moving)
+    counts: dict[str, int] = {}
+    for (name, _), count in standing.items():
+        counts[name] = counts.get(name, 0) + count
+    reasons = {reason: count for (name, reason), count in standing.items() if name == "filtered"}
+    return {**_balanced(counts), "reasons": reasons}
+
+
+# `min` makes SQLite take the other columns of its group from the row with the smallest one
+_OLDEST = f"count(*) AS n, min(CASE WHEN state IN {_UNFINISHED} THEN since_at END) AS at, since_s, since_boot_id"
+
+
+def _state(part: CatalogPart, row: sqlite3.Row) -> dict[str, Any]:
+    age = part.age_s(row["since_s"], row["since_boot_id"], row["at"]) if row["at"] else 0.0
+    return {"count": row["n"], "oldest_age_s": age}
+
+
+def _jobs(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
+    states: dict[str, Any] = {state: {"count": 0, "oldest_age_s": 0.0} for state in _JOB_STATES}
+    for row in connection.execute(f"SELECT state, {_OLDEST} FROM job GROUP BY state").fetchall():
+        states[row["state"]] = _state(part, row)
+    return states
+
+
+def _deliveries(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    rows = connection.execute(f"SELECT destination, state, {_OLDEST} FROM delivery GROUP BY destination, state")
+    for row in rows.fetchall():
+        none = {state: {"count": 0, "oldest_age_s": 0.0} for state in _DELIVERY_STATES}
+        found.setdefault(row["destination"], none)[row["state"]] = _state(part, row)
+    return found
+
+
+def _associations(connection: sqlite3.Connection) -> dict[str, Any]:
+    by_calling_ae = dict(
+        connection.execute(
+            "SELECT calling_ae_title, count(*) FROM association WHERE ended = 'open' GROUP BY calling_ae_title"
+        ).fetchall()
+    )
+    return {"open": sum(by_calling_ae.values()), "by_calling_ae": by_calling_ae}
+
+
+# --- what is stuck and why -------------------------------------------------------------------------------------------
+
+
+def stuck(
+    ledger: Ledger,
+    *,
+    destinations: Collection[str] | None = None,
+    waits_for: Callable[[StudyActivity], tuple[str, float | None]] | None = None,
+) -> list[Stuck]:
+    """What waits or failed, with the reason, at most STUCK_MAX of each kind, oldest first.
+
+    `destinations`: names in the configuration; a delivery to any other is reported as such. `waits_for` tells what
+    an open study waits for and in how many seconds it will be routed.
+    """
+    studies = [_open_study(ledger, activity, waits_for) for activity in ledger.open_studies()[:STUCK_MAX]]
+    with ledger.database.read() as connection:
+        return [
+            *studies,
+            *_conflicts(ledger, connection),
+            *_failed_series(ledger, connection),
+            *_stuck_jobs(ledger, connection),
+            *_stuck_deliveries(ledger, connection, destinations),
+        ]
+
+
+def _open_study(
+    part: CatalogPart,
+    activity: StudyActivity,
+    waits_for: Callable[[StudyActivity], tuple[str, float | None]] | None,
+) -> Stuck:
+    why, next_s = waits_for(activity) if waits_for else ("not yet complete", None)
+    return Stuck(
+        kind="study",
+        id=None,
+        study_instance_uid=activity.study_instance_uid,
+        name=f"revision {activity.revision}",
+        state="open",
+        why=f"{len(activity.pending_series)} series, {activity.instance_count} images: {why}",
+        age_s=_boot_age(part, activity.first_received),
+        next_s=next_s,
+    )
+
+
+def _boot_age(part: CatalogPart, moment: BootTime) -> float:
+    age = seconds_since(moment, part.clock.boot())
+    return 0.0 if age == float("inf") else max(age, 0.0)
+
+
+def _conflicts(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck]:
+    rows = connection.execute(
+        "SELECT * FROM study WHERE identity_conflict AND NOT released ORDER BY last_received_at LIMIT ?", (STUCK_MAX,)
+    ).fetchall()
+    return [
+        Stuck(
+            kind="conflict",
+            id=None,
+            study_instance_uid=row["study_instance_uid"],
+            name="identity conflict",
+            state="held",
+            why="the study came under two patient identities and is not analysed until it is released",
+            age_s=part.age_s(row["last_boot_s"] or 0.0, row["last_boot_id"] or "", row["last_received_at"]),
+            next_s=None,
+        )
+        for row in rows
+    ]
+
+
+def _failed_series(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck]:
+    rows = connection.execute(
+        "SELECT closed.* FROM standing JOIN routed_series AS closed ON closed.id = standing.routed "
+        "WHERE standing.class = 'failed' AND closed.outcome = 'failed' ORDER BY closed.id LIMIT ?",
+        (STUCK_MAX,),
+    ).fetchall()
+    return [
+        Stuck(
+            kind="series",
+            id=None,
+            study_instance_uid=row["study_instance_uid"],
+            name=row["series_instance_uid"],
+            state="failed",
+            why=row["reason"],
+            age_s=part.age_s(0.0, "", row["routed_at"]),
+            next_s=None,
+        )
+        for row in rows
+    ]
+
+
+def _stuck_jobs(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck]:
+    rows = connection.execute(
+        "SELECT job.*, study.identity_conflict AND NOT study.released AS held FROM job "
+        "LEFT JOIN study USING (study_instance_uid) WHERE state IN ('pending', 'waiting', 'failed') "
+        "ORDER BY id LIMIT ?",
+        (STUCK_MAX,),
+    ).fetchall()
+    return [
+        Stuck(
+            kind="job",
+            id=row["id"],
+            study_instance_uid=row["study_instance_uid"],
+            name=f"{row['rule']} on {row['engine']}",
+            state=row["state"],
+            why=row["error"] or ("held: identity conflict" if row["held"] else "in the queue"),
+            age_s=part.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
+            next_s=None if row["state"] == "failed" or row["held"] else _wait_s(part, row),
+        )
+        for row in rows
+    ]
+
+
+def _stuck_deliveries(
+    part: CatalogPart, connection: sqlite3.Connection, destinations: Collection[str] | None
+) -> list[Stuck]:
+    rows = connection.execute(
+        "SELECT *, (SELECT error FROM delivery_item WHERE delivery = delivery.id AND error <> '' LIMIT 1) "
+        "AS item_error FROM delivery WHERE state IN ('pending', 'failed') ORDER BY id LIMIT ?",
+        (STUCK_MAX,),
+    ).fetchall()
+    found = []
+    for row in rows:
+        gone = destinations is not None and row["destination"] not in destinations
+        error = ": ".join(text for text in (row["error"], row["item_error"]) if text) or "in the queue"
+        found.append(
+            Stuck(
+                kind="delivery",
+                id=row["id"],
+                study_instance_uid=row["study_instance_uid"],
+                name=row["destination"],
+                state=row["state"],
+                why="the destination is not in the configuration any more" if gone else error,
+                age_s=part.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
+                next_s=None if gone or row["state"] == "failed" else _wait_s(part, row),
+            )
+        )
+    return found
+
+
+def _wait_s(part: CatalogPart, row: sqlite3.Row) -> float:
+    now = part.clock.boot()
+    return max(row["not_before_s"] - now.seconds, 0.0) if row["not_before_boot_id"] == now.boot_id else 0.0

@@ -1,0 +1,131 @@
+"""What happened to a study and when, for people: `dicom-node timeline STUDY` and the demonstration's report.
+
+Triggers note every move of a job or a delivery in `history`, in the transaction that makes it, so the timeline is as
+complete as the states themselves and no verb has to remember it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+
+from sqlite_utils import Database, Migrations
+
+from dicom_node.model import TimelineEvent
+from dicom_node.store.rows import CatalogPart, utc
+
+__all__ = ["timeline", "timeline_migrations"]
+
+timeline_migrations = Migrations("timeline")
+
+_NOW = "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')"
+_TABLES = (
+    "CREATE TABLE history (id INTEGER PRIMARY KEY, study_instance_uid TEXT NOT NULL, at TEXT NOT NULL, "
+    "kind TEXT NOT NULL, ref INTEGER NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL)",
+    "CREATE INDEX history_study ON history (study_instance_uid, id)",
+    *(
+        f"CREATE TRIGGER {kind}_{verb} AFTER {event} ON {kind} {when} BEGIN "
+        "INSERT INTO history (study_instance_uid, at, kind, ref, state, detail) "
+        f"VALUES (new.study_instance_uid, {_NOW}, '{kind}', new.id, new.state, new.error); END"
+        for kind in ("job", "delivery")
+        for verb, event, when in (
+            ("made", "INSERT", ""),
+            ("moved", "UPDATE OF state", "WHEN new.state <> old.state"),
+        )
+    ),
+)
+_CLOSED_BY = {
+    "idle": "complete (quiet)",
+    "forced": "taken as complete (waited long enough)",
+    "immediate": "complete (single image)",
+    "operator": "routed by a person",
+}
+
+
+@timeline_migrations()
+def history(db: Database) -> None:
+    """The history of moves and the triggers that write it."""
+    for statement in _TABLES:
+        db.execute(statement)
+
+
+def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEvent]:
+    """Everything that happened to a study, oldest first; empty for an unknown study."""
+    with part.database.read() as connection:
+        events = [
+            *_received(connection, study_instance_uid),
+            *_closed(connection, study_instance_uid),
+            *_jobs(connection, study_instance_uid),
+            *_deliveries(connection, study_instance_uid),
+        ]
+    return sorted(events, key=lambda event: event.at)
+
+
+def _received(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    row = connection.execute(
+        "SELECT min(received_at) AS first, max(received_at) AS last, count(*) AS instances, "
+        "count(DISTINCT series_instance_uid) AS series, max(source) AS source "
+        "FROM instance WHERE study_instance_uid = ? AND origin = 'received'",
+        (study,),
+    ).fetchone()
+    if not row["instances"]:
+        return
+    sender = json.loads(row["source"]).get("calling_ae_title", "")
+    yield TimelineEvent(at=utc(row["first"]), text=f"first instance received from {sender}")
+    if row["instances"] > 1:
+        text = f"last instance received: {row['instances']} in {row['series']} series"
+        yield TimelineEvent(at=utc(row["last"]), text=text)
+
+
+def _closed(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute(
+        "SELECT closed.*, series.modality, series.image_count FROM routed_series AS closed "
+        "JOIN series USING (series_instance_uid) WHERE closed.study_instance_uid = ? ORDER BY closed.id",
+        (study,),
+    ).fetchall()
+    for row in rows:
+        what = f"{row['modality'] or '?'} series of {row['image_count']}"
+        rules = ", ".join(json.loads(row["planned"]))
+        outcome = f"routed by {rules}" if rules else f"{row['outcome']}: {row['reason']}"
+        text = f"{what} {_CLOSED_BY.get(row['close_trigger'], row['close_trigger'])}, {outcome}"
+        yield TimelineEvent(at=utc(row["routed_at"]), text=text)
+
+
+def _jobs(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute(
+        "SELECT history.*, job.engine, job.rule, job.run_number, job.stages FROM history JOIN job ON job.id = ref "
+        "WHERE kind = 'job' AND history.study_instance_uid = ? ORDER BY history.id",
+        (study,),
+    ).fetchall()
+    for row in rows:
+        name = f"job {row['ref']} ({row['engine']})"
+        if row["state"] == "done":
+            text = f"{name} done: {_stages(row['stages'])}"
+        elif row["state"] == "leased":
+            text = f"{name} begun"
+        else:
+            text = f"{name} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
+        yield TimelineEvent(at=utc(row["at"]), text=text)
+
+
+def _stages(text: str) -> str:
+    stages = json.loads(text)
+    return ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages.items()) or "no times kept"
+
+
+def _deliveries(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute(
+        "SELECT history.*, delivery.destination, (SELECT count(*) FROM delivery_item WHERE delivery = ref "
+        "AND state = 'sent') AS sent FROM history JOIN delivery ON delivery.id = ref "
+        "WHERE kind = 'delivery' AND history.study_instance_uid = ? ORDER BY history.id",
+        (study,),
+    ).fetchall()
+    for row in rows:
+        if row["state"] == "done":
+            text = f"delivered to {row['destination']}: {row['sent']} objects"
+        elif row["state"] == "leased":
+            text = f"sending to {row['destination']}"
+        else:
+            text = f"delivery to {row['destination']} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
+        yield TimelineEvent(at=utc(row["at"]), text=text)

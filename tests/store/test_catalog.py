@@ -1,0 +1,75 @@
+"""The data folder: made private, used by one node, tidy after a crash."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dicom_node.clock import SystemClock
+from dicom_node.config import StorageSettings
+from dicom_node.errors import ConfigError, StorageError
+from dicom_node.store.catalog import data_lock, open_catalog
+
+STORAGE = StorageSettings(reserve_bytes=0, reserve_ratio=0.0)
+
+
+def test_everything_in_the_data_folder_is_for_its_owner_only(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        catalog = open_catalog(tmp_path / "deep" / "data", SystemClock(), STORAGE)
+        catalog.database.write(lambda connection: connection.execute("CREATE TABLE t (x)"))
+        for path in (tmp_path / "deep" / "data").rglob("*"):
+            assert path.stat().st_mode & 0o077 == 0, path
+        assert (tmp_path / "deep" / "data").stat().st_mode & 0o077 == 0
+        catalog.close()
+    finally:
+        os.umask(before)
+
+
+def test_opening_twice_shares_one_catalog_and_each_process_life_has_its_epoch(tmp_path: Path) -> None:
+    first = open_catalog(tmp_path, SystemClock(), STORAGE)
+    second = open_catalog(tmp_path, SystemClock(), STORAGE)
+    assert first.epoch != second.epoch
+    first.database.write(lambda connection: connection.execute("CREATE TABLE t AS SELECT 1 AS x"))
+    with second.database.read() as connection:
+        assert connection.execute("SELECT x FROM t").fetchone()["x"] == 1
+    first.close()
+    first.close()
+    second.close()
+
+
+def test_a_second_node_is_kept_out_with_the_folder_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dicom_node.store.catalog import data_lock\n"
+        "from dicom_node.errors import ConfigError\n"
+        "try:\n"
+        "    with data_lock(Path(sys.argv[1])): print('in')\n"
+        "except ConfigError as exc: print(exc)"
+    )
+
+    def other() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    with data_lock(tmp_path):
+        said = other()
+        assert str(tmp_path) in said and "another node" in said
+    assert other() == "in\n"
+
+
+def test_a_folder_that_cannot_be_used_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="data_dir"):
+        open_catalog(tmp_path / "file", SystemClock(), STORAGE)
+    with pytest.raises(ConfigError, match="data_dir"), data_lock(tmp_path / "file"):
+        pass
+
+
+def test_a_closed_catalog_refuses_to_write(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path, SystemClock(), STORAGE)
+    catalog.close()
+    with pytest.raises(StorageError):
+        catalog.database.write(lambda connection: None)

@@ -1,0 +1,129 @@
+"""Many writers on one SQLite file: fair, isolated from each other's failures, durable settings."""
+
+import json
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dicom_node.errors import CatalogBusy, StorageError
+from dicom_node.store.database import Database
+
+WRITER = """
+import json, sys, time
+from pathlib import Path
+from dicom_node.store.database import Database
+
+database = Database(Path(sys.argv[1]))
+mine = sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+waits, deadline = [], time.monotonic() + 3.0
+while time.monotonic() < deadline:
+    start = time.monotonic()
+    database.write(lambda c: c.execute("INSERT INTO t (writer) VALUES (?)", (mine,)))
+    waits.append(time.monotonic() - start)
+database.close()
+print(json.dumps(sorted(waits)), flush=True)
+"""
+
+
+def make(folder: Path, **options: float) -> Database:
+    database = Database(folder / "catalog.db", **options)
+    database.write(lambda connection: connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, writer TEXT UNIQUE)"))
+    return database
+
+
+def test_four_processes_writing_at_once_all_get_their_turn(tmp_path: Path) -> None:
+    database = Database(tmp_path / "catalog.db")
+    database.write(lambda connection: connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, writer TEXT)"))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(database.path), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    waits = [json.loads(child.communicate(timeout=60)[0]) for child in children]
+    counts = [len(one) for one in waits]
+    together = sorted(wait for one in waits for wait in one)
+    p99 = together[int(len(together) * 0.99)]
+    told = f"commits per writer {counts}, p50 {together[len(together) // 2] * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms"
+    logging.getLogger(__name__).info(told)
+    with database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == sum(counts)
+    database.close()
+    assert min(counts) * 8 > max(counts), told
+    assert p99 < 1.0, told
+
+
+def test_a_failing_write_takes_only_itself_back(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    gate, outcomes = threading.Event(), []
+    held = threading.Thread(target=lambda: database.write(lambda connection: gate.wait(10)))
+    held.start()
+
+    def insert(value: str) -> None:
+        try:
+            database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES (?)", (value,)))
+            outcomes.append("written")
+        except sqlite3.IntegrityError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=insert, args=(value,)) for value in ("a", "a", "b")]
+    for thread in threads:  # queued behind the first: they share one transaction
+        thread.start()
+    gate.set()
+    for thread in (held, *threads):
+        thread.join(timeout=20)
+    assert sorted(outcomes) == ["refused", "written", "written"]
+    with database.read() as connection:
+        assert {row["writer"] for row in connection.execute("SELECT writer FROM t")} == {"a", "b"}
+    database.close()
+
+
+def test_a_lock_held_too_long_is_told_as_busy(tmp_path: Path) -> None:
+    holder, database = make(tmp_path), Database(tmp_path / "catalog.db", lock_wait_s=0.2)
+    gate, inside = threading.Event(), threading.Event()
+
+    def hold(connection: sqlite3.Connection) -> None:
+        inside.set()
+        gate.wait(10)
+
+    thread = threading.Thread(target=lambda: holder.write(hold))
+    thread.start()
+    inside.wait(10)
+    with pytest.raises(CatalogBusy) as busy:
+        database.write(lambda connection: None)
+    assert busy.value.dimse_status == 0xA700
+    gate.set()
+    thread.join(timeout=20)
+    database.write(lambda connection: None)
+    database.close()
+    holder.close()
+
+
+def test_commits_survive_a_power_cut_and_readers_do_not_write(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    pragmas = database.write(
+        lambda connection: [
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+    )
+    assert pragmas == ["wal", 2, 1]  # 2 = FULL
+    with pytest.raises(StorageError), database.read() as connection:
+        connection.execute("INSERT INTO t (writer) VALUES ('x')")
+    database.close()
