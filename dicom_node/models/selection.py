@@ -1,0 +1,162 @@
+"""Does this series fit this model? Every clause of a package's `select` block, with a reason for every refusal.
+
+Headers first (`select_series`, `select_image`), geometry once it is decided (`select_geometry`). Pure; reasons are
+sentences about attributes, never patient data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydicom.uid import UID
+
+from dicom_node.geometry import VolumeGeometry
+from dicom_node.model import SeriesHeader
+from dicom_node.models.manifest import OneOfBlock, SelectBlock
+
+__all__ = ["Selection", "select_geometry", "select_image", "select_series"]
+
+# PS3.16 CID 4010, SNOMED CT and the SNOMED-RT identifiers older systems write.
+_VIEWS = {
+    **{"399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA"},
+    **{"399198007": "RL", "R-10232": "RL", "399173006": "LL", "R-10236": "LL"},
+    **{"399067008": "LATERAL", "R-102CD": "LATERAL"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Whether a model takes an input; `reasons` has one sentence for each clause that says no, and none when `ok`."""
+
+    ok: bool
+    reasons: tuple[str, ...]
+
+    @staticmethod
+    def of(reasons: Iterable[str]) -> Selection:
+        """No reason against it means yes."""
+        found = tuple(reason for reason in reasons if reason)
+        return Selection(not found, found)
+
+
+def select_series(select: SelectBlock, header: SeriesHeader) -> Selection:
+    """The clauses on attributes of the whole series: modality, SOP class, body part, view, description.
+
+    A clause on an attribute that differs inside the series holds when every value fits; for views, when one does,
+    for then single images are chosen by `select_image`.
+    """
+    values = header.values
+    classes = _texts(values, "SOPClassUID") or tuple(
+        dict.fromkeys(str(image["SOPClassUID"]) for image in header.geometry if "SOPClassUID" in image)
+    )
+    reasons = [
+        _modality(select, _texts(values, "Modality")),
+        _sop_class(select, classes),
+        _one_of("Body Part Examined", select.body_part, _texts(values, "BodyPartExamined")),
+    ]
+    views = _views(_texts(values, "ViewPosition"), values.get("ViewCodeSequence", ()))
+    if not (select.view and any(not _one_of("", select.view, [view]) for view in views)):
+        reasons.append(_one_of("the view", select.view, views))
+    for text in _texts(values, "SeriesDescription"):
+        hits = [word for word in select.exclude.description_contains if word.lower() in text.lower()]
+        reasons.append(f"Series Description contains {hits[0]!r}" if hits else "")
+    return Selection.of(reasons)
+
+
+def select_image(select: SelectBlock, header: Mapping[str, Any]) -> Selection:
+    """The same clauses on one image (`header` as `pixels.ImageFile.header`), and that it is meant to be looked at."""
+    text = {key: str(value).strip() for key, value in header.items() if isinstance(value, str)}
+    views = _views([text["ViewPosition"]] if text.get("ViewPosition") else [], header.get("ViewCodeSequence", ()))
+    body_parts = [text["BodyPartExamined"]] if text.get("BodyPartExamined") else []
+    intent = text.get("PresentationIntentType", "")
+    excluded = set(text.get("ImageType", "").upper().split("\\")) & set(select.exclude.image_type)
+    return Selection.of(
+        [
+            _modality(select, [text["Modality"]] if text.get("Modality") else []),
+            _sop_class(select, [text["SOPClassUID"]] if text.get("SOPClassUID") else []),
+            _one_of("Body Part Examined", select.body_part, body_parts),
+            _one_of("the view", select.view, views),
+            "Presentation Intent Type is FOR PROCESSING: raw detector values" if intent == "FOR PROCESSING" else "",
+            f"Image Type {sorted(excluded)[0]}" if excluded else "",
+        ]
+    )
+
+
+def select_geometry(select: SelectBlock, geometry: VolumeGeometry) -> Selection:
+    """The clauses on the volume: plane, obliquity, number and spacing of slices, coverage."""
+    wanted = select.geometry
+    largest = max(geometry.spacing_mm)
+    reasons = []
+    if geometry.shape[0] < wanted.min_slices:
+        reasons.append(f"{geometry.shape[0]} slices, the model needs at least {wanted.min_slices}")
+    if wanted.max_spacing_mm is not None and largest > wanted.max_spacing_mm:
+        reasons.append(f"voxels of {largest:.2f} mm, the model takes at most {wanted.max_spacing_mm:g} mm")
+    if wanted.orientation is not None and geometry.orientation != wanted.orientation:
+        reasons.append(f"{geometry.orientation} slices, the model takes {wanted.orientation} ones")
+    if geometry.obliquity_deg > wanted.max_obliquity_deg:
+        reasons.append(
+            f"slices are {geometry.obliquity_deg:.0f} degrees oblique, the model takes at most "
+            f"{wanted.max_obliquity_deg:g}"
+        )
+    if wanted.min_coverage_mm is not None and geometry.coverage_mm < wanted.min_coverage_mm:
+        reasons.append(
+            f"the stack is {geometry.coverage_mm:.0f} mm long, the model needs {wanted.min_coverage_mm:g} mm"
+        )
+    return Selection.of(reasons)
+
+
+def _modality(select: SelectBlock, found: Sequence[str]) -> str:
+    wanted = " or ".join(select.modality)
+    if not found:
+        return f"Modality is missing, the model takes {wanted}"
+    wrong = [value for value in found if value not in select.modality]
+    return f"Modality is {wrong[0][:16]}, the model takes {wanted}" if wrong else ""
+
+
+def _sop_class(select: SelectBlock, found: Sequence[str]) -> str:
+    if not select.sop_class:
+        return ""
+    wrong = [uid for uid in found if uid not in select.sop_class]
+    if found and not wrong:
+        return ""
+    wanted = " or ".join(UID(uid).name for uid in select.sop_class)
+    return f"SOP class {UID(wrong[0]).name if wrong else 'is missing'}, the model takes {wanted}"
+
+
+def _one_of(name: str, wanted: OneOfBlock | None, found: Sequence[str]) -> str:
+    if wanted is None:
+        return ""
+    options = " or ".join(wanted.any)
+    if not found:
+        return "" if wanted.missing == "allow" else f"{name} is not given, the model takes {options}"
+    accepted = {_squeezed(value) for value in wanted.any}
+    wrong = [value for value in found if _squeezed(value) not in accepted]
+    return f"{name} is {wrong[0][:32]}, the model takes {options}" if wrong else ""
+
+
+def _squeezed(text: str) -> str:
+    """Case and punctuation differ between writers: "Chest/Abd" and "CHESTABD" are one word."""
+    return "".join(letter for letter in text.upper() if letter.isalnum())
+
+
+def _texts(values: Mapping[str, tuple[Any, ...]], keyword: str) -> tuple[str, ...]:
+    return tuple(text for value in values.get(keyword, ()) if (text := str(value).strip()))
+
+
+def _views(positions: Iterable[str], sequences: Iterable[Any]) -> list[str]:
+    """View Position where given, else the coded view (the only mandatory one in DX, PS3.3 C.8.11.5)."""
+    plain = [position.strip().upper() for position in positions if position.strip()]
+    if plain:
+        return plain
+    codes = [str(_item(item, "CodeValue")) for sequence in sequences for item in _items(sequence)]
+    return [_VIEWS.get(code, f"code {code}") for code in codes]
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _item(item: Any, keyword: str) -> Any:
+    """An attribute of a sequence item: a pydicom item, or a dictionary by keyword from the catalog."""
+    return item.get(keyword, "")
