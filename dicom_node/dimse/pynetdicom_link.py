@@ -1,0 +1,462 @@
+"""pynetdicom with its gaps closed: one association, as acceptor or as requestor, that moves bytes and nothing else.
+
+What is replaced, and why (each is a fault seen on a stock pynetdicom SCP):
+
+* Reading has a deadline per PDU and a bound on its length; the socket is polled, so descriptors above 1023 work.
+* Sending goes past the state machine's copies through a bounded queue, so a slow reader costs no memory.
+* Every message is bounded: command set, data set, queue of messages, empty fragments. What breaks a bound or cannot
+  be parsed ends in an A-ABORT, never in silence.
+* Requests reach `on_request` as they came, incomplete ones too; pynetdicom's own services are not used.
+* Nothing of an identifier is ever logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import select
+import socket
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+from pydicom import config as pydicom_config
+from pynetdicom import _config as pynetdicom_config
+from pynetdicom.ae import ApplicationEntity
+from pynetdicom.association import Association
+from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dimse_messages import DIMSEMessage
+from pynetdicom.dimse_primitives import C_CANCEL
+from pynetdicom.dul import DULServiceProvider
+from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import A_ASSOCIATE, P_DATA
+from pynetdicom.transport import AssociationSocket
+
+from dicom_node.errors import NodeError
+
+__all__ = ["AssociationLost", "Fragments", "Link", "data_set_of", "quiet_libraries"]
+
+log = logging.getLogger(__name__)
+
+Fragments = Iterable[bytes | memoryview]
+
+FIRST_PDU_S = 10.0  # a whole A-ASSOCIATE-RQ must be there this long after TCP connected
+PDU_S = 20.0  # a PDU that has begun must be complete after this
+SEND_S = 20.0  # a peer that reads nothing for this long is gone
+MAX_FIRST_PDU = 256 * 1024
+MAX_COMMAND_SET = 64 * 1024
+IN_MEMORY = 16 * 1024 * 1024  # of one data set; what is longer waits in an unnamed file
+MAX_DISCARDED = 4 * 1024 * 1024
+MAX_WAITING_MESSAGES = 64
+MAX_EMPTY_FRAGMENTS = 64
+MAX_PDU_SENT = 128 * 1024
+QUEUED_PDUS = 16
+QUIET_S = 0.5  # an association without traffic for this long ...
+IDLE_WAIT_S = 0.025  # ... is waited for in pieces of this; what arrives wakes it at once
+_POLL_S = 0.0005
+# PS3.5 table 6.2-1: what may be longer in a command set than its VR allows
+_LONGEST = {"AffectedSOPClassUID": 64, "AffectedSOPInstanceUID": 64, "MoveDestination": 16}
+
+
+class AssociationLost(NodeError):
+    """The association was aborted, its connection broke, or the peer did not answer in time."""
+
+    retryable = True
+
+
+def quiet_libraries() -> None:
+    """Keep patient data out of the logs: pynetdicom must not print identifiers, pydicom must not warn with values."""
+    pynetdicom_config.LOG_HANDLER_LEVEL = "none"
+    pynetdicom_config.LOG_REQUEST_IDENTIFIERS = False
+    pynetdicom_config.LOG_RESPONSE_IDENTIFIERS = False
+    pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+
+
+class _Socket(AssociationSocket):
+    """A connection with deadlines and bounds."""
+
+    def __init__(self, link: Link, client: socket.socket | None, address: Any | None) -> None:
+        super().__init__(link, client_socket=client, address=address)
+        self._link = link
+        self._poll: select.poll | None = None
+        if client is not None:
+            _tune(client)
+
+    def connect(self, primitive: Any) -> None:
+        """As the base class; a connection that was made gets the deadlines of this one."""
+        super().connect(primitive)
+        if self.socket is not None:
+            _tune(self.socket)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read; a broken connection counts, reading finds out."""
+        if self.socket is None or not self._is_connected:
+            return False
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self.socket, select.POLLIN)
+        return bool(self._poll.poll(IDLE_WAIT_S * 1000 if self._link.is_quiet() else 0))
+
+    def recv(self, nr_bytes: int) -> bytearray:
+        """Exactly `nr_bytes`, fewer when the peer closed. Raises OSError past the deadline or the bound."""
+        connection, link = self.socket, self._link
+        if connection is None:
+            return bytearray()
+        negotiated = link.requestor.primitive is not None
+        if nr_bytes > (max(MAX_FIRST_PDU, link.max_pdu + 1024) if negotiated else MAX_FIRST_PDU):
+            self.event_queue.put("Evt19")  # A-ABORT, then closed
+            raise OSError("a PDU is longer than was agreed")
+        deadline = time.monotonic() + (PDU_S if negotiated else FIRST_PDU_S)
+        data = bytearray(nr_bytes)
+        view, done = memoryview(data), 0
+        while done < nr_bytes:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            received = connection.recv_into(view[done:])
+            if not received:
+                break
+            done += received
+        view.release()
+        del data[done:]
+        connection.settimeout(SEND_S)
+        # Peers that leave Nagle on (dcmtk) send 12 bytes and wait for our ACK: do not delay it
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return data
+
+    def discard(self) -> None:
+        """Take what has arrived and forget it: closing over unread bytes would cost the peer our last PDU."""
+        if self.socket is not None:
+            self.socket.settimeout(0.0)
+            with contextlib.suppress(OSError):
+                for _ in range(MAX_DISCARDED // MAX_COMMAND_SET):
+                    if not self.socket.recv(MAX_COMMAND_SET):
+                        break
+
+    def _shutdown_socket(self) -> None:
+        if self.socket is not None:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.close()
+
+    def send(self, bytestream: bytes) -> None:
+        """Send everything or report the connection as closed."""
+        try:
+            if self.socket is None:
+                raise OSError("not connected")
+            self.socket.sendall(bytestream)
+        except OSError:
+            self.event_queue.put("Evt17")
+
+
+def _tune(connection: socket.socket) -> None:
+    connection.settimeout(SEND_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+class _EncodedPdu(P_DATA):
+    """A P-DATA-TF PDU that is ready to go out."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.data = data
+
+
+class _Dul(DULServiceProvider):
+    """Sends ready-made PDUs, and answers what it cannot decode with an A-ABORT."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self.daemon = True
+
+    def _process_recv_primitive(self) -> bool:
+        waiting = self.to_provider_queue
+        while waiting.queue and isinstance(pdu := waiting.queue[0], _EncodedPdu):
+            waiting.get_nowait()
+            # PS3.8 table 9-10: P-DATA may go out in Sta6 only; after an abort what is queued is void
+            if self.state_machine.current_state == "Sta6" and self.socket is not None:
+                self.socket.send(pdu.data)
+                self._idle_timer.restart()
+        return bool(super()._process_recv_primitive())
+
+    def _is_transport_event(self) -> bool:
+        if not self.event_queue.empty():
+            return False  # an event may end the connection: reading on before it was seen would block
+        if self.state_machine.current_state == "Sta13" and isinstance(self.socket, _Socket):
+            self.socket.discard()
+            self.socket.close()
+            return True
+        return bool(super()._is_transport_event())
+
+    def _decode_pdu(self, bytestream: bytearray) -> Any:
+        pdu, event = super()._decode_pdu(bytestream)
+        if isinstance(pdu, A_ASSOCIATE_RQ):
+            pdu.to_primitive()  # raises here, where it becomes Evt19, what would end this thread later
+        return pdu, event
+
+
+class _Overflow:
+    """The rest of a data set that is too long for memory, in an unnamed file; looks to pynetdicom like a named one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed with the message
+        self.length = 0
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError."""
+        self.file.write(data)
+        self.length += len(data)
+
+    def read_back(self) -> Iterator[bytes]:
+        """Everything written, once."""
+        with self.file as file:
+            file.seek(0)
+            while piece := file.read(IN_MEMORY // 16):
+                yield piece
+
+
+def data_set_of(message: Any) -> Fragments | None:
+    """The data set of a received C-STORE request in pieces, None when it has none. Can be read once."""
+    if message.DataSet is None or not message.DataSet.getbuffer().nbytes:
+        return None
+    rest = message._dataset_file
+    return chain([message.DataSet.getbuffer()], rest.read_back() if rest is not None else ())
+
+
+class _Dimse(DIMSEServiceProvider):
+    """Puts messages together within bounds; requests that lack parameters are passed on, not dropped."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link)
+        self._link = link
+        self._empty_fragments = 0
+
+    def get_msg(self, block: bool = False) -> Any:
+        """The next message; (None, None) when there is none. A quiet association is looked at less often."""
+        try:
+            return self.msg_queue.get(timeout=IDLE_WAIT_S) if self._link.is_quiet() else self.msg_queue.get_nowait()
+        except queue.Empty:
+            return None, None
+
+    def receive_primitive(self, primitive: P_DATA) -> None:
+        """Take in the PDVs of one PDU; they may belong to several messages (PS3.8 annex E)."""
+        self._link.traffic = True
+        self._link.active_at = time.monotonic()
+        try:
+            for item in primitive.presentation_data_value_list:
+                self._receive(item)
+        except Exception as exc:  # noqa: BLE001 - the SCP edge: whatever a peer's bytes do ends in an A-ABORT
+            log.warning("message cannot be read", extra={"error": type(exc).__name__, **self._link.log_fields})
+            self.message = None
+            self.dul.event_queue.put("Evt19")
+
+    def _receive(self, item: tuple[int, bytes]) -> None:
+        self._empty_fragments = self._empty_fragments + 1 if len(item[1]) < 2 else 0
+        message = self.message = self.message or DIMSEMessage()
+        fragment = P_DATA()
+        fragment.presentation_data_value_list.append(item)
+        if not message.decode_msg(fragment):
+            data_set = message.data_set.tell() if message.data_set else 0
+            rest: Any = message._data_set_file
+            if rest is not None:
+                data_set += rest.length
+            elif data_set > IN_MEMORY:
+                message._data_set_file = cast(Any, _Overflow(self._link.spool_folder))
+            if (
+                message.encoded_command_set.tell() > MAX_COMMAND_SET
+                or data_set > self._link.max_data_set_bytes
+                or self._empty_fragments > MAX_EMPTY_FRAGMENTS
+            ):
+                raise AssociationLost("a message is larger than allowed")
+            return
+        self.message = None
+        self._deliver(message)
+
+    def _deliver(self, message: DIMSEMessage) -> None:
+        for keyword, longest in _LONGEST.items():
+            if len(str(message.command_set.get(keyword) or "")) > longest:
+                del message.command_set[keyword]  # missing has its answer; pynetdicom would end the association
+        primitive: Any = message.message_to_primitive()
+        if isinstance(primitive, C_CANCEL):
+            if len(self.cancel_req) < MAX_WAITING_MESSAGES:
+                self.cancel_req[int(primitive.MessageIDBeingRespondedTo or 0)] = primitive
+            return
+        if self.msg_queue.qsize() >= MAX_WAITING_MESSAGES:
+            raise AssociationLost("too many messages wait")
+        if getattr(primitive, "MessageID", None) is not None:
+            # a cancel that came after its operation was over must not hit the next one of the same id
+            self.cancel_req.pop(primitive.MessageID, None)
+        self.msg_queue.put((int(message.context_id or 0), primitive))
+
+
+class Link(Association):
+    """One association. As acceptor it runs its own thread and calls `on_request` with each request; as requestor it
+    is driven by the caller's thread.
+
+    `traffic` is set by every P-DATA PDU received; the owner clears it. What of a data set does not fit memory waits in
+    `spool_folder` (None: the system's temporary folder).
+    """
+
+    def __init__(self, entity: ApplicationEntity, mode: str, *, max_pdu: int, max_data_set_bytes: int) -> None:
+        super().__init__(entity, mode)
+        self.max_pdu = max_pdu
+        self.max_data_set_bytes = max_data_set_bytes
+        self.spool_folder: Path | None = None
+        self.active_at = time.monotonic()
+        self.dimse = _Dimse(self)
+        timeout = self.dul.artim_timer.timeout
+        self.dul = _Dul(self)
+        self.dul.artim_timer.timeout = timeout
+        self.network_timeout = entity.network_timeout
+        self.traffic = False
+        self.serving = False
+        self.log_fields: dict[str, str] = {}
+        self.on_associate: Callable[[Link], None] | None = None
+        self.on_request: Callable[[Link, Any, int], None] | None = None
+        self.on_end: Callable[[Link], None] | None = None
+
+    def is_quiet(self) -> bool:
+        """Whether nothing has happened for a while: pynetdicom's two threads, which poll every ms, may then wait."""
+        return self.is_established and self.is_acceptor and time.monotonic() - self.active_at > QUIET_S
+
+    def _bind_defaults(self) -> None:
+        """No handlers: pynetdicom's own log what must not be logged."""
+
+    def use_socket(self, client: socket.socket | None = None, address: Any | None = None) -> None:
+        """Set the connection to use: an accepted one, or a new one bound to `address`."""
+        self.set_socket(_Socket(self, client, address))
+
+    # --- as acceptor
+
+    def run_reactor(self) -> None:
+        """The thread of an acceptor: wait for the request, negotiate, serve until the association ends."""
+        try:
+            self.dul.start()
+            self._started_dul = True
+            self._dul_ready.wait(FIRST_PDU_S)
+            primitive = self._first_primitive()
+            if isinstance(primitive, A_ASSOCIATE) and self.on_associate is not None:
+                self.requestor.primitive = primitive
+                self.on_associate(self)
+                if self.is_established:
+                    self._run_reactor()
+        except Exception:
+            log.exception("association failed", extra=self.log_fields)
+        finally:
+            self.is_established = False
+            self.dul.kill_dul()
+            self.close_socket()
+            if self.on_end is not None:
+                self.on_end(self)
+
+    def _first_primitive(self) -> Any:
+        deadline = time.monotonic() + FIRST_PDU_S + 1.0
+        while time.monotonic() < deadline and self.dul.is_alive():
+            primitive = self.dul.receive_pdu(wait=True, timeout=0.02)
+            # Sta1 after the start: the peer closed or aborted, or the ARTIM timer ran out
+            if primitive is not None or self.dul.state_machine.current_state in ("Sta1", "Sta13"):
+                return primitive
+        return None
+
+    def _serve_request(self, msg: Any, context_id: int) -> None:
+        if self.on_request is None or self._sent_release:
+            return
+        self.serving = True
+        self._is_paused = True
+        try:
+            self.on_request(self, msg, context_id)
+        finally:
+            self._is_paused = False
+            self.serving = False
+            self.active_at = time.monotonic()
+            self.dul._idle_timer.restart()
+
+    def is_cancelled(self, message_id: int) -> bool:
+        """Whether a C-CANCEL for this request came. Raises AssociationLost when the association is gone."""
+        self.check_alive()
+        return message_id in self.dimse.cancel_req
+
+    # --- both
+
+    def check_alive(self) -> None:
+        """Raises AssociationLost when the peer or the connection is gone."""
+        if not self.is_established or not self.dul.is_alive() or self.acse.is_aborted() or self._kill:
+            raise AssociationLost("the association ended")
+
+    def send_message(self, context_id: int, command: bytes, data_set: Fragments | None = None) -> None:
+        """Queue one message. Returns when its last byte is queued, which is bounded by the peer's reading.
+
+        Raises AssociationLost.
+        """
+        size = min(self.dimse.maximum_pdu_size or MAX_PDU_SENT, MAX_PDU_SENT) - 6
+        for chunk, last in _chunks([command], size):
+            self._send_pdu(context_id, 0x01 | (0x02 if last else 0), chunk)
+        if data_set is not None:
+            for chunk, last in _chunks(data_set, size):
+                self._send_pdu(context_id, 0x02 if last else 0, chunk)
+
+    def _send_pdu(self, context_id: int, control: int, chunk: bytes | memoryview) -> None:
+        header = struct.pack(">BBIIBB", 4, 0, len(chunk) + 6, len(chunk) + 2, context_id, control)
+        deadline = time.monotonic() + SEND_S + PDU_S
+        while self.dul.to_provider_queue.qsize() >= QUEUED_PDUS:
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise AssociationLost("the peer does not read")
+            time.sleep(_POLL_S)
+        self.check_alive()
+        self.active_at = time.monotonic()
+        self.dul.to_provider_queue.put(_EncodedPdu(header + bytes(chunk)))
+
+    def next_message(self, timeout_s: float) -> tuple[int, Any] | None:
+        """The next request or response with its context id, None after `timeout_s`. Raises AssociationLost."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                context_id, message = self.dimse.msg_queue.get(timeout=min(0.2, timeout_s))
+                if context_id is not None and message is not None:
+                    return context_id, message
+            self.check_alive()
+            if time.monotonic() >= deadline:
+                return None
+
+    def await_response(self, message_id: int, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Any:
+        """The response to a request sent on this association; `on_wait` is called about once a second meanwhile.
+
+        Anything else that arrives breaks the protocol: the node never has two operations under way.
+        Raises AssociationLost.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            received = self.next_message(min(1.0, max(deadline - time.monotonic(), 0.01)))
+            if received is not None:
+                message = received[1]
+                if getattr(message, "MessageIDBeingRespondedTo", None) == message_id and message.Status is not None:
+                    return message
+                raise AssociationLost("the peer sent an unexpected message")
+            if time.monotonic() >= deadline:
+                raise AssociationLost("no response in time")
+            if on_wait is not None:
+                on_wait()
+
+    def close_socket(self) -> None:
+        """Make sure that the connection is closed. Idempotent."""
+        holder = self.dul.socket
+        if holder is not None and holder.socket is not None:
+            holder._shutdown_socket()
+
+
+def _chunks(parts: Fragments, size: int) -> Iterator[tuple[bytes | memoryview, bool]]:
+    """`parts` cut into pieces of at most `size`, each with whether it is the last one; at least one, maybe empty."""
+    held: bytes | memoryview = b""
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), size):
+            if len(held):
+                yield held, False
+            held = view[start : start + size]
+    yield held, True

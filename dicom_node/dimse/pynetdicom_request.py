@@ -1,0 +1,139 @@
+"""One request on an association: what it asks, in which context, and how its responses go out.
+
+Identifiers are decoded here, within bounds; data sets never are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_dataset
+from pydicom.filewriter import write_dataset
+
+from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandValue, encode_command, error_comment
+from dicom_node.dimse.contexts import (
+    EXPLICIT_BE,
+    IMPLICIT_LE,
+    PATIENT_ROOT_FIND,
+    PATIENT_ROOT_GET,
+    PATIENT_ROOT_MOVE,
+)
+from dicom_node.dimse.pynetdicom_link import Link
+from dicom_node.model import Source
+from dicom_node.services.find import FindOptions
+from dicom_node.services.identifier import BadIdentifier, InformationModel
+
+__all__ = ["Peer", "Request", "encode_identifier", "read_identifier", "respond_bad"]
+
+MAX_IDENTIFIER_BYTES = 1024 * 1024
+
+# PS3.7 table E.1-1: Command Field of the requests
+_COMMANDS: Mapping[str, int] = {
+    "C_STORE": 0x0001,
+    "C_GET": 0x0010,
+    "C_FIND": 0x0020,
+    "C_MOVE": 0x0021,
+    "C_ECHO": 0x0030,
+    "N_EVENT_REPORT": 0x0100,
+    "N_GET": 0x0110,
+    "N_SET": 0x0120,
+    "N_ACTION": 0x0130,
+    "N_CREATE": 0x0140,
+    "N_DELETE": 0x0150,
+}
+_PATIENT_ROOT = frozenset({PATIENT_ROOT_FIND, PATIENT_ROOT_GET, PATIENT_ROOT_MOVE})
+
+
+@dataclass(slots=True)
+class Peer:
+    """One association's other side, as the requests need it. `recorded`: it is in the association log."""
+
+    source: Source
+    find_options: Mapping[str, FindOptions]
+    recorded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request: the primitive as it came, and the context it came in."""
+
+    link: Link
+    peer: Peer
+    message: Any
+    context_id: int
+    sop_class_uid: str
+    transfer_syntax: str
+
+    @property
+    def message_id(self) -> int:
+        """Its Message ID."""
+        return int(self.message.MessageID)
+
+    @property
+    def model(self) -> InformationModel:
+        """The information model of its context."""
+        patient_root = self.sop_class_uid in _PATIENT_ROOT
+        return InformationModel.PATIENT_ROOT if patient_root else InformationModel.STUDY_ROOT
+
+    @property
+    def options(self) -> FindOptions:
+        """What was negotiated for its SOP class."""
+        return self.peer.find_options.get(self.sop_class_uid, FindOptions())
+
+    def cancelled(self) -> bool:
+        """Whether the peer cancelled it. Raises AssociationLost."""
+        return self.link.is_cancelled(self.message_id)
+
+    def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None) -> None:
+        """Send one response of this request. Raises AssociationLost."""
+        command: dict[str, CommandValue] = {
+            "CommandField": 0x8000 | _COMMANDS[type(self.message).__name__],
+            "MessageIDBeingRespondedTo": self.message_id,
+            "CommandDataSetType": NO_DATA_SET if data_set is None else WITH_DATA_SET,
+            **fields,
+        }
+        affected = getattr(self.message, "AffectedSOPClassUID", None)
+        if affected:
+            command.setdefault("AffectedSOPClassUID", str(affected))
+        parts = None if data_set is None else [data_set]
+        self.link.send_message(self.context_id, encode_command(command), parts)
+
+
+def read_identifier(request: Request) -> Dataset:
+    """The request's identifier. Raises BadIdentifier when there is none, it is too long or cannot be read."""
+    encoded: BytesIO | None = request.message.Identifier
+    if encoded is None or not encoded.getbuffer().nbytes:
+        raise BadIdentifier("the request has no identifier", 0x00000800)
+    if encoded.getbuffer().nbytes > MAX_IDENTIFIER_BYTES:
+        raise BadIdentifier("the identifier is too long", 0x00000800)
+    syntax = request.transfer_syntax
+    encoded.seek(0)
+    try:
+        return read_dataset(encoded, syntax == IMPLICIT_LE, syntax != EXPLICIT_BE)
+    except Exception as exc:  # the SCP edge: pydicom raises many things for bytes that are no data set
+        raise BadIdentifier("the identifier cannot be read", 0x00000800) from exc
+
+
+def respond_bad(request: Request, error: BadIdentifier) -> int:
+    request.respond(
+        {
+            "Status": error.dimse_status,
+            "ErrorComment": error_comment(error.comment),
+            "OffendingElement": (error.tag,),
+        }
+    )
+    return error.dimse_status
+
+
+def encode_identifier(data_set: Dataset, syntax: str) -> bytes:
+    """The identifier of a response in the transfer syntax of its context."""
+    """The identifier of a response in the transfer syntax of its context."""
+    out = DicomBytesIO()
+    out.is_implicit_VR, out.is_little_endian = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE
+    write_dataset(out, data_set)
+    return out.getvalue()

@@ -1,0 +1,181 @@
+"""What happens with a request: from the primitive to its service, and never to nothing.
+
+Whatever goes wrong in the node itself is answered 0x0110; what cannot be answered ends in an A-ABORT.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pynetdicom.dimse_primitives import C_ECHO, C_FIND, C_GET, C_MOVE, C_STORE
+
+from dicom_node.dimse.commands import CommandValue, error_comment
+from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SOP_CLASSES, VERIFICATION
+from dicom_node.dimse.observer import WireObserver
+from dicom_node.dimse.pynetdicom_link import AssociationLost, Link, data_set_of
+from dicom_node.dimse.pynetdicom_request import Peer, Request, encode_identifier, read_identifier, respond_bad
+from dicom_node.dimse.pynetdicom_retrieval import Retrievals
+from dicom_node.dimse.pynetdicom_scu import is_stored
+from dicom_node.errors import NodeError
+from dicom_node.interfaces import AssociationLog
+from dicom_node.services.find import FindService
+from dicom_node.services.identifier import BadIdentifier
+from dicom_node.services.store import StoreRequest, StoreService
+
+__all__ = ["Requests"]
+
+log = logging.getLogger(__name__)
+
+PROCESSING_FAILURE = 0x0110
+SOP_CLASS_NOT_SUPPORTED = 0x0122
+UNRECOGNIZED_OPERATION = 0x0211
+
+
+class Requests:
+    """Serves every request of every association; no state of its own. Called on the association's thread."""
+
+    def __init__(
+        self,
+        *,
+        store: StoreService,
+        find: FindService,
+        retrievals: Retrievals,
+        associations: AssociationLog,
+        observe: WireObserver,
+    ) -> None:
+        self._store, self._find, self._retrievals = store, find, retrievals
+        self._associations, self._observe = associations, observe
+
+    def serve(self, link: Link, peer: Peer, message: Any, context_id: int) -> None:
+        """Answer one request, or abort the association when that is the only answer there is."""
+        context = link._accepted_cx.get(context_id)
+        if context is None or getattr(message, "MessageID", None) is None or message.MessageIDBeingRespondedTo:
+            log.warning("message that cannot be answered", extra={"type": type(message).__name__, **link.log_fields})
+            link.abort()
+            return
+        request = Request(
+            link, peer, message, context_id, str(context.abstract_syntax), str(context.transfer_syntax[0])
+        )
+        handler, name = self._handler(request)
+        started = time.monotonic()
+        try:
+            status = handler(request)
+        except AssociationLost:
+            log.info("association ended during a request", extra={"service": name, **link.log_fields})
+            return
+        except Exception:  # the SCP edge: a fault of ours is answered, and ends neither association nor process
+            log.exception("request failed", extra={"service": name, **link.log_fields})
+            status = PROCESSING_FAILURE
+            self._last_words(request, status)
+        finally:
+            link.dimse.cancel_req.pop(request.message_id, None)
+        if name:
+            self._observe.request_answered(name, status, time.monotonic() - started)
+
+    def _handler(self, request: Request) -> tuple[Callable[[Request], int], str]:
+        """The service for this kind of message in this kind of context."""
+        kind, context = type(request.message), request.sop_class_uid
+        services = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
+        if kind is C_ECHO and context == VERIFICATION:
+            return self._echo, "echo"
+        if kind is C_STORE and context not in services:
+            return self._receive, "store"
+        if kind is C_FIND and context in FIND_SOP_CLASSES:
+            return self._query, "find"
+        if kind is C_GET and context in GET_SOP_CLASSES:
+            return self._retrievals.get, "get"
+        if kind is C_MOVE and context in MOVE_SOP_CLASSES:
+            return self._retrievals.move, "move"
+        known = kind in (C_ECHO, C_STORE, C_FIND, C_GET, C_MOVE)
+        return (self._wrong_class if known else self._unknown_operation), ""
+
+    @staticmethod
+    def _last_words(request: Request, status: int) -> None:
+        try:
+            request.respond({"Status": status})
+        except AssociationLost:
+            log.info("association ended during a request", extra=request.link.log_fields)
+
+    @staticmethod
+    def _wrong_class(request: Request) -> int:
+        request.respond({"Status": SOP_CLASS_NOT_SUPPORTED})
+        return SOP_CLASS_NOT_SUPPORTED
+
+    @staticmethod
+    def _unknown_operation(request: Request) -> int:
+        request.respond({"Status": UNRECOGNIZED_OPERATION})
+        return UNRECOGNIZED_OPERATION
+
+    @staticmethod
+    def _echo(request: Request) -> int:
+        request.respond({"Status": 0, "AffectedSOPClassUID": VERIFICATION})
+        return 0
+
+    # --- C-STORE
+
+    def _receive(self, request: Request) -> int:
+        message, peer = request.message, request.peer
+        fields: dict[str, CommandValue] = {}
+        if message.AffectedSOPInstanceUID:
+            fields["AffectedSOPInstanceUID"] = str(message.AffectedSOPInstanceUID)
+        try:
+            if not peer.recorded:
+                self._associations.open_association(str(peer.source.association_id), peer.source)
+                peer.recorded = True
+            result = self._store.store(
+                StoreRequest(
+                    context_sop_class_uid=request.sop_class_uid,
+                    transfer_syntax_uid=request.transfer_syntax,
+                    sop_class_uid=_uid(message.AffectedSOPClassUID),
+                    sop_instance_uid=_uid(message.AffectedSOPInstanceUID),
+                ),
+                data_set_of(message),
+                peer.source,
+            )
+            status, comment = result.status, result.comment
+        except NodeError as exc:
+            log.exception("instance could not be kept", extra=request.link.log_fields)
+            status, comment = exc.dimse_status, type(exc).__name__
+        except Exception:  # the SCP edge: never acknowledged, always answered
+            log.exception("request failed", extra={"service": "store", **request.link.log_fields})
+            status, comment = PROCESSING_FAILURE, ""
+        if not is_stored(status):
+            self._note_failure(peer)
+        if comment and status:
+            fields["ErrorComment"] = error_comment(comment)
+        request.respond({"Status": status, **fields})
+        return status
+
+    def _note_failure(self, peer: Peer) -> None:
+        if not peer.recorded:
+            return
+        try:
+            self._associations.mark_store_failed(str(peer.source.association_id))
+        except NodeError:
+            log.exception("failed store could not be noted", extra={"association": peer.source.association_id})
+
+    # --- C-FIND
+
+    def _query(self, request: Request) -> int:
+        try:
+            identifier = read_identifier(request)
+        except BadIdentifier as exc:
+            return respond_bad(request, exc)
+        status = PROCESSING_FAILURE
+        for response in self._find.find(request.model, identifier, request.options, request.cancelled):
+            status = response.status
+            fields: dict[str, CommandValue] = {"Status": status}
+            if response.comment:
+                fields["ErrorComment"] = error_comment(response.comment)
+            if response.offending:
+                fields["OffendingElement"] = response.offending
+            found = response.identifier
+            request.respond(fields, None if found is None else encode_identifier(found, request.transfer_syntax))
+        return status
+
+
+def _uid(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,219 @@
+"""C-GET and C-MOVE on the wire: sub-operations that send the stored bytes, and the responses between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from pydicom.dataset import Dataset
+
+from dicom_node.config import DeliverySettings
+from dicom_node.dimse.commands import CommandValue, error_comment
+from dicom_node.dimse.pynetdicom_link import AssociationLost
+from dicom_node.dimse.pynetdicom_request import Request, encode_identifier, read_identifier, respond_bad
+from dicom_node.dimse.pynetdicom_scu import MoveOriginator, Session, batches, is_stored, send_store
+from dicom_node.errors import DeliveryError, NodeError
+from dicom_node.model import Destination, StoredInstance
+from dicom_node.services.identifier import BadIdentifier
+from dicom_node.services.retrieve import (
+    UNKNOWN_DESTINATION,
+    Progress,
+    RetrievePlan,
+    RetrieveService,
+    SubOperation,
+    SubOperationResult,
+)
+
+__all__ = ["Retrievals"]
+
+log = logging.getLogger(__name__)
+
+PROCESSING_FAILURE = 0x0110
+
+
+class Retrievals:
+    """Serves C-GET and C-MOVE; each method returns the final status it answered. Raises AssociationLost."""
+
+    def __init__(self, retrieve: RetrieveService, delivery: DeliverySettings, ae_title: str) -> None:
+        self._retrieve, self._delivery, self._ae_title = retrieve, delivery, ae_title
+
+    def get(self, request: Request) -> int:
+        """C-GET: the sub-operations go over the requester's own association, where it is SCP (PS3.4 C.4.3)."""
+        plan = self._planned(request)
+        if isinstance(plan, int):
+            return plan
+        accepted: dict[str, dict[str, int]] = {}
+        for context in request.link.accepted_contexts:
+            if context.as_scu:
+                syntaxes = accepted.setdefault(str(context.abstract_syntax), {})
+                syntaxes.setdefault(str(context.transfer_syntax[0]), int(context.context_id or 0))
+        if not accepted:
+            log.warning(
+                "C-GET cannot send: the requester proposed no SCP role for any storage SOP class",
+                extra=request.link.log_fields,
+            )
+        message_ids = _MessageIds(request.message_id)
+
+        def send(instance: StoredInstance) -> SubOperationResult:
+            if not accepted:
+                return SubOperationResult(
+                    outcome=SubOperation.FAILED, reason="no SCP role proposed for storage", fatal=True
+                )
+            status, error = send_store(
+                request.link,
+                instance,
+                accepted.get(instance.sop_class_uid, {}),
+                message_ids.next(),
+                timeout_s=self._delivery.response_timeout_s,
+            )
+            return _sub_operation(request, instance, status, error)
+
+        return self._report(request, plan.instances, send)
+
+    def move(self, request: Request) -> int:
+        """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
+        destination = self._retrieve.destination(str(request.message.MoveDestination or ""))
+        if destination is None:
+            log.warning("C-MOVE to a destination that is not configured", extra=request.link.log_fields)
+            request.respond({"Status": UNKNOWN_DESTINATION, "ErrorComment": "the move destination is not configured"})
+            return UNKNOWN_DESTINATION
+        plan = self._planned(request)
+        if isinstance(plan, int):
+            return plan
+        with ExitStack() as stack:
+            mover = _Mover(self._delivery, destination, self._ae_title, request, plan.instances, stack)
+            return self._report(request, plan.instances, mover.send)
+
+    def _planned(self, request: Request) -> RetrievePlan | int:
+        """What to send, or the status that was answered instead."""
+        try:
+            plan = self._retrieve.plan(request.model, read_identifier(request), relational=request.options.relational)
+        except BadIdentifier as exc:
+            return respond_bad(request, exc)
+        if not plan.status:
+            return plan
+        fields: dict[str, CommandValue] = {"Status": plan.status, "ErrorComment": error_comment(plan.comment)}
+        if plan.offending:
+            fields["OffendingElement"] = plan.offending
+        request.respond(fields)
+        return plan.status
+
+    def _report(
+        self,
+        request: Request,
+        instances: Sequence[StoredInstance],
+        send: Callable[[StoredInstance], SubOperationResult],
+    ) -> int:
+        status = PROCESSING_FAILURE
+        for progress in self._retrieve.retrieve(instances, send, request.cancelled):
+            status = progress.status
+            request.respond(_counts(progress), _failures(progress, request.transfer_syntax))
+        return status
+
+
+class _MessageIds:
+    """Ids for requests of ours on an association where the peer's own request is under way."""
+
+    def __init__(self, taken: int) -> None:
+        self._taken, self._last = taken, taken
+
+    def next(self) -> int:
+        self._last = self._last % 0xFFFF + 1
+        if self._last == self._taken:
+            return self.next()
+        return self._last
+
+
+class _Mover:
+    """The C-STORE sub-operations of one C-MOVE: one association after the other, each with the contexts it needs."""
+
+    def __init__(
+        self,
+        settings: DeliverySettings,
+        destination: Destination,
+        ae_title: str,
+        request: Request,
+        instances: Sequence[StoredInstance],
+        stack: ExitStack,
+    ) -> None:
+        self._settings, self._destination, self._ae_title = settings, destination, ae_title
+        self._request, self._stack = request, stack
+        self._originator = MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id)
+        self._batches = batches(instances)
+        self._left = 0
+        self._session: Session | None = None
+
+    def send(self, instance: StoredInstance) -> SubOperationResult:
+        """Send the next instance; a destination that cannot be had is fatal for the rest."""
+        try:
+            if self._left == 0:
+                self._open_next()
+            self._left -= 1
+            assert self._session is not None
+            status, error = self._session.store(
+                instance, originator=self._originator, on_wait=self._request.link.check_alive
+            )
+        except DeliveryError as exc:
+            return self._gone(exc)
+        except AssociationLost as exc:
+            self._request.link.check_alive()  # whose association? ours to the destination, unless this raises
+            return self._gone(exc)
+        return _sub_operation(self._request, instance, status, error)
+
+    def _open_next(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        batch, contexts = next(self._batches)
+        self._session = self._stack.enter_context(
+            Session(self._settings, self._destination, contexts, calling_ae_title=self._ae_title)
+        )
+        self._left = len(batch)
+
+    def _gone(self, error: NodeError) -> SubOperationResult:
+        log.warning(
+            "C-MOVE destination is gone",
+            extra={"destination": self._destination.name, "error": str(error), **self._request.link.log_fields},
+        )
+        return SubOperationResult(outcome=SubOperation.FAILED, reason="the destination cannot be reached", fatal=True)
+
+
+def _sub_operation(request: Request, instance: StoredInstance, status: int | None, error: str) -> SubOperationResult:
+    if status == 0:
+        return SubOperationResult(outcome=SubOperation.COMPLETED)
+    if status is not None and is_stored(status):
+        return SubOperationResult(outcome=SubOperation.WARNING)
+    log.warning(
+        "sub-operation failed",
+        extra={
+            "sop_instance": instance.sop_instance_uid,
+            "sop_class": instance.sop_class_uid,
+            "transfer_syntax": instance.transfer_syntax_uid,
+            "reason": error,
+            **request.link.log_fields,
+        },
+    )
+    return SubOperationResult(outcome=SubOperation.FAILED, reason=error)
+
+
+def _counts(progress: Progress) -> dict[str, CommandValue]:
+    fields: dict[str, CommandValue] = {
+        "Status": progress.status,
+        "NumberOfCompletedSuboperations": progress.completed,
+        "NumberOfFailedSuboperations": progress.failed,
+        "NumberOfWarningSuboperations": progress.warning,
+    }
+    if not progress.final or progress.remaining:
+        # PS3.4 C.4.2.1.6: in pending and cancel responses only
+        fields["NumberOfRemainingSuboperations"] = progress.remaining
+    if progress.final and progress.comment:
+        fields["ErrorComment"] = error_comment(progress.comment)
+    return fields
+
+
+def _failures(progress: Progress, syntax: str) -> bytes | None:
+    if not progress.final or not progress.failed_uids:
+        return None
+    data_set = Dataset()
+    data_set.FailedSOPInstanceUIDList = list(progress.failed_uids)
+    return encode_identifier(data_set, syntax)

@@ -1,0 +1,306 @@
+"""C-FIND: from an identifier to the responses it gets (PS3.4 C.2.2, C.4.1). Knows no wire and no table.
+
+What is answered beyond or beside the letter of the Standard:
+
+* A relational query, or a list of values, that was not negotiated is answered; `FindSettings.strict` refuses it
+  (0xA900).
+* An optional key the index does not keep is left out of the responses, which then are 0xFF01 (C.2.2.1.3, C.4.1.1.4);
+  with `unsupported_optional_keys: empty` it comes back empty under 0xFF00, as old clients expect.
+* Text outside ASCII goes out in the requester's own Specific Character Set when that is a single one without code
+  extensions that holds it, else in ISO_IR 192; pure ASCII goes out without (0008,0005).
+* Timezone Offset From UTC (0008,0201) in a request is no key: adjustment is never negotiated (C.5.1.1.1.4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from pydicom.charset import python_encoding
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as ItemSequence
+from pydicom.tag import BaseTag
+from pydicom.valuerep import PersonName
+
+from dicom_node.config import FindSettings
+from dicom_node.errors import InvalidIdentifier, NodeError
+from dicom_node.interfaces import InstanceIndex
+from dicom_node.model import Key, Level, Match, MatchKind, Query
+from dicom_node.services.identifier import (
+    UNIQUE_KEYS,
+    BadIdentifier,
+    InformationModel,
+    read_element,
+    read_level,
+    text_of,
+)
+
+__all__ = ["FindOptions", "FindResponse", "FindService", "key_of"]
+
+PENDING = 0xFF00
+PENDING_UNSUPPORTED_KEYS = 0xFF01
+CANCELLED = 0xFE00
+
+# Elements of an identifier that are no keys (PS3.4 C.4.1.1.3.1), and what every response carries by itself
+_NO_KEYS = frozenset(
+    {
+        "SpecificCharacterSet",
+        "QueryRetrieveLevel",
+        "QueryRetrieveView",
+        "TimezoneOffsetFromUTC",
+        "RetrieveAETitle",
+        "InstanceAvailability",
+    }
+)
+# PS3.4 C.2.2.2.4: the VRs in which "*" and "?" are wildcards (PN has its own matching)
+_WILDCARD_VRS = frozenset({"AE", "CS", "LO", "LT", "SH", "ST", "UC", "UR", "UT"})
+_ONE_VALUE_VRS = frozenset({"LT", "ST", "UR", "UT"})  # a backslash in them is text
+_DT = r"\d{4,14}(?:\.\d{1,6})?(?:[+-]\d{4})?"
+_INTEGER_VRS = frozenset({"US", "SS", "UL", "SL", "UV", "SV"})
+_FLOAT_VRS = frozenset({"FL", "FD"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindOptions:
+    """What extended negotiation agreed on for the query's SOP class (PS3.4 C.5.1.1)."""
+
+    relational: bool = False
+    datetime: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindResponse:
+    """One C-FIND response; `identifier` only with a pending status, `offending` are tags for (0000,0901)."""
+
+    status: int
+    identifier: Dataset | None = None
+    comment: str = ""
+    offending: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    query: Query
+    unsupported: tuple[DataElement, ...]
+    character_set: str
+
+
+class FindService:
+    """Answers queries from the index. Keeps no state; may be used by several threads."""
+
+    def __init__(self, index: InstanceIndex, ae_title: str, settings: FindSettings) -> None:
+        self._index = index
+        self._ae_title = ae_title
+        self._settings = settings
+
+    def find(
+        self,
+        model: InformationModel,
+        identifier: Dataset,
+        negotiated: FindOptions,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[FindResponse]:
+        """Yield the responses in order; the last one is final: 0x0000, 0xFE00 after a cancel, 0xA900, or 0xA700.
+
+        `cancelled` is asked before every match. Nothing is raised for what a peer sent.
+        """
+        try:
+            plan = self._plan(model, identifier, negotiated)
+        except BadIdentifier as exc:
+            yield FindResponse(status=exc.dimse_status, comment=exc.comment, offending=(exc.tag,))
+            return
+        status = PENDING
+        if plan.unsupported and self._settings.unsupported_optional_keys == "FF01":
+            status = PENDING_UNSUPPORTED_KEYS
+        try:
+            for match in self._index.find(plan.query):
+                if cancelled():
+                    yield FindResponse(status=CANCELLED)
+                    return
+                yield FindResponse(status=status, identifier=self._answer(plan, match))
+        except NodeError as exc:
+            # PS3.4 table C.4-1 knows no 0x0110: a search that failed is "out of resources", worth another try
+            status = exc.dimse_status if isinstance(exc, InvalidIdentifier) else 0xA700
+            yield FindResponse(status=status, comment=type(exc).__name__)
+            return
+        yield FindResponse(status=CANCELLED if cancelled() else 0x0000)
+
+    # --- from the identifier to a query
+
+    def _plan(self, model: InformationModel, identifier: Dataset, negotiated: FindOptions) -> _Plan:
+        level = read_level(identifier, model)
+        supported = self._index.supported(level)
+        keys: dict[str, Key] = {}
+        returns: list[str] = []
+        unsupported: list[DataElement] = []
+        for tag in identifier.keys():  # noqa: SIM118 - a Dataset iterates over elements, decoding each
+            element = _key_element(identifier, tag)
+            if element is None:
+                continue
+            if element.keyword not in supported:
+                unsupported.append(element)
+                continue
+            returns.append(element.keyword)
+            key = key_of(element.keyword, _vr(element), text_of(element), lists=not self._settings.strict)
+            if key is not None:
+                keys[key.keyword] = key
+        if self._settings.strict and not negotiated.relational:
+            _require_hierarchy(model, level, keys)
+        if negotiated.datetime:
+            keys = _combine_date_times(keys)
+        character_set = read_element(identifier, "SpecificCharacterSet")
+        return _Plan(
+            query=Query(level=level, keys=tuple(keys.values()), returns=tuple(returns)),
+            unsupported=tuple(unsupported),
+            character_set=text_of(character_set) if character_set is not None else "",
+        )
+
+    # --- from a match to a response
+
+    def _answer(self, plan: _Plan, match: Match) -> Dataset:
+        texts = {keyword: match.attributes.get(keyword, "") for keyword in plan.query.returns}
+        answer = Dataset()
+        character_set = _character_set(plan.character_set, "".join(texts.values()))
+        if character_set:
+            answer.SpecificCharacterSet = character_set
+        for keyword, text in texts.items():
+            answer.add(_element(keyword, text))
+        if self._settings.unsupported_optional_keys == "empty":
+            for element in plan.unsupported:
+                answer.add(_empty(element.tag, _vr(element)))
+        answer.QueryRetrieveLevel = plan.query.level.value
+        answer.RetrieveAETitle = self._ae_title
+        answer.InstanceAvailability = "ONLINE"
+        return answer
+
+
+def _key_element(identifier: Dataset, tag: BaseTag) -> DataElement | None:
+    """The element when it is a key of the query, None for what only accompanies keys."""
+    if tag.element == 0 or tag.is_private_creator:
+        return None
+    try:
+        element = identifier[tag]
+    except (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError) as exc:
+        raise BadIdentifier("a key has a value that is none of its VR", int(tag)) from exc
+    return None if element.keyword in _NO_KEYS else element
+
+
+def _vr(element: DataElement) -> str:
+    """The VR the Standard gives the attribute: an Explicit VR sender may say UN."""
+    return dictionary_VR(element.tag)[:2] if element.keyword else str(element.VR)[:2]
+
+
+def key_of(keyword: str, vr: str, text: str, *, lists: bool = True) -> Key | None:
+    """How one key matches (PS3.4 C.2.2.2); None for universal matching.
+
+    A list in a key that is no UID (Modality = CT\\MR) matches any of its values, or with `lists` false, and always for
+    names, dates and numbers, raises BadIdentifier: multiple value matching (C.2.2.2.8) was not negotiated.
+    """
+    text = text.strip(" \0")
+    if not text or vr == "SQ" or (vr != "UI" and not text.strip("*") and (vr in _WILDCARD_VRS or vr == "PN")):
+        return None  # C.2.2.2.3, and note 2 of C.2.2.2.4: "*" alone is universal matching
+    values = tuple(value.strip(" \0") for value in text.split("\\") if value.strip(" \0"))
+    if keyword == "ModalitiesInStudy":
+        return Key(keyword=keyword, kind=MatchKind.MODALITIES, values=values)
+    if vr == "UI":
+        return Key(keyword=keyword, kind=MatchKind.SINGLE if len(values) == 1 else MatchKind.UID_LIST, values=values)
+    if vr in _ONE_VALUE_VRS:
+        values = (text,)
+    if len(values) > 1 and lists and vr in _WILDCARD_VRS:
+        return Key(keyword=keyword, kind=MatchKind.WILDCARD, values=values)
+    if len(values) != 1:
+        raise BadIdentifier(f"{keyword} takes one value", int(DataElement(keyword, "SH", "").tag))
+    value = values[0]
+    if vr == "PN":
+        return Key(keyword=keyword, kind=MatchKind.PERSON_NAME, values=(value,))
+    if vr in ("DA", "TM", "DT"):
+        return _moment_key(keyword, vr, value)
+    if vr in _WILDCARD_VRS and ("*" in value or "?" in value):
+        return Key(keyword=keyword, kind=MatchKind.WILDCARD, values=(value,))
+    return Key(keyword=keyword, kind=MatchKind.SINGLE, values=(value,))
+
+
+def _moment_key(keyword: str, vr: str, value: str) -> Key:
+    # PS3.5 6.2: 1993.08.22 and 10:09:07 are the forms of ACR-NEMA, still sent by old clients
+    if vr == "DT":
+        found = re.fullmatch(rf"({_DT})?-({_DT})?", value) if not re.fullmatch(_DT, value) else None
+        ends = (found[1] or "", found[2] or "") if found else None
+    else:
+        value = value.replace("." if vr == "DA" else ":", "")
+        first, hyphen, last = value.partition("-")
+        ends = (first.strip(), last.strip()) if hyphen else None
+    if ends is None:
+        return Key(keyword=keyword, kind=MatchKind.SINGLE, values=(value,))
+    return Key(keyword=keyword, kind=MatchKind.RANGE, values=ends)
+
+
+def _combine_date_times(keys: dict[str, Key]) -> dict[str, Key]:
+    """Date and time ranges become one range over moments (PS3.4 C.2.2.2.5.2); only when negotiated."""
+    combined = dict(keys)
+    for keyword, date in keys.items():
+        if not keyword.endswith("Date"):
+            continue
+        time = keys.get(f"{keyword.removesuffix('Date')}Time")
+        if time is None or date.kind is not MatchKind.RANGE or time.kind is not MatchKind.RANGE:
+            continue
+        first = date.values[0] and date.values[0] + _filled(time.values[0], "000000.000000")
+        last = date.values[1] and date.values[1] + _filled(time.values[1], "235959.999999")
+        combined[keyword] = replace(date, kind=MatchKind.DATETIME_RANGE, values=(first, last))
+        del combined[time.keyword]
+    return combined
+
+
+def _filled(time: str, rest: str) -> str:
+    return (time + rest[len(time) :])[:13]
+
+
+def _require_hierarchy(model: InformationModel, level: Level, keys: dict[str, Key]) -> None:
+    """PS3.4 C.4.1.2.1: the unique keys of the levels above are there, with one value each."""
+    for above in model.levels[: model.levels.index(level)]:
+        key = keys.get(UNIQUE_KEYS[above])
+        if key is None or key.kind is not MatchKind.SINGLE:
+            tag = DataElement(UNIQUE_KEYS[above], "SH", "").tag
+            raise BadIdentifier(f"{UNIQUE_KEYS[above]} with one value is required", int(tag))
+
+
+# --- encoding of a response ----------------------------------------------------------------------------------------
+
+
+def _character_set(requested: str, text: str) -> str:
+    """The Specific Character Set the response needs; '' for the default repertoire."""
+    if text.isascii():
+        return ""
+    codec = python_encoding.get(requested, "")
+    if codec and requested not in ("", "ISO_IR 6") and not requested.startswith("ISO 2022"):
+        try:
+            text.encode(codec)
+            return requested
+        except UnicodeEncodeError:
+            pass
+    return "ISO_IR 192"
+
+
+def _element(keyword: str, text: str) -> DataElement:
+    """The element as it goes out. Values were kept as text and go out as they were, valid or not."""
+    vr = dictionary_VR(keyword)[:2]
+    if vr == "SQ" or not text:
+        return _empty(keyword, vr)
+    if vr == "PN":
+        names = [PersonName(name) for name in text.split("\\")]
+        return DataElement(keyword, vr, names[0] if len(names) == 1 else names, already_converted=True)
+    if vr in _INTEGER_VRS or vr in _FLOAT_VRS:
+        try:
+            numbers = [(float if vr in _FLOAT_VRS else int)(value) for value in text.split("\\")]
+        except ValueError:
+            return _empty(keyword, vr)
+        return DataElement(keyword, vr, numbers[0] if len(numbers) == 1 else numbers, already_converted=True)
+    if vr in ("OB", "OW", "OF", "OD", "OL", "OV", "UN", "AT"):
+        return _empty(keyword, vr)
+    return DataElement(keyword, vr, text.encode("utf-8", "replace").decode("utf-8"), already_converted=True)
+
+
+def _empty(tag: BaseTag | str, vr: str) -> DataElement:
+    return DataElement(tag, vr, ItemSequence([]) if vr == "SQ" else None)
