@@ -1,6 +1,6 @@
 """One SQLite file shared by several processes, without the traps.
 
-* Connections are our own: a sqlite-utils `Database(path)` may not cross threads. Readers have one each per thread.
+* Connections are our own: a sqlite-utils `Database(path)` may not cross threads. Readers are lent one each.
 * Every writer in every process takes `catalog.lock` (flock, bounded wait) *before* BEGIN IMMEDIATE and holds it
   through COMMIT: SQLite's own busy handler is unfair to the point of starvation.
 * Group commit: one writer thread per process runs whatever is queued in one transaction, each piece in a savepoint,
@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ Write = Callable[[sqlite3.Connection], T]
 
 GROUP_MAX = 64  # writes per transaction: bounds how long readers of the lock wait
 LOCK_WAIT_S = 10.0
+READERS_KEPT = 16  # idle connections; more are opened when needed and closed after
 
 
 class Database:
@@ -43,9 +44,7 @@ class Database:
         self._lock_wait_s = lock_wait_s
         self._lock_fd = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._queue: queue.Queue[tuple[Write[Any], Future[Any]] | None] = queue.Queue(maxsize=4096)
-        self._local = threading.local()
-        self._readers: list[sqlite3.Connection] = []
-        self._readers_guard = threading.Lock()
+        self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
         self._closed = False
         self._writer = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
         self._writer.start()
@@ -141,17 +140,31 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """This thread's reader, in autocommit: fetch what is needed at once, keep no half-read cursor."""
-        connection: sqlite3.Connection | None = getattr(self._local, "reader", None)
-        if connection is None:
+        """A reader of this thread's own for the block, in autocommit: fetch what is needed at once, keep no cursor.
+
+        Readers are lent from a pool, for threads come and go with every association.
+        """
+        if self._closed:
+            raise StorageError("the catalog is closed")
+        try:
+            connection = self._idle_readers.get_nowait()
+        except queue.Empty:
             connection = self._connect(readonly=True)
-            self._local.reader = connection
-            with self._readers_guard:
-                self._readers.append(connection)
         try:
             yield connection
         except sqlite3.Error as exc:
             raise _mapped(exc) from exc
+        finally:
+            self._give_back(connection)
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if not self._closed:
+                self._idle_readers.put_nowait(connection)
+                return
+        except queue.Full:
+            pass
+        connection.close()
 
     def _connect(self, *, readonly: bool) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5.0)
@@ -171,10 +184,9 @@ class Database:
         self._closed = True
         self._queue.put(None)
         self._writer.join(timeout=30.0)
-        with self._readers_guard:
-            for connection in self._readers:
-                connection.close()
-            self._readers.clear()
+        with suppress(queue.Empty):
+            while True:
+                self._idle_readers.get_nowait().close()
         os.close(self._lock_fd)
 
 

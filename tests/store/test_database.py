@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
@@ -126,4 +127,25 @@ def test_commits_survive_a_power_cut_and_readers_do_not_write(tmp_path: Path) ->
     assert pragmas == ["wal", 2, 1]  # 2 = FULL
     with pytest.raises(StorageError), database.read() as connection:
         connection.execute("INSERT INTO t (writer) VALUES ('x')")
+    database.close()
+
+
+def test_readers_of_threads_that_ended_are_used_again(tmp_path: Path) -> None:
+    database = Database(tmp_path / "catalog.db")
+    database.write(lambda connection: connection.execute("CREATE TABLE thing (n INTEGER)"))
+
+    def look() -> None:
+        with database.read() as connection:
+            connection.execute("SELECT count(*) FROM thing").fetchone()
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    look()
+    before = open_files()
+    for _ in range(40):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join(timeout=10)
+    assert open_files() <= before + 2
     database.close()
