@@ -60,7 +60,7 @@ def prepare_radiograph(image: NDArray[np.generic], size: int) -> Plane:
 def _sample(image: NDArray[np.generic]) -> Plane:
     """About 256 x 256 pixels on a regular lattice."""
     steps = [max(1, n // _SAMPLES_PER_SIDE) for n in image.shape]
-    return image[:: steps[0], :: steps[1]].astype(np.float32)
+    return np.asarray(image[:: steps[0], :: steps[1]], np.float32)
 
 
 def _display_range(sample: Plane) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def _area_resize(image: NDArray[np.generic], height: int, width: int) -> Plane:
     if block >= 2:
         image = _block_mean(image, block)
     plane = np.ascontiguousarray(image, np.float32)
-    return _weights(plane.shape[0], height) @ plane @ _weights(plane.shape[1], width).T
+    return np.asarray(_weights(plane.shape[0], height) @ plane @ _weights(plane.shape[1], width).T, np.float32)
 
 
 def _block_mean(image: NDArray[np.generic], block: int) -> Plane:
@@ -129,4 +129,4 @@ def _weights(source: int, target: int) -> Plane:
         start = np.arange(target)[:, None] * ratio
         pixel = np.arange(source)[None, :]
         weights = np.clip(np.minimum(start + ratio, pixel + 1) - np.maximum(start, pixel), 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from dicom_node.errors import LeaseLost, NodeError
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
 from dicom_node.pipeline.headers_of import read_series_header
@@ -33,7 +34,8 @@ class Work:
             threading.Thread(target=self._run, args=(f"work-{number}",), name=f"worker-{number}", daemon=True)
             for number in range(self._config.jobs.workers)
         ]
-        for thread in self._threads:
+        self._warming = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
+        for thread in (*self._threads, *([self._warming] if self._threads else [])):
             thread.start()
 
     def _make_worker(self) -> Worker:
@@ -62,6 +64,21 @@ class Work:
             if not busy:
                 self._stopping.wait(pause_s)
 
+    def _warm_up(self) -> None:
+        """Load what engines can load before the first study needs it. What fails here is told by the first job."""
+        for name, engine in self._engines.items():
+            warm_up = getattr(engine, "warm_up", None)
+            if warm_up is None or self._stopping.is_set():
+                continue
+            try:
+                warm_up(self._go_on)
+            except NodeError as exc:
+                log.warning("an engine could not be warmed up", extra={"engine": name, "error": str(exc)})
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():
+            raise LeaseLost("the node stops")
+
     def health(self) -> Facts:
         """How many workers live."""
         alive = sum(thread.is_alive() for thread in self._threads)
@@ -76,6 +93,7 @@ class Work:
         self._stopping.set()
         for engine in self._engines.values():
             engine.close()
-        for thread in self._threads:
-            thread.join(timeout=5.0)
+        for thread in (*self._threads, self._warming):
+            if thread.ident is not None:
+                thread.join(timeout=5.0)
         self._catalog.close()

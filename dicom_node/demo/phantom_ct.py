@@ -254,10 +254,7 @@ def _bowel(rng: np.random.Generator, contrast: float) -> list[_Shape]:
 
 
 def _vessels_and_muscle(rng: np.random.Generator, contrast: float) -> list[_Shape]:
-    shapes = [
-        _ellipsoid((side * 42, 62, -110), (24, 23, 120), rng.uniform(48, 62), in_cavity=True)
-        for side in (-1, 1)
-    ]
+    shapes = [_ellipsoid((side * 42, 62, -110), (24, 23, 120), rng.uniform(48, 62), in_cavity=True) for side in (-1, 1)]
     shapes += [
         _ellipsoid((side * 92, 52, -215), (44, 56, 62), rng.uniform(180, 260)) for side in (-1, 1)
     ]  # iliac wings, for scans that reach the pelvis
@@ -321,9 +318,7 @@ def _spleen(rng: np.random.Generator, contrast: float) -> list[_Shape]:
     centre = np.array([104.0, 42.0, 42.0]) + rng.uniform(-8, 8, 3)
     radii = np.array([27.0, 45.0, 52.0]) * rng.uniform(0.85, 1.2, 3)
     turn = _rotation(2, rng.uniform(0.15, 0.5)) @ _rotation(0, rng.uniform(-0.45, -0.1))
-    spleen = _ellipsoid(
-        centre, radii, rng.uniform(44, 60) + 65 * contrast, label=SPLEEN, turn=turn, in_cavity=True
-    )
+    spleen = _ellipsoid(centre, radii, rng.uniform(44, 60) + 65 * contrast, label=SPLEEN, turn=turn, in_cavity=True)
     hilum = _ellipsoid(
         centre + turn @ (radii * np.array([-1.15, -0.15, rng.uniform(-0.2, 0.2)])),
         radii * np.array([0.85, 0.6, 0.62]),
@@ -342,10 +337,12 @@ def _kidneys(rng: np.random.Generator, contrast: float) -> list[_Shape]:
         centre = np.array([side * 66.0, 50.0, -42.0 + 8.0 * side]) + rng.uniform(-6, 6, 3)
         radii = np.array([26.0, 26.0, 53.0]) * rng.uniform(0.88, 1.14, 3)
         turn = _rotation(1, side * rng.uniform(0.1, 0.3)) @ _rotation(0, rng.uniform(-0.25, 0.0))
+        # perirenal fat keeps an unenhanced kidney apart from muscle of the same density
+        fat = _ellipsoid(centre, radii + rng.uniform(4, 9), -95.0, turn=turn, in_cavity=True)
         kidney = _ellipsoid(centre, radii, hu, label=KIDNEY, turn=turn, in_cavity=True)
         inward = turn @ (radii * np.array([-side * 1.0, -0.25, 0.0]))
         kidney.hollows = [_ellipsoid(centre + inward, radii * np.array([0.8, 0.55, 0.36]), 0.0, turn=turn)]
-        shapes.append(_wavy(rng, kidney, 0.04))
+        shapes += [fat, _wavy(rng, kidney, 0.04)]
         if rng.random() < 0.2:  # a simple cyst counts as kidney
             at = centre + turn @ (radii * np.array([side * 0.75, 0.1, rng.uniform(-0.6, 0.6)]))
             shapes.append(_ellipsoid(at, (rng.uniform(6, 14),) * 3, rng.uniform(0, 15), label=KIDNEY))

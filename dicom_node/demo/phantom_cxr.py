@@ -39,7 +39,7 @@ _GLYPHS = {
     "L": ("10000", "10000", "10000", "10000", "10000", "10000", "11111"),
 }
 
-Plane = NDArray[np.float32]
+Plane = NDArray[np.floating]  # float32 throughout; numpy's stubs lose the width in mixed expressions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class CxrPhantom:
     findings that were put on one side.
     """
 
-    image: Plane
+    image: NDArray[np.float32]
     findings: dict[str, bool]
     sides: dict[str, str]
     view: str
@@ -98,9 +98,7 @@ def cxr_phantom(
     shown_view = drawn_view if view is None else view
     # One stream per part: adding or removing a finding must not change the rest of the patient.
     streams = rng.spawn(3 + len(FINDING_NAMES))
-    sides = {
-        key: "right" if streams[3 + i].random() < 0.5 else "left" for i, key in enumerate(FINDING_NAMES)
-    }
+    sides = {key: "right" if streams[3 + i].random() < 0.5 else "left" for i, key in enumerate(FINDING_NAMES)}
     collapse = sides["atelectasis"] if planted["atelectasis"] else None
     scene = _thorax(streams[0], rows, columns, shown_view, planted["cardiomegaly"], collapse)
     for i, (key, plant) in enumerate(_PLANTERS.items()):
@@ -199,9 +197,9 @@ def _thorax(
     u, v = scene.u, scene.v
     scene.density = _soft_tissue(scene)
     for side in ("right", "left"):
-        raised = _between(rng, 0.05, 0.14) if side == collapsed_side else 0.0
-        _lung(scene, side, raised)
-    ratio = _between(rng, 0.52, 0.66) if cardiomegaly else _between(rng, 0.38, 0.505)
+        raised = _between(rng, 0.07, 0.18)  # always drawn, or the finding would change the whole patient
+        _lung(scene, side, raised if side == collapsed_side else 0.0)
+    ratio = _between(rng, 0.50, 0.625) if cardiomegaly else _between(rng, 0.39, 0.51)
     _heart(scene, ratio * (1.03 if view == "AP" else 1.0))
     _bones(scene)
     if rng.random() < 0.3:  # a lead or a line: bright, thin, nothing to do with any finding
@@ -249,9 +247,9 @@ def _lung(scene: _Scene, side: str, raised: float) -> None:
     centre, half = _between(rng, 0.40, 0.43), _between(rng, 0.31, 0.34)
     rim = np.square((distance - centre) / half) + np.square((v + 0.02) / _between(rng, 0.72, 0.80)) ** 2
     top = 0.44 if side == "right" else 0.50  # the liver pushes the right dome up
-    dome = np.float32(top + _between(rng, -0.06, 0.06) - raised) + np.float32(
-        _between(rng, 0.65, 1.0)
-    ) * np.square(distance - 0.33)
+    dome = np.float32(top + _between(rng, -0.06, 0.06) - raised) + np.float32(_between(rng, 0.65, 1.0)) * np.square(
+        distance - 0.33
+    )
     lung = _ramp(rim - 1, 0.22) * _ramp(v - dome, 0.05)
     scene.density -= np.float32(_between(rng, 0.40, 0.46)) * lung
     scene.lungs[side], scene.rims[side], scene.domes[side] = lung, rim, dome
@@ -318,7 +316,7 @@ def _tuberculosis(scene: _Scene, side: str) -> None:
     u, v = _spot(scene, side, _between(rng, 0.2, 0.8), _between(rng, 0.05, 0.24))
     cloud = _ramp(_radius(scene, u, v) - _between(rng, 0.10, 0.20), 0.16)
     texture = np.clip(0.55 + 0.45 * _noise(scene, 0.06), 0, 1.6)
-    strength = np.float32(_between(rng, 0.045, 0.16))
+    strength = np.float32(_between(rng, 0.07, 0.20))
     scene.density += strength * cloud * texture * scene.lungs[side]
     if rng.random() < 0.75:
         size = _between(rng, 0.045, 0.085)
@@ -331,36 +329,36 @@ def _pleural_thickening(scene: _Scene, side: str) -> None:
     """An uneven dense band along the lateral chest wall."""
     rng = scene.rng
     middle, length = _between(rng, -0.25, 0.2), _between(rng, 0.18, 0.42)
-    depth = np.float32(_between(rng, 0.13, 0.30)) * (1 + np.float32(0.35) * _noise(scene, 0.14))
+    depth = np.float32(_between(rng, 0.20, 0.44)) * (1 + np.float32(0.35) * _noise(scene, 0.14))
     lateral = _ramp(0.46 - scene.side_u[side], 0.1)
     band = _ramp(1 - depth - scene.rims[side], 0.09) * lateral * _ramp(np.abs(scene.v - middle) - length, 0.14)
-    scene.density += np.float32(_between(rng, 0.07, 0.18)) * band * _ramp(scene.rims[side] - 1.1, 0.2)
+    scene.density += np.float32(_between(rng, 0.12, 0.25)) * band * _ramp(scene.rims[side] - 1.1, 0.2)
 
 
 def _pleural_effusion(scene: _Scene, side: str) -> None:
     """Fluid from the base up, rising towards the wall: a meniscus."""
     rng = scene.rng
-    height = _between(rng, 0.0, 0.32)
+    height = _between(rng, -0.03, 0.28)
     rise = np.float32(_between(rng, 1.0, 2.0)) * np.square(np.clip(scene.side_u[side] - 0.35, 0, None))
     level = scene.domes[side] - np.float32(height) - rise
     inside = _ramp(scene.rims[side] - 1.02, 0.1)
     fluid = _ramp(level - scene.v, 0.06) * inside
     # the blunted angle stays even when there is next to nothing above the dome
     angle = _ramp(_radius(scene, 0.66 if side == "left" else -0.66, 0.52) - _between(rng, 0.09, 0.14), 0.08)
-    strength = np.float32(_between(rng, 0.22, 0.36))
+    strength = np.float32(_between(rng, 0.07, 0.28))
     scene.density += strength * np.maximum(fluid, 0.8 * angle * inside) * scene.lungs[side]
 
 
 def _pneumothorax(scene: _Scene, side: str) -> None:
     """A rim without vessels outside a thin pleural line, widest at the apex."""
     rng = scene.rng
-    width = np.float32(_between(rng, 0.14, 0.55))
-    edge = scene.rims[side] - (1 - width) + np.float32(0.35) * (scene.v + 0.2)
+    width = np.float32(_between(rng, 0.24, 0.70))
+    edge = scene.rims[side] - (1 - width) - np.float32(0.35) * (scene.v + 0.2)
     lateral = _ramp(0.30 - scene.side_u[side], 0.12)
     free = _ramp(-edge, 0.05) * lateral * scene.lungs[side]
-    scene.density -= free * (scene.vessels[side] + np.float32(_between(rng, 0.02, 0.06)))
-    line = _bump(edge, 0.07) * lateral * scene.lungs[side]
-    scene.density += np.float32(_between(rng, 0.045, 0.10)) * line
+    scene.density -= free * (scene.vessels[side] + np.float32(_between(rng, 0.03, 0.09)))
+    line = _bump(edge, 0.10) * lateral * scene.lungs[side]
+    scene.density += np.float32(_between(rng, 0.05, 0.12)) * line
 
 
 def _consolidation(scene: _Scene, side: str) -> None:
@@ -371,7 +369,7 @@ def _consolidation(scene: _Scene, side: str) -> None:
     edge = _radius(scene, u, v, _between(rng, 0.8, 1.3)) + np.float32(0.035) * _noise(scene, 0.13)
     area = _ramp(edge - size, 0.10)
     bronchi = np.float32(0.55) * np.clip(1 - np.abs(_noise(scene, 0.08)) * 3.2, 0, 1)
-    scene.density += np.float32(_between(rng, 0.12, 0.26)) * area * (1 - bronchi) * scene.lungs[side]
+    scene.density += np.float32(_between(rng, 0.14, 0.28)) * area * (1 - bronchi) * scene.lungs[side]
 
 
 def _atelectasis(scene: _Scene, side: str) -> None:
@@ -381,8 +379,8 @@ def _atelectasis(scene: _Scene, side: str) -> None:
         u, v = _spot(scene, side, _between(rng, 0.15, 0.75), _between(rng, 0.62, 0.92))
         slope, length = _between(rng, -0.35, 0.35), _between(rng, 0.07, 0.18)
         across = scene.v - v - np.float32(slope) * (scene.u - u)
-        plate = _bump(across, _between(rng, 0.016, 0.032)) * _ramp(np.abs(scene.u - u) - length, 0.06)
-        scene.density += np.float32(_between(rng, 0.07, 0.17)) * plate * scene.lungs[side]
+        plate = _bump(across, _between(rng, 0.020, 0.038)) * _ramp(np.abs(scene.u - u) - length, 0.06)
+        scene.density += np.float32(_between(rng, 0.11, 0.22)) * plate * scene.lungs[side]
 
 
 def _nodule_mass(scene: _Scene, side: str) -> None:
@@ -392,15 +390,15 @@ def _nodule_mass(scene: _Scene, side: str) -> None:
         u, v = _spot(scene, side, _between(rng, 0.15, 0.85), _between(rng, 0.15, 0.85))
         size = _between(rng, 0.055, 0.12)
         disc = _ramp(_radius(scene, u, v, _between(rng, 0.9, 1.1)) - size, 0.032)
-        scene.density += np.float32(_between(rng, 0.13, 0.25)) * disc * (0.35 + 0.65 * scene.lungs[side])
+        scene.density += np.float32(_between(rng, 0.15, 0.27)) * disc * (0.35 + 0.65 * scene.lungs[side])
         side = side if rng.random() < 0.6 else ("left" if side == "right" else "right")
 
 
 def _fibrosis(scene: _Scene, side: str) -> None:
     """A fine net in the lower and outer parts of both lungs."""
     rng = scene.rng
-    net = np.clip(1 - np.abs(_noise(scene, 0.034)) * 2.4, 0, 1)
-    strength = np.float32(_between(rng, 0.05, 0.14))
+    net = np.clip(1 - np.abs(_noise(scene, 0.046)) * 2.2, 0, 1)
+    strength = np.float32(_between(rng, 0.07, 0.18))
     for lung_side, lung in scene.lungs.items():
         low = _ramp(_between(rng, -0.05, 0.15) - scene.v, 0.35)
         outer = np.float32(0.5) + np.float32(0.5) * _ramp(0.35 - scene.side_u[lung_side], 0.25)
@@ -411,7 +409,7 @@ def _infiltration(scene: _Scene, side: str) -> None:
     """Patchy, medium-sized haze over a large part of one lung, sometimes both."""
     rng = scene.rng
     patches = np.clip(_noise(scene, 0.095) - 0.1, 0, 1.4)
-    strength = np.float32(_between(rng, 0.075, 0.16))
+    strength = np.float32(_between(rng, 0.09, 0.18))
     other = "left" if side == "right" else "right"
     for lung_side in (side, other) if rng.random() < 0.4 else (side,):
         v = _between(rng, -0.25, 0.3)
@@ -425,8 +423,8 @@ def _calcification(scene: _Scene, side: str) -> None:
     u, v = _spot(scene, side, _between(rng, 0.1, 0.8), _between(rng, 0.1, 0.8))
     for _ in range(int(rng.integers(3, 8))):
         at = (u + _between(rng, -0.1, 0.1), v + _between(rng, -0.1, 0.1))
-        dot = _ramp(_radius(scene, *at) - _between(rng, 0.010, 0.022), 0.014)
-        scene.density += np.float32(_between(rng, 0.12, 0.30)) * dot
+        dot = _ramp(_radius(scene, *at) - _between(rng, 0.013, 0.027), 0.014)
+        scene.density += np.float32(_between(rng, 0.12, 0.32)) * dot
 
 
 def _drawn_with_the_thorax(scene: _Scene, side: str) -> None:
@@ -452,12 +450,13 @@ _PLANTERS: dict[str, Callable[[_Scene, str], None]] = {
 # --- the detector --------------------------------------------------------------------------------------
 
 
-def _expose(density: Plane, rng: np.random.Generator) -> Plane:
+def _expose(density: Plane, rng: np.random.Generator) -> NDArray[np.float32]:
     """Tone curve, quantum noise and collimator blades; 0..1."""
     low, high = _between(rng, -0.06, 0.06), _between(rng, 0.95, 1.12)
-    noise = rng.standard_normal(density.shape, np.float32)
+    # its own stream: how much noise is drawn depends on the matrix, the blades must not
+    noise = rng.spawn(1)[0].standard_normal(density.shape, np.float32)
     linear = (density + noise * np.float32(_between(rng, 0.002, 0.012)) - low) / (high - low)
-    image: Plane = np.clip(linear, 0, 1) ** np.float32(_between(rng, 0.8, 1.2))
+    image = np.asarray(np.clip(linear, 0, 1) ** np.float32(_between(rng, 0.8, 1.2)), np.float32)
     if rng.random() < 0.3:
         blade = np.float32(1.0 if rng.random() < 0.15 else 0.0)
         rows, columns = image.shape

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 
 from dicom_node import pixels
+from dicom_node.dimse.pynetdicom_files import instance_of_file
 
 __all__ = ["FindingLine", "contour_picture", "findings_of", "findings_picture"]
 
@@ -99,11 +100,12 @@ def _outline(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The mask's voxels that touch something outside it, in the plane."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inner
+    return np.asarray(mask & ~inner)
 
 
 def _to_gray(values: npt.NDArray[np.float32], low: float, high: float) -> Gray:
-    return np.clip((values - low) / max(high - low, 1e-6) * 255.0, 0, 255).astype(np.uint8)
+    shades: Gray = np.clip((values - low) / max(high - low, 1e-6) * 255.0, 0, 255).astype(np.uint8)
+    return shades
 
 
 def _legend(sheet: Image.Image, entries: Iterable[tuple[str, tuple[int, int, int]]]) -> None:
@@ -119,7 +121,7 @@ def findings_of(report: Dataset) -> list[FindingLine]:
     """The findings of a TID 1500 report: every measurement group with a qualitative evaluation of its finding."""
     lines: list[FindingLine] = []
     for group in _containers(report, "Measurement Group"):
-        name = presence = ""
+        name = presence = shown = ""
         certainty: float | None = None
         for item in group.ContentSequence:
             concept = item.ConceptNameCodeSequence[0]
@@ -127,10 +129,12 @@ def findings_of(report: Dataset) -> list[FindingLine]:
                 name = str(item.ConceptCodeSequence[0].CodeMeaning)
             elif item.ValueType == "CODE" and name and concept.CodeMeaning == name:
                 presence = str(item.ConceptCodeSequence[0].CodeMeaning)
+            elif item.ValueType == "TEXT" and concept.CodeValue == "112039":  # DCM Tracking Identifier: "model: name"
+                shown = str(item.TextValue).rpartition(": ")[2]
             elif item.ValueType == "NUM" and concept.CodeValue == "111012":  # DCM Certainty of Finding
                 certainty = float(item.MeasuredValueSequence[0].NumericValue)
         if name and presence:
-            lines.append(FindingLine(name=name, presence=presence, certainty_percent=certainty))
+            lines.append(FindingLine(name=shown or name, presence=presence, certainty_percent=certainty))
     return lines
 
 
@@ -144,7 +148,7 @@ def _containers(item: Dataset, meaning: str) -> Iterable[Dataset]:
 
 def findings_picture(image_file: Path, lines: Sequence[FindingLine], target: Path, *, notice: str) -> None:
     """Draw a radiograph beside its findings to a PNG; `notice` (demonstration ...) stands above the list."""
-    shown = pixels.displayed_radiograph(str(image_file))
+    shown = pixels.displayed_radiograph(pixels.read_image(instance_of_file(image_file)))
     low, high = (float(value) for value in np.quantile(shown[::8, ::8], (0.01, 0.99)))
     picture = Image.fromarray(_to_gray(shown, low, high))
     picture.thumbnail((560, 560))
