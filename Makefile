@@ -49,7 +49,8 @@ crash: $(STAMP) tools  ## kill -9 at every commit point, many rounds
 	$(BIN)/python -m pytest -m crash $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## speed, as ratios inside one run
-	$(BIN)/python -m benchmarks.segment_ct
+	$(BIN)/python benchmarks/segment_ct.py
+	$(BIN)/python benchmarks/ct_to_catalog.py
 
 clean:           ## remove what was built here; data folders stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-report

@@ -319,7 +319,7 @@ def _explain(exc: ValidationError, path: Path | None) -> str:
         where = ".".join(str(part) for part in error["loc"]) or "configuration"
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
-            message = "unknown key; see the README's configuration table, or remove it"
+            message = "unknown key; config/node.yaml shows every key there is"
         shown = "" if isinstance(error["input"], dict | NodeConfig) else f" (got {error['input']!r})"
         lines.append(f"{where}: {message}{shown}")
     return f"{path or 'settings'}: " + "; ".join(lines)
