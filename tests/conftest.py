@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,59 @@ def _put_down(node: RunningNode) -> None:
             member.kill()
     if node.process.stdout is not None:
         node.process.stdout.close()
+
+
+@dataclass
+class Orthanc:
+    """An Orthanc that runs."""
+
+    http: int
+    dicom: int
+
+    def call(self, path: str, body: Any = None) -> Any:
+        """GET, or POST with a body; the JSON answered."""
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}", data, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def file(self, instance: str) -> bytes:
+        """The Part-10 file of one instance."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/instances/{instance}/file", timeout=30) as answer:
+            return bytes(answer.read())
+
+
+@pytest.fixture
+def orthanc(tool: Callable[[str], str], tmp_path: Path) -> Iterator[Callable[[int, int, int], Orthanc]]:
+    """`orthanc(http, dicom, node_port)`: an Orthanc that knows the node as modality `node`."""
+    with ExitStack() as stack:
+
+        def start(http: int, dicom: int, node_port: int) -> Orthanc:
+            folder = tmp_path / "orthanc"
+            folder.mkdir(exist_ok=True)
+            (folder / "orthanc.json").write_text(
+                json.dumps(
+                    {
+                        **{"StorageDirectory": str(folder), "IndexDirectory": str(folder), "DicomAet": "ORTHANC"},
+                        **{"DicomPort": dicom, "HttpPort": http, "RemoteAccessAllowed": False, "Plugins": []},
+                        **{"AuthenticationEnabled": False, "DicomServerEnabled": True, "DicomAlwaysAllowMove": True},
+                        "DicomModalities": {"node": ["DICOM_NODE", "127.0.0.1", node_port]},
+                    }
+                )
+            )
+            log = stack.enter_context((folder / "log").open("wb"))
+            process = subprocess.Popen(
+                [tool("Orthanc"), str(folder / "orthanc.json")], stdout=log, stderr=subprocess.STDOUT
+            )
+            stack.callback(process.wait, 20)
+            stack.callback(process.terminate)
+            running = Orthanc(http, dicom)
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                with suppress(OSError):
+                    running.call("/system")
+                    with socket.create_connection(("127.0.0.1", dicom), timeout=1):
+                        return running
+                time.sleep(0.05)
+            raise AssertionError((folder / "log").read_text())
+
+        yield start
