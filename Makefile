@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 NODE_ARGS ?=
+ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
 
@@ -45,8 +46,8 @@ lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-crash: $(STAMP) tools  ## kill -9 at every commit point, many rounds
-	$(BIN)/python -m pytest -m crash $(PYTEST_ARGS)
+crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROUNDS=n
+	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py

@@ -284,8 +284,8 @@ def _line(text: str) -> str:
 
 
 def rules_check(arguments: argparse.Namespace) -> int:
-    """Everything that is wrong, with file, line and remedy."""
-    from dicom_node.deciding import node_rules
+    """Everything that is wrong, with file, line and remedy; and, as warnings, whose results would go nowhere."""
+    from dicom_node.deciding import node_rules, sender_warnings
     from dicom_node.plugins import encoder_kinds
     from dicom_node.routing.load import check_rules
 
@@ -296,7 +296,10 @@ def rules_check(arguments: argparse.Namespace) -> int:
         print(f"dicom-node: {problem}", file=sys.stderr)
     if problems:
         return FAILED
-    names = [rule.name for rule in node_rules(config).rules]
+    rules = node_rules(config)
+    for warning in sender_warnings(config, rules):
+        print(f"dicom-node: warning: {warning}", file=sys.stderr)
+    names = [rule.name for rule in rules.rules]
     print(f"{folder}: {len(names)} rules are right: {', '.join(names) or 'a plain archive'}")
     return OK
 

@@ -154,11 +154,12 @@ class JobSettings(_Settings):
 
     workers: Annotated[int, Field(ge=0, le=64)] = 1
     lease_s: Seconds = 30.0
-    max_attempts: Annotated[int, Field(ge=1)] = 5
+    max_attempts: Annotated[int, Field(ge=1)] = 10
+    """Of attempts that may have failed by the job's own fault; an outage of the node's storage and a stop are none."""
     backoff_s: Seconds = 5.0
-    backoff_max_s: Seconds = 3600.0
+    backoff_max_s: Seconds = 600.0
     deadline_s: Seconds = 24 * 3600.0
-    """A job not done this long after it was created becomes a dead letter."""
+    """A job that was tried and is not done this long after it was created becomes a dead letter."""
     devices: tuple[str, ...] = ("auto",)
     """`auto`, `cpu`, `cuda`, `cuda:1` ...: one runtime process for each."""
 
@@ -167,8 +168,8 @@ class DeliverySettings(_Settings):
     """Sending results and images."""
 
     lease_s: Seconds = 30.0
-    max_attempts: Annotated[int, Field(ge=1)] = 24
     give_up_after_s: Seconds = 7 * 24 * 3600.0
+    """A delivery that was tried and is not done this long after it was queued becomes a dead letter."""
     backoff_s: Seconds = 5.0
     backoff_max_s: Seconds = 3600.0
     breaker_failures: Annotated[int, Field(ge=1)] = 3

@@ -390,8 +390,8 @@ class JobQueue(Protocol):
         """The engine refuses this input for good: filtered, with the reason."""
         ...
 
-    def retry_job_later(self, job: Job, error: str, delay_s: float) -> None:
-        """Back to PENDING after `delay_s`. Raises LeaseLost."""
+    def retry_job_later(self, job: Job, error: str, delay_s: float, *, outage: bool = False) -> None:
+        """Back to PENDING after `delay_s`; `outage`: the attempt counts among `Job.outages`. Raises LeaseLost."""
         ...
 
     def park_job(self, job: Job, pending: Pending) -> None:
@@ -421,8 +421,8 @@ class JobQueue(Protocol):
     def job_input(self, job: Job) -> tuple[Sequence[StoredInstance], SeriesHeader]:
         """Exactly the instances of `job.input_digest`, and the series' header as kept at its latest closing.
 
-        Images that came after the job was made are left out. Raises StorageError when one of the instances was
-        replaced or is gone.
+        Images that came after the job was made are left out. Raises NotFound when one of the instances was replaced
+        by other content, StorageError when one is missing now.
         """
         ...
 

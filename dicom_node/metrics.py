@@ -263,7 +263,7 @@ def status_class(status: int) -> str:
         return "pending"
     if status == 0xFE00:
         return "cancel"
-    if status in (0x0001, 0x0107, 0x0116) or status & 0xF000 == 0xB000:
+    if status in (0x0001, 0x0107, 0x0111, 0x0116) or status & 0xF000 == 0xB000:
         return "warning"
     return "failure"
 

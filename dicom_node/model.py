@@ -199,8 +199,8 @@ class AssociationEnd(Enum):
     """How an association ended; only RELEASED lets a study become quiet quickly (DESIGN section 5)."""
 
     OPEN = "open"
-    RELEASED = "released"
-    ABORTED = "aborted"  # A-ABORT, lost connection, time-out
+    RELEASED = "released"  # or closed by the node when it was idle, which is no fault
+    ABORTED = "aborted"  # A-ABORT, lost connection, time-out inside a message
     DEAD = "dead"  # its process died; closed at the next start
 
 
@@ -421,6 +421,7 @@ class Job:
     error: str = ""
     superseded_job: int | None = None  # the earlier run on the same series this one follows
     age_s: float = 0.0  # when it was read: since it was made, or since a person retried it
+    outages: int = 0  # of `attempts`, those that came to nothing for the node's sake: no fault of the job
 
 
 class DeliveryState(Enum):

@@ -44,8 +44,8 @@ def run_folder(data_dir: Path) -> Path:
     return data_dir / "run"
 
 
-def beat(data_dir: Path, role: str, pulse: Pulse) -> None:
-    """Give a sign of life. A full disk is not an error here: silence says enough."""
+def beat(data_dir: Path, role: str, pulse: Pulse) -> bool:
+    """Give a sign of life; False when it could not be written. A full disk is no error here: silence says enough."""
     path = run_folder(data_dir) / f"{role}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -53,6 +53,8 @@ def beat(data_dir: Path, role: str, pulse: Pulse) -> None:
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def read_pulse(data_dir: Path, role: str) -> Pulse | None:

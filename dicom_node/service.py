@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from dicom_node.deciding import node_router, node_rules
+from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.pynetdicom_scu import DimseSender
 from dicom_node.errors import NodeError, RuleError
 from dicom_node.gauges import catalog_readings, node_readings
@@ -31,8 +31,8 @@ class Service:
         config = orders.config
         self._config, self._clock = config, clock
         self._metrics = Metrics(config, process="service")
-        self._rules = self._read_rules()
         self._rules_error = ""
+        self._rules = self._first_rules()
         self._reloads = 0
         self._catalog = node_catalog(config, clock)
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
@@ -58,8 +58,29 @@ class Service:
 
     # --- rules
 
+    def _first_rules(self) -> RuleSet:
+        """The rules folder, else the rules last in force. Raises NodeError when neither can be had.
+
+        `serve` refuses a broken folder before this process exists. So a folder that is broken here was broken while
+        the node ran, and a restart of this process must not end routing, delivery and HTTP for that.
+        """
+        try:
+            return self._read_rules()
+        except NodeError as exc:
+            self._refused(exc)
+            return self._in_force(kept_rules(self._config))
+
     def _read_rules(self) -> RuleSet:
-        rule_set = node_rules(self._config)
+        rule_set = self._in_force(node_rules(self._config))
+        for warning in sender_warnings(self._config, rule_set):
+            log.warning("results of a rule may reach nobody", extra={"warning": warning})
+        try:
+            keep_rules(self._config, rule_set)
+        except (OSError, ValueError, NodeError) as exc:  # the rules hold; only a restart would not find them again
+            log.error("the rules in force could not be kept", extra={"error": str(exc)})
+        return rule_set
+
+    def _in_force(self, rule_set: RuleSet) -> RuleSet:
         self._metrics.rules_loaded([rule.name for rule in rule_set.rules])
         log.info("rules in force", extra={"digest": rule_set.digest, "rules": len(rule_set.rules)})
         return rule_set
@@ -70,10 +91,13 @@ class Service:
             self._rules = self._read_rules()
             self._rules_error = ""
         except NodeError as exc:
-            self._rules_error = str(exc)
-            kind = "rule" if isinstance(exc, RuleError) else "folder"
-            log.error("the rules cannot be taken in; the old ones stay", extra={"error": str(exc), "wrong": kind})
+            self._refused(exc)
         self._reloads += 1
+
+    def _refused(self, exc: NodeError) -> None:
+        self._rules_error = str(exc)
+        kind = "rule" if isinstance(exc, RuleError) else "folder"
+        log.error("the rules cannot be taken in; the old ones stay", extra={"error": str(exc), "wrong": kind})
 
     # --- health
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
+from dicom_node.model import BootTime
 from dicom_node.process import Orders, encode_orders, wait_for_children
 from dicom_node.pulse import Pulse, beat, read_pulse, run_folder
 from dicom_node.store.catalog import Catalog, data_lock, open_catalog
@@ -37,6 +38,8 @@ STOP_S = 15.0  # then SIGKILL: whatever is left is repeated after the next start
 POLL_S = 0.05
 BACKOFF_S = 0.2
 BACKOFF_MAX_S = 30.0
+UNWELL_S = 60.0  # a started child without a good sign of life for this long is killed and started again
+LOOK_S = 0.5
 STEADY_S = 60.0  # a child that lived this long starts anew with the shortest back-off
 BACKLOG = 256
 _STOP = {int(signal.SIGTERM), int(signal.SIGINT)}
@@ -52,6 +55,8 @@ class _Child:
     failures: int = 0
     start_at: float = 0.0
     restarts: int = 0
+    pulse_at: BootTime | None = None  # of the last pulse seen of this process
+    unwell_s: float = 0.0  # observed without a good pulse
 
 
 def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
@@ -192,6 +197,7 @@ class _Supervisor:
             env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
         )
         child.started = time.monotonic()
+        child.pulse_at, child.unwell_s = None, 0.0
         assert child.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.process.stdin as pipe:
             pipe.write(encode_orders(orders))
@@ -220,17 +226,23 @@ class _Supervisor:
 
     def watch(self) -> None:
         """Restart what dies, until SIGTERM or SIGINT; SIGHUP goes on to the service process."""
+        looked = time.monotonic()
         while True:
-            caught = self._signals.wait(0.5)
+            caught = self._signals.wait(LOOK_S)
             if caught & _STOP:
                 log.info("stop asked for")
                 return
             if signal.SIGHUP in caught:
                 self._pass_on(signal.SIGHUP, "service")
+            now = time.monotonic()
+            # Only time in which pulses could be seen counts: not while the disk is full and nobody can write one, nor
+            # while this process was itself stopped
+            observed_s = min(now - looked, 2 * LOOK_S) if self._beat("ready") else 0.0
+            looked = now
             for child in self._children:
-                self._look_after(child)
+                self._look_after(child, observed_s)
 
-    def _look_after(self, child: _Child) -> None:
+    def _look_after(self, child: _Child, observed_s: float) -> None:
         now = time.monotonic()
         if child.process is not None and (status := child.process.poll()) is not None:
             child.process = None
@@ -244,6 +256,22 @@ class _Supervisor:
             child.restarts += 1
             self._spawn(child)
             self._beat("ready")
+        elif child.process is not None:
+            self._feel_pulse(child, child.process, observed_s)
+
+    def _feel_pulse(self, child: _Child, process: subprocess.Popen[bytes], observed_s: float) -> None:
+        """Kill a child that lives but is stuck or stays unwell; what it had under way is repeated by the next one."""
+        child.unwell_s += observed_s
+        pulse = read_pulse(self._config.data_dir, child.role)
+        if pulse is not None and pulse.pid == process.pid and pulse.at != child.pulse_at:
+            child.pulse_at = pulse.at
+            if pulse.ok:
+                child.unwell_s = 0.0
+        if child.unwell_s > (UNWELL_S if child.pulse_at else START_S):
+            child.unwell_s = 0.0
+            detail = pulse.detail if pulse is not None else ""
+            log.error("a process is stuck and is killed", extra={"role": child.role, "detail": detail})
+            process.kill()
 
     def _close_dead_associations(self) -> None:
         try:
@@ -257,7 +285,7 @@ class _Supervisor:
             if child.role == role and child.process is not None:
                 child.process.send_signal(number)
 
-    def _beat(self, detail: str) -> None:
+    def _beat(self, detail: str) -> bool:
         now = self._clock.boot()
         pulse = Pulse(
             pid=os.getpid(),
@@ -272,7 +300,7 @@ class _Supervisor:
                 "restarts": {child.role: child.restarts for child in self._children},
             },
         )
-        beat(self._config.data_dir, "supervisor", pulse)
+        return beat(self._config.data_dir, "supervisor", pulse)
 
     # --- stop
 

@@ -6,10 +6,11 @@ import logging
 import threading
 
 from dicom_node.errors import LeaseLost, NodeError
-from dicom_node.interfaces import Clock
+from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.metrics import Metrics
+from dicom_node.model import BootTime
 from dicom_node.pipeline.headers_of import read_series_header
-from dicom_node.pipeline.work import Worker
+from dicom_node.pipeline.work import ENCODE_S, TIMEOUT_S, Worker
 from dicom_node.process import Facts, Orders
 from dicom_node.wiring import encoders, engines, node_catalog, node_ingest
 
@@ -30,6 +31,9 @@ class Work:
         self._catalog = node_catalog(self._config, clock)
         self._engines = engines(self._config)
         self._worker = self._make_worker()
+        # beyond it no job keeps its lease (pipeline.work), so whoever still works on one is stuck
+        self._bound_s = max((one.timeout_s for one in self._config.engines.values()), default=TIMEOUT_S) + ENCODE_S
+        self._busy_since: dict[str, BootTime] = {}
         self._threads = [
             threading.Thread(target=self._run, args=(f"work-{number}",), name=f"worker-{number}", daemon=True)
             for number in range(self._config.jobs.workers)
@@ -52,15 +56,19 @@ class Work:
             time_zone=config.time_zone,
             clock=self._clock,
             observer=Metrics(config, process="work"),
+            stopping=self._stopping.is_set,
         )
 
     def _run(self, name: str) -> None:
         while not self._stopping.is_set():
+            self._busy_since[name] = self._clock.boot()
             try:
                 busy, pause_s = self._worker.run_once(name), IDLE_S
             except Exception as exc:  # edge: the worker's loop; a lost lease runs out and is done again
                 log.error("a worker stumbled", extra={"worker": name}, exc_info=exc)
                 busy, pause_s = False, WORKER_PAUSE_S
+            finally:
+                del self._busy_since[name]
             if not busy:
                 self._stopping.wait(pause_s)
 
@@ -80,10 +88,14 @@ class Work:
             raise LeaseLost("the node stops")
 
     def health(self) -> Facts:
-        """How many workers live."""
+        """How many workers live; not ok when one is dead, or stuck in its job. The supervisor then starts anew."""
         alive = sum(thread.is_alive() for thread in self._threads)
-        wanted = len(self._threads)
-        return alive == wanted, "" if alive == wanted else f"{alive} of {wanted}", {"workers_alive": alive}
+        wanted, now = len(self._threads), self._clock.boot()
+        stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
+        facts = {"workers_alive": alive, "workers_stuck": stuck}
+        if alive < wanted:
+            return False, f"{alive} of {wanted}", facts
+        return stuck == 0, f"{stuck} of {wanted} stuck in a job" if stuck else "", facts
 
     def reload(self) -> None:
         """Nothing of a worker is re-read."""

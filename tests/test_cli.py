@@ -115,6 +115,17 @@ def test_rules_check_of_an_empty_folder_is_a_plain_archive(here: Path, capsys: p
     assert "a plain archive" in said(capsys, "rules", "check")[1]
 
 
+def test_rules_check_warns_of_a_sender_that_can_be_nobody(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = "rule: back\nwhen: [Modality == 'CT']\nrun: {engine: ct-abdomen, results: [sr]}\nsend: {to: [sender]}\n"
+    (here / "routing_rules" / "a.yaml").write_text(rule)
+    status, out, err = said(capsys, "rules", "check")
+    assert status == 0 and "1 rules are right" in out
+    assert "warning" in err and "a.yaml:1: rule back" in err and len(err.splitlines()) == 1
+    (here / "config").mkdir()
+    (here / "config" / "node.yaml").write_text("destinations: {PACS: {ae_title: PACS, host: h, port: 104}}\n")
+    assert said(capsys, "rules", "check")[2] == ""
+
+
 def test_config_check_prints_what_holds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "config").mkdir()
     (here / "config" / "node.yaml").write_text("ae_titles: [MINE]\n")  # read because it exists

@@ -120,6 +120,26 @@ def test_rules_are_reloaded_whole_or_not_at_all(running_node: Start, tmp_path: P
     assert metric(node, "ruleset_load_failed") == 0
 
 
+def test_a_broken_rule_and_a_restart_of_the_service_leave_the_rules_last_in_force(
+    running_node: Start, wait_for: WaitFor
+) -> None:
+    node = running_node(destinations=PACS, jobs={"workers": 0}, engines={})
+    (node.rules_dir / "one.yaml").write_text(RULE.format(name="one"))
+    node.command("rules", "reload")
+    (node.rules_dir / "one.yaml").write_text(RULE.format(name="one").replace("PACS", "NOWHERE"))
+    old = node.pid("service")
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: node.pid("service") != old, 30, "a new service process")
+    node.wait_ready(30)
+    assert metric(node, "ruleset_rules") == 1
+    assert metric(node, "ruleset_load_failed") == 1
+    assert metric(node, "rule_evaluations_total", rule="one", verdict="match") == 0
+    assert "one.yaml" in node.tail()
+    (node.rules_dir / "one.yaml").write_text(RULE.format(name="uno"))
+    assert node.command("rules", "reload").stdout.startswith("1 rules in force")
+    assert metric(node, "ruleset_load_failed") == 0
+
+
 def test_a_node_with_a_broken_rule_does_not_start(running_node: Start, tmp_path: Path) -> None:
     (tmp_path / "rules").mkdir()
     (tmp_path / "rules" / "bad.yaml").write_text("rule: bad\nwhen: [Modaliti == 'CT']\nrun: {engine: ct-abdomen}\n")

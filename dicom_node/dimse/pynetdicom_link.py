@@ -173,6 +173,14 @@ class _Dul(DULServiceProvider):
     def __init__(self, link: Link) -> None:
         super().__init__(link)
         self.daemon = True
+        self._link = link
+
+    def idle_timer_expired(self) -> bool:
+        """As the base class, whose caller then aborts; the link keeps whether something was under way."""
+        expired = bool(super().idle_timer_expired())
+        if expired:
+            self._link.was_idle = self._link.dimse.message is None and self._link.dimse.msg_queue.empty()
+        return expired
 
     def _process_recv_primitive(self) -> bool:
         waiting = self.to_provider_queue
@@ -299,7 +307,8 @@ class Link(Association):
     is driven by the caller's thread.
 
     `traffic` is set by every P-DATA PDU received; the owner clears it. What of a data set does not fit memory waits in
-    `spool_folder` (None: the system's temporary folder).
+    `spool_folder` (None: the system's temporary folder). `was_idle`: it was closed from here because of the idle limit,
+    and not inside a message.
     """
 
     def __init__(self, entity: ApplicationEntity, mode: str, *, max_pdu: int, max_data_set_bytes: int) -> None:
@@ -315,6 +324,7 @@ class Link(Association):
         self.network_timeout = entity.network_timeout
         self.traffic = False
         self.serving = False
+        self.was_idle = False
         self.log_fields: dict[str, str] = {}
         self.on_associate: Callable[[Link], None] | None = None
         self.on_request: Callable[[Link, Any, int], None] | None = None

@@ -278,7 +278,10 @@ class PynetdicomServer:
             peer = self._links.pop(link, None)
         if peer is None:
             return
-        end = AssociationEnd.RELEASED if link.is_released else AssociationEnd.ABORTED
+        # an association that the node closed because nothing was under way on it is no fault: its sender was through,
+        # and only forgot to release it; a study must not wait for the sender to try again
+        over = link.is_released or link.was_idle
+        end = AssociationEnd.RELEASED if over else AssociationEnd.ABORTED
         if peer.recorded:
             self._record(lambda: self._associations.end_association(str(peer.source.association_id), end))
         log.info("association ended", extra={"association": peer.source.association_id, "result": end.value})

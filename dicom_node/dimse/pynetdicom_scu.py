@@ -59,8 +59,10 @@ class MoveOriginator:
 
 
 def is_stored(status: int) -> bool:
-    """Whether this status of a C-STORE means that the peer has the object: Success, Warning (PS3.7 Annex C)."""
-    return status in (0x0000, 0x0001, 0x0107, 0x0116) or status >> 12 == 0xB
+    """Whether this status of a C-STORE means that the peer has the object: Success, Warning, Duplicate SOP Instance
+    (PS3.7 Annex C).
+    """
+    return status in (0x0000, 0x0001, 0x0107, 0x0111, 0x0116) or status >> 12 == 0xB
 
 
 def batches(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[StoredInstance], list[ProposedContext]]]:

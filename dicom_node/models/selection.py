@@ -1,7 +1,8 @@
 """Does this series fit this model? Every clause of a package's `select` block, with a reason for every refusal.
 
-Headers first (`select_series`, `select_image`), geometry once it is decided (`select_geometry`). Pure; reasons are
-sentences about attributes, never patient data.
+Headers first (`select_series`, `select_image`), geometry once it is decided (`select_geometry`). Pure. A reason names
+the attribute and what the model takes, never the value that was found: reasons are logged, and anything may be typed
+into a header.
 """
 
 from __future__ import annotations
@@ -110,18 +111,16 @@ def _modality(select: SelectBlock, found: Sequence[str]) -> str:
     wanted = " or ".join(select.modality)
     if not found:
         return f"Modality is missing, the model takes {wanted}"
-    wrong = [value for value in found if value not in select.modality]
-    return f"Modality is {wrong[0][:16]}, the model takes {wanted}" if wrong else ""
+    return "" if set(found) <= set(select.modality) else f"Modality is not {wanted}"
 
 
 def _sop_class(select: SelectBlock, found: Sequence[str]) -> str:
     if not select.sop_class:
         return ""
-    wrong = [uid for uid in found if uid not in select.sop_class]
-    if found and not wrong:
-        return ""
     wanted = " or ".join(UID(uid).name for uid in select.sop_class)
-    return f"SOP class {UID(wrong[0]).name if wrong else 'is missing'}, the model takes {wanted}"
+    if not found:
+        return f"SOP class is missing, the model takes {wanted}"
+    return "" if set(found) <= set(select.sop_class) else f"SOP class is not {wanted}"
 
 
 def _one_of(name: str, wanted: OneOfBlock | None, found: Sequence[str]) -> str:
@@ -131,8 +130,7 @@ def _one_of(name: str, wanted: OneOfBlock | None, found: Sequence[str]) -> str:
     if not found:
         return "" if wanted.missing == "allow" else f"{name} is not given, the model takes {options}"
     accepted = {_squeezed(value) for value in wanted.any}
-    wrong = [value for value in found if _squeezed(value) not in accepted]
-    return f"{name} is {wrong[0][:32]}, the model takes {options}" if wrong else ""
+    return "" if all(_squeezed(value) in accepted for value in found) else f"{name} is not {options}"
 
 
 def _squeezed(text: str) -> str:

@@ -1,8 +1,9 @@
 """From the outbox to the destinations: one lane each, so that a dead destination holds up nobody else.
 
 What a peer's answer means (PS3.7 Annex C, PS3.4 table B.2-1): success and warnings are *sent*; out of resources and
-processing failures are *later*; every other failure is *never* for this object, while the others go on. An association
-that cannot be had is *later*, one that is refused for good is *never* for the whole delivery.
+processing failures are *later*; every other failure is *never* for this object, while the others go on. A duplicate is
+*sent*: a crash between the peer's answer and our note of it makes an object go twice. An association that cannot be had
+is *later*, be it refused for good: the peer's list of AE titles may be under maintenance. Age alone ends the trying.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SEND_BOUND_S = 4 * 3600.0  # one association, however large the study; then the 
 
 
 def is_sent(dimse_status: int) -> bool:
-    """Success or a warning: the peer keeps the object."""
-    return dimse_status in (0x0000, 0x0001, 0x0107, 0x0116) or dimse_status & 0xF000 == 0xB000
+    """Success, a warning or a duplicate (0111): the peer has the object."""
+    return dimse_status in (0x0000, 0x0001, 0x0107, 0x0111, 0x0116) or dimse_status & 0xF000 == 0xB000
 
 
 def is_transient(dimse_status: int) -> bool:
@@ -146,8 +147,8 @@ class Courier:
     # --- one delivery
 
     def _attempt(self, delivery: Delivery, breaker: Breaker) -> None:
-        if self._spent(delivery):
-            self._give_up(delivery, "attempts", f"not delivered in {delivery.attempts - 1} tries; {delivery.error}")
+        if delivery.attempts > 1 and self._too_old(delivery):
+            self._give_up(delivery, "deadline", f"not delivered in {delivery.attempts - 1} tries; {delivery.error}")
             return
         began_s = self._clock.boot().seconds
         try:
@@ -158,18 +159,17 @@ class Courier:
             self._outbox.retry_delivery_later(delivery, "interrupted: the node was stopped", 0.0)
         except NodeError as exc:
             breaker.tried(self._clock.boot().seconds, ok=False)
-            self._failed(delivery, str(exc), exc, retryable=exc.retryable)
+            self._failed(delivery, str(exc), exc)
         except Exception as exc:  # noqa: BLE001 - edge: the lane's loop; a sender's bug is one try's failure
             breaker.tried(self._clock.boot().seconds, ok=False)
-            self._failed(delivery, f"unforeseen: {type(exc).__name__}", exc, retryable=True)
+            self._failed(delivery, f"unforeseen: {type(exc).__name__}", exc)
         else:
             now_s = self._clock.boot().seconds
             breaker.tried(now_s, ok=True)
             self._finish(delivery, refused, delivery.age_s + now_s - began_s)
 
-    def _spent(self, delivery: Delivery) -> bool:
-        too_old = delivery.age_s > self._settings.give_up_after_s
-        return delivery.attempts > self._settings.max_attempts or (too_old and delivery.attempts > 1)
+    def _too_old(self, delivery: Delivery) -> bool:
+        return delivery.age_s > self._settings.give_up_after_s
 
     def _send(self, delivery: Delivery) -> int:
         """Send what was neither sent nor refused before; returns how many objects are refused by now."""
@@ -231,10 +231,10 @@ class Courier:
             self._observer.delivery_finished(delivery.destination, seconds)
             log.info("delivery done", extra=_fields(delivery))
 
-    def _failed(self, delivery: Delivery, error: str, exc: Exception, *, retryable: bool) -> None:
+    def _failed(self, delivery: Delivery, error: str, exc: Exception) -> None:
         settings = self._settings
-        if not retryable or delivery.attempts >= settings.max_attempts or delivery.age_s > settings.give_up_after_s:
-            self._give_up(delivery, "attempts" if retryable else "error", error, exc)
+        if self._too_old(delivery):
+            self._give_up(delivery, "deadline", error, exc)
             return
         delay_s = backoff_s(delivery.attempts, settings.backoff_s, settings.backoff_max_s, self._jitter())
         self._outbox.retry_delivery_later(delivery, error, delay_s)

@@ -5,8 +5,9 @@ it had just come in and, with `rebuild`, indexed; a row without a good file is m
 served nor counted nor committed. An index that was lost is rebuilt from the files alone.
 
 Rebuilt instances are RECEIVED, from the AE in their file meta, at the time their file was written (without an AE there:
-PRODUCED). Their series are routed 'none': nothing that was analysed before is analysed again; a new image, or
-`dicom-node route`, opens them. Of several files under one UID the oldest is the one served, the others are variants.
+PRODUCED). Their series are routed 'none': nothing that was analysed before is analysed again; an image that is sent,
+new or again, or `dicom-node route`, opens them. Of several files under one UID the oldest is the one served, the others
+are variants.
 """
 
 from __future__ import annotations

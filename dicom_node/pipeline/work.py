@@ -2,6 +2,10 @@
 
 Everything up to `finish_job` may be repeated after a crash: the engine runs again, the encoders write the same bytes
 under the same UIDs, the archive already has them. `finish_job` is one transaction and happens once.
+
+An attempt that fails is made again while that may help. What may be the job's own fault (its worker or the runtime
+died, no answer in time, an unforeseen error) is bounded by `max_attempts`; an outage of the node (no space, a busy
+catalog, a clean stop) counts for nothing. `deadline_s` bounds both, but no job is given up before it was tried.
 """
 
 from __future__ import annotations
@@ -18,7 +22,15 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from dicom_node.config import JobSettings
-from dicom_node.errors import ConfigError, EncodingError, EngineError, EngineRejected, LeaseLost, NodeError
+from dicom_node.errors import (
+    ConfigError,
+    EncodingError,
+    EngineError,
+    EngineRejected,
+    LeaseLost,
+    NodeError,
+    StorageError,
+)
 from dicom_node.interfaces import Clock, Engine, JobQueue, ResultEncoder
 from dicom_node.model import (
     EngineResult,
@@ -78,9 +90,13 @@ class Worker:
         time_zone: str,
         clock: Clock,
         observer: Observer,
+        stopping: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent."""
+        """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent.
+
+        `stopping`: whether the node is being stopped; what then fails is not the job's fault.
+        """
         self._queue = queue
         self._engines = engines
         self._timeouts_s = timeouts_s
@@ -92,6 +108,7 @@ class Worker:
         self._time_zone = time_zone
         self._clock = clock
         self._observer = observer
+        self._stopping = stopping
         self._jitter = jitter
 
     def run_once(self, worker: str) -> bool:
@@ -114,10 +131,11 @@ class Worker:
     # --- how an attempt ends
 
     def _attempt(self, job: Job) -> str:
-        if job.age_s > self._settings.deadline_s:
+        tried = job.handle is not None or _counted(job) > 1
+        if tried and job.age_s > self._settings.deadline_s:
             self._cancel_parked(job)
             return self._give_up(job, "deadline", f"not done within {self._settings.deadline_s:g} s")
-        if job.attempts > self._settings.max_attempts:
+        if _counted(job) > self._settings.max_attempts:
             return self._give_up(job, "attempts", f"no end after {self._settings.max_attempts} attempts; {job.error}")
         try:
             return self._do(job)
@@ -133,10 +151,20 @@ class Worker:
             return self._failed(job, f"unforeseen: {type(exc).__name__}", retryable=True, exc=exc)
 
     def _failed(self, job: Job, error: str, *, retryable: bool, exc: Exception) -> str:
-        if not retryable or job.attempts >= self._settings.max_attempts:
-            return self._give_up(job, "attempts" if retryable else "error", error, exc)
+        if self._stopping():  # its engine was closed under it
+            self._queue.retry_job_later(job, "interrupted: the node was stopped", 0.0, outage=True)
+            log.info("job interrupted", extra=_fields(job))
+            return "retry"
+        outage = isinstance(exc, StorageError)
+        if not retryable:
+            return self._give_up(job, "error", error, exc)
+        if not outage and _counted(job) >= self._settings.max_attempts:
+            return self._give_up(job, "attempts", error, exc)
+        if job.age_s > self._settings.deadline_s:
+            self._cancel_parked(job)
+            return self._give_up(job, "deadline", error, exc)
         delay_s = backoff_s(job.attempts, self._settings.backoff_s, self._settings.backoff_max_s, self._jitter())
-        self._queue.retry_job_later(job, error, delay_s)
+        self._queue.retry_job_later(job, error, delay_s, outage=outage)
         log.warning("job will be tried again", extra=_fields(job) | {"delay_s": round(delay_s, 1)}, exc_info=exc)
         return "retry"
 
@@ -270,6 +298,11 @@ class Worker:
             transfer_syntax_uid=str(syntax),
             fragments=(data_set_bytes(ds, syntax),),
         )
+
+
+def _counted(job: Job) -> int:
+    """Attempts that may have come to nothing by the job's own fault, this one included."""
+    return job.attempts - job.outages
 
 
 def data_set_bytes(ds: Dataset, syntax: UID) -> bytes:

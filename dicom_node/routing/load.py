@@ -66,10 +66,14 @@ def check_rules(
 
 
 def _read(folder: Path, engines: Collection[str], destinations: Collection[str], results: Collection[str]) -> _Reader:
-    if not folder.is_dir():
-        raise ConfigError(f"rules folder {folder} does not exist; create it (an empty one is a plain archive)")
+    try:
+        if not folder.is_dir():
+            raise ConfigError(f"rules folder {folder} does not exist; create it (an empty one is a plain archive)")
+        paths = sorted(folder.iterdir())
+    except OSError as exc:
+        raise ConfigError(f"rules folder {folder} cannot be read: {exc.strerror}; correct its permissions") from exc
     reader = _Reader(engines=engines, destinations=destinations, results=results)
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.name.startswith(".") or not path.is_file():
             continue
         reader.file = path

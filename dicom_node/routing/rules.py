@@ -6,7 +6,7 @@ A rule's conditions must all hold. Several rules may match one series; a rule wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from dicom_node.routing.conditions import Outcome, evaluate_condition
 from dicom_node.routing.expressions import Expression
 from dicom_node.routing.variables import Variables
 
-__all__ = ["SENDER", "Evaluation", "Rule", "RuleSet"]
+__all__ = ["SENDER", "Evaluation", "Rule", "RuleSet", "unreachable_senders"]
 
 SENDER = "sender"
 """The destination name that stands for the AE the images came from."""
@@ -101,6 +101,24 @@ class RuleSet:
                 conditions=tuple(outcome.result for outcome in outcomes),
             )
         return Evaluation(verdicts=tuple(verdicts[rule.name] for rule in self.rules), jobs=tuple(jobs))
+
+
+def unreachable_senders(
+    rule_set: RuleSet, peer_titles: Collection[str], destination_titles: Collection[str]
+) -> list[str]:
+    """One sentence, with file, line and remedy, for each rule whose `sender` can be no configured destination.
+
+    The titles are AE titles. Without peers every AE may send, so that any destination may be the sender's.
+    """
+    if (not peer_titles and destination_titles) or set(peer_titles) & set(destination_titles):
+        return []
+    why = "no destination has the AE title of a peer" if destination_titles else "there are no destinations"
+    return [
+        f"{rule.file}:{rule.line}: rule {rule.name} sends to `{SENDER}`, which can be nobody: {why}. "
+        "Add the PACS under `destinations:` with the AE title it sends from, or name a destination in `to:`"
+        for rule in rule_set.rules
+        if SENDER in rule.destinations
+    ]
 
 
 def _refusal(

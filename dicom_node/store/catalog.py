@@ -4,6 +4,7 @@
     <data>/catalog.lock     writers of every process take turns on it
     <data>/archive/         the bytes
     <data>/node.lock        held by the node that uses the folder
+    <data>/rules_in_force.json   the last rules that were right, for a restart while the folder is broken
 
 Copy it with the node stopped and the node has moved.
 """
@@ -68,10 +69,7 @@ def open_catalog(
     its disk fails.
     """
     files = fs or RealFileSystem()
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
+    _make_data_dir(files, data_dir)
     if not os.access(data_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"data_dir: {data_dir} cannot be written by this user; name a folder that can")
     archive = FolderArchive(
@@ -92,6 +90,17 @@ def open_catalog(
     )
 
 
+def _make_data_dir(fs: FileSystem, data_dir: Path) -> None:
+    """Create the folder if need be; a folder that is new is only durable with its parent's entry."""
+    try:
+        made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
+    for folder in made:
+        _sync_folder(fs, folder.parent)
+
+
 def _create_private(path: Path) -> None:
     # SQLite gives its WAL and shared memory the mode of the database file
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -110,9 +119,12 @@ def _sync_folder(fs: FileSystem, folder: Path) -> None:
 
 @contextmanager
 def data_lock(data_dir: Path) -> Iterator[None]:
-    """Keep a second node out of `data_dir` for as long as the block, or this process, lives. Raises ConfigError."""
+    """Keep a second node out of `data_dir` for as long as the block, or this process, lives.
+
+    The folder is made if need be. Raises ConfigError, StorageError when the disk fails.
+    """
+    _make_data_dir(RealFileSystem(), data_dir)
     try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc

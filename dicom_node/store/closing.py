@@ -89,7 +89,7 @@ def close(connection: sqlite3.Connection, closing: Closing, series: RoutedSeries
         digest = input_digest((row["sop_instance_uid"], row["sha256"]) for row in instances)
         for plan in planned:
             if plan.engine:
-                made += _make_job(connection, closing, plan, digest)
+                made += _make_job(connection, closing, plan, digest, instances)
             if not plan.engine or plan.send_what is not SendWhat.RESULTS:
                 _send_source(connection, closing, plan, digest, instances)
     stand(connection, study, uid, routed)
@@ -129,7 +129,13 @@ def _insert_verdicts(connection: sqlite3.Connection, routed: int, verdicts: Sequ
         insert(connection, "verdict", columns)
 
 
-def _make_job(connection: sqlite3.Connection, closing: Closing, plan: PlannedJob, digest: str) -> list[int]:
+def _make_job(
+    connection: sqlite3.Connection,
+    closing: Closing,
+    plan: PlannedJob,
+    digest: str,
+    instances: Sequence[sqlite3.Row],
+) -> list[int]:
     """Zero or one new job, by the once-only rules of `route_series`."""
     runs = connection.execute(
         "SELECT id, state, run_number, input_digest FROM job "
@@ -163,6 +169,10 @@ def _make_job(connection: sqlite3.Connection, closing: Closing, plan: PlannedJob
             "superseded_job": last["id"] if last else None,
             **closing.times,
         },
+    )
+    connection.executemany(
+        "INSERT INTO job_input (job, sop_instance_uid, sha256) VALUES (?, ?, ?)",
+        [(made, row["sop_instance_uid"], row["sha256"]) for row in instances],
     )
     for run in runs:
         if run["state"] in _UNDER_WAY:

@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,7 +90,7 @@ class Database:
             except Exception as exc:  # noqa: BLE001 - the writer must live; every waiter gets the error
                 error = _mapped(exc)
                 for _, future in batch:
-                    if not future.done():
+                    with suppress(InvalidStateError):  # its waiter has given up, maybe at this very moment
                         future.set_exception(error)
             if stop:
                 break

@@ -118,3 +118,15 @@ def index_tables(db: Database) -> None:
     for statement in _TABLES.split(";\n"):
         if statement.strip():
             db.execute(statement)
+
+
+@index_migrations()
+def other_identities(db: Database) -> None:
+    """Identities a study came under beside its own: a release does not hold for one that comes later.
+
+    Those of before this table are not known, and count as new when they come again.
+    """
+    db.execute(
+        "CREATE TABLE other_identity (study_instance_uid TEXT NOT NULL, patient_id TEXT NOT NULL, "
+        "issuer TEXT NOT NULL, PRIMARY KEY (study_instance_uid, patient_id, issuer)) WITHOUT ROWID"
+    )

@@ -1,7 +1,8 @@
 """What one more instance does to the index, inside the caller's transaction.
 
 Patients, studies and series follow from instances: the first value of an attribute wins, later ones fill gaps. Only a
-new image of origin RECEIVED moves completion: it opens its series, and the study's next revision when none is open.
+new image of origin RECEIVED moves completion: it opens its series, and the study's next revision when none is open. So
+does one sent again to a series that was never routed (`_waited_for`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def insert_instance(
 def restore_instance(connection: sqlite3.Connection, record: InstanceRecord) -> StoreOutcome:
     """Index an instance found in the archive (fsck): as `insert_instance` keeping the first, but nothing is run for it.
 
-    Its series stays at routing 'none', so nothing that was analysed once is analysed again; a new image opens it.
+    Its series stays at routing 'none', so nothing that was analysed once is analysed again; an image that is sent, new
+    or again, opens it.
     """
     return _insert(connection, record, ConflictPolicy.KEEP_FIRST, None, moves_completion=False)
 
@@ -56,7 +58,11 @@ def _insert(
     uid = record.header.sop_instance_uid
     known = connection.execute("SELECT * FROM instance WHERE sop_instance_uid = ?", (uid,)).fetchone()
     if known is not None:
-        return _insert_known(connection, record, known, policy, same_pixels, moves_completion)
+        waited_for = moves_completion and _waited_for(connection, record, known)
+        outcome = _insert_known(connection, record, known, policy, same_pixels, moves_completion)
+        if waited_for and outcome not in (StoreOutcome.REPLACED, StoreOutcome.REFUSED):  # REPLACED has opened it
+            _note_received(connection, record, opens=True)
+        return outcome
     _upsert_study(connection, record, overwrite=False)
     _upsert_series(connection, record, overwrite=False)
     _write_instance(connection, record, record.origin)
@@ -67,6 +73,32 @@ def _insert(
 
 
 # --- a SOP Instance UID that is known ------------------------------------------------------------------------------
+
+
+def _waited_for(connection: sqlite3.Connection, record: InstanceRecord, known: sqlite3.Row) -> bool:
+    """Whether this image, sent again, is the first its series is run for.
+
+    fsck indexes what a crash left without a row and runs nothing for it. Its sender had no answer and sends it again:
+    without this the series would never be routed.
+    """
+    header = record.header
+    received = record.origin is Origin.RECEIVED and known["origin"] == Origin.RECEIVED.value
+    places = (known["study_instance_uid"], known["series_instance_uid"])
+    if not (received and is_image(header) and places == (header.study_instance_uid, header.series_instance_uid)):
+        return False
+    return (
+        connection.execute(
+            f"SELECT 1 FROM series WHERE study_instance_uid = ? AND series_instance_uid = ? AND {_NEVER_ROUTED}", places
+        ).fetchone()
+        is not None
+    )
+
+
+_NEVER_ROUTED = (
+    "routing = 'none' AND NOT EXISTS (SELECT 1 FROM routed_series AS closed "
+    "WHERE closed.study_instance_uid = series.study_instance_uid "
+    "AND closed.series_instance_uid = series.series_instance_uid)"
+)
 
 
 def _insert_known(
@@ -82,7 +114,7 @@ def _insert_known(
     if same_syntax and known["sha256"] == file.sha256:
         _write_place(connection, "instance", record)
         if known["state"] != "present":  # it was gone or damaged; here it is again
-            mark_instance(connection, header.sop_instance_uid, "present")
+            _mark(connection, header.sop_instance_uid, "present")
         return StoreOutcome.DUPLICATE
     if record.origin is Origin.PRODUCED:
         return StoreOutcome.DUPLICATE
@@ -91,7 +123,7 @@ def _insert_known(
             "SELECT patient_id, issuer FROM study WHERE study_instance_uid = ?", (header.study_instance_uid,)
         ).fetchone()
         if study is not None and _another_patient(study, header):
-            _flag_identity(connection, header.study_instance_uid)
+            _flag_identity(connection, header)
     variant = connection.execute(
         "SELECT id, kind FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?",
         (header.sop_instance_uid, file.sha256, header.transfer_syntax_uid),
@@ -176,13 +208,28 @@ def _replace(
 
 
 def mark_instance(connection: sqlite3.Connection, sop_instance_uid: str, state: str) -> None:
-    """Set an instance 'present' or 'missing'; what is missing is counted and found nowhere."""
+    """Set an instance 'present' or 'missing'; what is missing is counted and found nowhere.
+
+    A series that was sent, lost every image before it was routed, and has one back waits for its routing again.
+    """
+    place = _mark(connection, sop_instance_uid, state)
+    if place is not None and state == "present":
+        connection.execute(
+            "UPDATE series SET routing = 'open' WHERE study_instance_uid = ? AND series_instance_uid = ? "
+            f"AND image_count > 0 AND received_seq > 0 AND {_NEVER_ROUTED}",  # 0: only fsck ever indexed for it
+            place,
+        )
+
+
+def _mark(connection: sqlite3.Connection, sop_instance_uid: str, state: str) -> tuple[str, str] | None:
     row = connection.execute(
         "UPDATE instance SET state = ? WHERE sop_instance_uid = ? RETURNING study_instance_uid, series_instance_uid",
         (state, sop_instance_uid),
     ).fetchone()
-    if row is not None:
-        _recount(connection, row[0], row[1])
+    if row is None:
+        return None
+    _recount(connection, row[0], row[1])
+    return row[0], row[1]
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -231,7 +278,7 @@ def _upsert_study(connection: sqlite3.Connection, record: InstanceRecord, *, ove
         return
     if _another_patient(known, header):
         if record.origin is Origin.RECEIVED:
-            _flag_identity(connection, header.study_instance_uid)
+            _flag_identity(connection, header)
         # the second identity's demographics say nothing about the first's
         kept = _kept(header.attributes, INDEXED[Level.STUDY])
     else:
@@ -265,8 +312,19 @@ def _another_patient(study: sqlite3.Row, header: InstanceHeader) -> bool:
     return bool(study["patient_id"] != patient_id or (issuer and study["issuer"] and study["issuer"] != issuer))
 
 
-def _flag_identity(connection: sqlite3.Connection, study_instance_uid: str) -> None:
-    connection.execute("UPDATE study SET identity_conflict = 1 WHERE study_instance_uid = ?", (study_instance_uid,))
+def _flag_identity(connection: sqlite3.Connection, header: InstanceHeader) -> None:
+    """The study is in conflict; a release holds for the identities it had then, not for one that comes later."""
+    study, (patient_id, issuer) = header.study_instance_uid, _identity(header.attributes)
+    seen = connection.execute(
+        "SELECT 1 FROM other_identity WHERE study_instance_uid = ? AND patient_id = ? "
+        "AND (issuer = ? OR issuer = '' OR ? = '')",
+        (study, patient_id, issuer, issuer),
+    ).fetchone()
+    if seen is None:
+        connection.execute("INSERT INTO other_identity VALUES (?, ?, ?)", (study, patient_id, issuer))
+        connection.execute(
+            "UPDATE study SET identity_conflict = 1, released = 0 WHERE study_instance_uid = ?", (study,)
+        )
 
 
 def _patient(connection: sqlite3.Connection, record: InstanceRecord) -> int:

@@ -30,7 +30,6 @@ from dicom_node.store.instances import insert_instance
 from dicom_node.store.rows import (
     CatalogPart,
     check_lease,
-    input_digest,
     insert,
     unpacked_header,
     update,
@@ -138,10 +137,14 @@ class Jobs(CatalogPart):
         """The engine refuses this input for good: filtered, with the reason. Raises LeaseLost."""
         self._end_job_lease(job, "reject", error=reason, handle=None)
 
-    def retry_job_later(self, job: Job, error: str, delay_s: float) -> None:
-        """Back to PENDING after `delay_s`; what an external engine works on (`handle`) is kept. Raises LeaseLost."""
+    def retry_job_later(self, job: Job, error: str, delay_s: float, *, outage: bool = False) -> None:
+        """Back to PENDING after `delay_s`; what an external engine works on (`handle`) is kept. Raises LeaseLost.
+
+        `outage`: the node was at fault, not the job; the attempt counts among `Job.outages`.
+        """
         not_before_s, boot_id = self._in(delay_s)
-        self._end_job_lease(job, "retry_later", error=error, not_before_s=not_before_s, not_before_boot_id=boot_id)
+        changes = {"not_before_s": not_before_s, "not_before_boot_id": boot_id, "outages": job.outages + outage}
+        self._end_job_lease(job, "retry_later", error=error, **changes)
 
     def park_job(self, job: Job, pending: Pending) -> None:
         """WAITING for an external engine. Raises LeaseLost."""
@@ -167,7 +170,8 @@ class Jobs(CatalogPart):
 
     def retry_job(self, job_id: int) -> None:
         """FAILED, REJECTED or CANCELLED back to PENDING, attempts 0, at once. Raises NotFound, IllegalTransition."""
-        changes = {"attempts": 0, "error": "", "handle": None, "not_before_boot_id": None, **self._now_columns()}
+        changes = {"attempts": 0, "outages": 0, "error": "", "handle": None, "not_before_boot_id": None}
+        changes |= self._now_columns()
         self.database.write(lambda connection: move_job(connection, job_id, "retry", **changes))
 
     def cancel_job(self, job_id: int) -> None:
@@ -198,24 +202,25 @@ class Jobs(CatalogPart):
     def job_input(self, job: Job) -> tuple[Sequence[StoredInstance], SeriesHeader]:
         """Exactly the instances of `job.input_digest`, and the series' header as kept at its latest closing.
 
-        Images that came after the job was made are left out. Raises StorageError when one of the instances was
-        replaced or is gone.
+        Images that came after the job was made are left out. Raises NotFound when one of the instances was replaced
+        by other content (for good), StorageError when one is missing now (fsck may bring it back).
         """
         names = {"study": job.study_instance_uid, "series": job.series_instance_uid}
         with self.database.read() as connection:
             rows = connection.execute(
-                "SELECT * FROM instance WHERE series_instance_uid = :series AND study_instance_uid = :study "
-                "AND origin = 'received' AND state = 'present' ORDER BY instance_order, sop_instance_uid",
-                names,
+                "SELECT instance.*, wanted.sha256 AS wanted_sha256 FROM job_input AS wanted "
+                "LEFT JOIN instance USING (sop_instance_uid) WHERE wanted.job = ? "
+                "ORDER BY instance_order, sop_instance_uid",
+                (job.id,),
             ).fetchall()
             header = connection.execute(
                 "SELECT header FROM series_header WHERE study_instance_uid = :study AND series_instance_uid = :series",
                 names,
             ).fetchone()
-        if _digest(rows) != job.input_digest:
-            rows = [row for row in rows if utc(row["received_at"]) <= job.created_at]
-        if header is None or _digest(rows) != job.input_digest:
-            raise StorageError("the images this job was made for have changed since")
+        if any(row["sha256"] not in (None, row["wanted_sha256"]) for row in rows):
+            raise NotFound("images this job was made for were replaced by others since; route the study again")
+        if header is None or any(row["state"] != "present" for row in rows):
+            raise StorageError("images this job was made for are missing; fsck tells which")
         return [self.stored(row) for row in rows], unpacked_header(job.series_instance_uid, header["header"])
 
     def job_results(self, job_id: int) -> Sequence[StoredInstance]:
@@ -250,11 +255,8 @@ class Jobs(CatalogPart):
             error=row["error"],
             superseded_job=row["superseded_job"],
             age_s=self.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
+            outages=row["outages"],
         )
-
-
-def _digest(rows: Sequence[sqlite3.Row]) -> str:
-    return input_digest((row["sop_instance_uid"], row["sha256"]) for row in rows)
 
 
 def move_job(connection: sqlite3.Connection, job_id: int, move: str, **columns: Any) -> None:

@@ -60,7 +60,7 @@ CREATE TABLE job (
     results TEXT NOT NULL, destinations TEXT NOT NULL,       -- JSON lists
     send_what TEXT NOT NULL, late_instances TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'pending',       -- a JobState value; moves only by model.next_job_state
-    attempts INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0, outages INTEGER NOT NULL DEFAULT 0,
     run_number INTEGER NOT NULL,
     input_digest TEXT NOT NULL,
     superseded_job INTEGER REFERENCES job (id),
@@ -77,6 +77,12 @@ CREATE TABLE job (
 );
 CREATE INDEX job_runnable ON job (rank, id) WHERE state IN ('pending', 'leased', 'waiting');
 CREATE INDEX job_state ON job (state);
+
+CREATE TABLE job_input (                         -- what a job is to analyse, fixed when it is made
+    job INTEGER NOT NULL REFERENCES job (id),
+    sop_instance_uid TEXT NOT NULL, sha256 TEXT NOT NULL,
+    PRIMARY KEY (job, sop_instance_uid)
+) WITHOUT ROWID;
 
 CREATE TABLE job_result (                        -- what a job produced, in sending order
     job INTEGER NOT NULL REFERENCES job (id), position INTEGER NOT NULL,

@@ -343,6 +343,19 @@ def test_a_replaced_image_of_a_routed_series_opens_the_next_revision(bench: Benc
     assert (bench.series()["routing"], bench.series()["received_seq"], bench.series()["image_count"]) == ("open", 2, 1)
 
 
+def test_an_image_lost_before_its_series_was_routed_opens_it_when_it_comes_again(bench: Bench) -> None:
+    record = bench.record()
+    bench.catalog.index.add_instance(record, KEEP, lambda first: True)
+    (known,) = bench.catalog.index.files()
+    bench.catalog.index.mark_file(known, present=False)
+    assert bench.series()["routing"] == "none"
+    bench.clock.seconds = 2000
+    again = replace(record, received_boot=bench.clock.boot())
+    assert bench.catalog.index.add_instance(again, KEEP, lambda first: True) is StoreOutcome.DUPLICATE
+    assert bench.series()["routing"] == "open"
+    assert (bench.study()["opened_boot_s"], bench.study()["last_boot_s"]) == (2000.0, 2000.0)
+
+
 def test_one_series_uid_in_two_studies_stays_two_series(bench: Bench) -> None:
     bench.add(StudyInstanceUID="1.1", SeriesInstanceUID="9.9")
     bench.add(StudyInstanceUID="2.2", SeriesInstanceUID="9.9")
@@ -400,6 +413,21 @@ def test_a_variant_under_another_identity_flags_its_study(bench: Bench) -> None:
     bench.add(SOPInstanceUID="1.5")
     assert bench.add(SOPInstanceUID="1.5", PatientID="OTHER") is StoreOutcome.VARIANT
     assert bench.study()["identity_conflict"] == 1
+
+
+def test_a_release_does_not_hold_for_an_identity_that_comes_later(bench: Bench) -> None:
+    bench.add(SOPInstanceUID="1.5")
+    bench.add(PatientID="P2")
+    bench.catalog.queue.release_study("1.1")
+    bench.add(PatientID="P2")
+    bench.add(PatientID="P2", IssuerOfPatientID="HOSPITAL")  # the first left it out
+    bench.add()
+    assert bench.study()["released"] == 1
+    bench.add(PatientID="P3")
+    assert (bench.study()["identity_conflict"], bench.study()["released"]) == (1, 0)
+    bench.catalog.queue.release_study("1.1")
+    assert bench.add(SOPInstanceUID="1.5", PatientID="P4") is StoreOutcome.VARIANT
+    assert bench.study()["released"] == 0
 
 
 def test_gaps_are_filled_by_later_instances_and_first_values_stay(bench: Bench) -> None:

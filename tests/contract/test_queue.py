@@ -443,8 +443,51 @@ def test_the_input_of_a_job_is_what_it_was_made_for(bench: Bench) -> None:
     assert [instance.sop_instance_uid for instance in instances] == ["1.2.3.1.1", "1.2.3.1.2"]
     assert header.values["Modality"] == ("CT",)
     bench.receive("1.2.3.1.1", content="other", policy=ConflictPolicy.REPLACE)
+    with pytest.raises(NotFound, match="were replaced"):
+        bench.queue.job_input(job)
+
+
+def test_no_clock_decides_what_the_input_of_a_job_is(bench: Bench) -> None:
+    bench.receive("1.2.3.1.1")
+    bench.clock.start += timedelta(hours=1)
+    bench.receive("1.2.3.1.2")
+    bench.clock.start -= timedelta(hours=2)  # set back by NTP: both images are of the future now
+    bench.route(bench.plan(late_instances=LatePolicy.IGNORE))
+    bench.receive("1.2.3.1.3")  # and this one, committed after the closing, is older than the job or not
+    job = bench.leased()
+    assert [instance.sop_instance_uid for instance in bench.queue.job_input(job)[0]] == ["1.2.3.1.1", "1.2.3.1.2"]
+
+
+def test_an_input_that_is_missing_may_come_back(bench: Bench) -> None:
+    bench.receive("1.2.3.1.1", "1.2.3.1.2")
+    bench.route(bench.plan())
+    job = bench.leased()
+
+    def mark(state: str) -> None:
+        bench.database.write(
+            lambda connection: connection.execute(
+                "UPDATE instance SET state = ? WHERE sop_instance_uid = '1.2.3.1.2'", (state,)
+            )
+        )
+
+    mark("missing")
     with pytest.raises(StorageError):
         bench.queue.job_input(job)
+    mark("present")
+    assert len(bench.queue.job_input(job)[0]) == 2
+
+
+def test_what_was_the_nodes_fault_is_counted_apart_until_a_person_retries(bench: Bench) -> None:
+    job = _with_job(bench)
+    bench.queue.retry_job_later(job, "no space", 0, outage=True)
+    job = bench.leased()
+    assert (job.attempts, job.outages) == (2, 1)
+    bench.queue.retry_job_later(job, "late", 0)
+    job = bench.leased()
+    assert (job.attempts, job.outages) == (3, 1)
+    bench.queue.give_up_job(job, "no")
+    bench.queue.retry_job(job.id)
+    assert (bench.queue.job(job.id).attempts, bench.queue.job(job.id).outages) == (0, 0)
 
 
 # --- closing ---------------------------------------------------------------------------------------------------------
@@ -714,6 +757,7 @@ def test_what_is_lost_unbalances_the_ledger(bench: Bench) -> None:
     bench.balanced()
 
     def lose(connection: sqlite3.Connection) -> None:
+        connection.execute("DELETE FROM job_input")
         connection.execute("DELETE FROM job")
         stand(connection, STUDY, SERIES)
         connection.execute("UPDATE series SET routing = 'routed'")

@@ -105,7 +105,9 @@ def test_a_peer_out_of_resources_ends_the_call_and_nothing_is_reported_as_refuse
         send(serve(sink=Full()).port, [make_file()])
 
 
-@pytest.mark.parametrize(("status", "stored"), [(0xB000, True), (0xC409, False), (0xA900, False), (0x0122, False)])
+@pytest.mark.parametrize(
+    ("status", "stored"), [(0xB000, True), (0x0111, True), (0xC409, False), (0xA900, False), (0x0122, False)]
+)
 def test_other_statuses_are_reported_for_the_object(
     serve: Callable[..., Any], make_file: Callable[..., Path], status: int, stored: bool
 ) -> None:

@@ -308,6 +308,25 @@ def test_an_idle_association_is_closed_after_the_limit_of_its_peer(serve: Callab
     assert echo_works(patient, 1)
 
 
+def test_an_association_closed_for_idleness_counts_as_released_but_not_inside_an_object(
+    serve: Callable[..., Any], raw_peer: Any, make_file: Callable[..., Path], data_set_bytes: Any
+) -> None:
+    node = serve(association_idle_timeout_s=0.5)
+    forgetful, broken = make_file(), make_file()
+    for path, calling in ((forgetful, "FORGETFUL"), (broken, "BROKEN")):
+        peer = raw_peer(node.port)
+        peer.associate([(1, CT, [EXPLICIT])], calling=calling)
+        peer.send_command(1, data_set_bytes(path), **STORE_RQ, MessageID=1, AffectedSOPInstanceUID=path.stem)
+        assert peer.read_command().Status == 0
+        if path is broken:
+            peer.send_command(1, **STORE_RQ, MessageID=2, AffectedSOPInstanceUID="1.2.3")
+            peer.send_fragment(1, 0, b"\0" * 64)
+        assert peer.read_pdu()[0] in (0, 7)
+    node.counted.wait_for(lambda c: len(c.ended) == 2)
+    assert node.counted.ended == [("FORGETFUL", "released"), ("BROKEN", "aborted")]
+    assert node.association_ends() == [("released", 0), ("aborted", 0)]
+
+
 class Failing:
     """A part of the node that fails as `error` says."""
 

@@ -305,7 +305,9 @@ class Bench:
         routed = RoutedSeries(series_instance_uid=series, header=header, verdicts=tuple(verdicts), jobs=plans)
         return list(self.queue.route_series(activity, [routed], CloseTrigger.IDLE, "digest"))
 
-    def worker(self, stage: Any = None, observer: Any = None, **settings: Any) -> Worker:
+    def worker(
+        self, stage: Any = None, observer: Any = None, stopping: Callable[[], bool] = lambda: False, **settings: Any
+    ) -> Worker:
         return Worker(
             self.queue,
             engines={"ct-abdomen": self.engine},
@@ -318,6 +320,7 @@ class Bench:
             time_zone="+0000",
             clock=self.clock,
             observer=observer or Unobserved(),
+            stopping=stopping,
             jitter=lambda: 0.5,
         )
 

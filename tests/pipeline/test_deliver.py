@@ -38,7 +38,7 @@ def test_results_arrive_in_order_and_are_done(bench: Any, kit: ModuleType) -> No
 
 
 def test_what_each_status_means() -> None:
-    sent = [0x0000, 0xB000, 0xB007, 0x0001, 0x0107, 0x0116]
+    sent = [0x0000, 0xB000, 0xB007, 0x0001, 0x0107, 0x0111, 0x0116]
     later = [0xA700, 0xA7FF, 0x0110, 0x0213]
     never = [0xA900, 0xC000, 0xC409, 0x0122, 0x0124, 0x0112, 0xFE00]
     assert all(is_sent(status) and not is_transient(status) for status in sent)
@@ -90,30 +90,44 @@ def test_a_transient_no_ends_the_try_so_that_order_is_kept(bench: Any) -> None:
     assert "PACS" not in bench.peer.kept  # the SR did not overtake its SEG
 
 
-def test_a_rejection_for_good_is_a_dead_letter_at_once(bench: Any) -> None:
+def test_what_the_peer_has_already_is_sent(bench: Any) -> None:
     _queue_delivery(bench)
-    bench.peer.failures["PACS"] = DeliveryRefused("calling AE title not recognised")
+    bench.peer.statuses["SEG"] = 0x0111  # it took the object just before we died
     bench.courier().run_once("PACS")
     (delivery,) = bench.queue.deliveries()
-    assert (delivery.state, delivery.error) == (DeliveryState.FAILED, "calling AE title not recognised")
-    assert bench.queue.snapshot()["dead_letters"]["deliveries"] == 1
+    assert delivery.state is DeliveryState.DONE
+    assert [(item.sent, item.dimse_status) for item in delivery.items] == [(True, 0x0111), (True, 0)]
 
 
-def test_tries_and_time_are_bounded(bench: Any) -> None:
+@pytest.mark.parametrize("failure", [DeliveryUnavailable("down"), DeliveryRefused("rejected (1,1,3)")])
+def test_a_destination_that_is_away_for_six_days_gets_everything(bench: Any, failure: Exception) -> None:
     _queue_delivery(bench)
-    _queue_delivery(bench, 2)
-    bench.peer.failures["PACS"] = DeliveryUnavailable("down")
-    courier = bench.courier(max_attempts=3, give_up_after_s=10000, breaker_failures=99, backoff_max_s=60)
-    for _ in range(6):
-        assert courier.run_once("PACS")
-        bench.clock.sleep(61)
-    assert {delivery.state for delivery in bench.queue.deliveries()} == {DeliveryState.FAILED}
-    _queue_delivery(bench, 3)
-    patient = bench.courier(max_attempts=99, give_up_after_s=600, breaker_failures=99, backoff_max_s=60)
-    assert patient.run_once("PACS")
-    bench.clock.sleep(601)
-    assert patient.run_once("PACS")
-    assert bench.queue.deliveries()[0].state is DeliveryState.FAILED
+    bench.peer.failures["PACS"] = failure
+    courier = bench.courier()
+    for _ in range(6 * 24):
+        courier.run_once("PACS")
+        bench.clock.sleep(3601)
+    assert _states(bench) == {"PACS": DeliveryState.PENDING}
+    bench.peer.failures.clear()
+    assert courier.run_once("PACS")
+    assert _states(bench) == {"PACS": DeliveryState.DONE}
+
+
+@pytest.mark.parametrize("failure", [DeliveryUnavailable("down"), DeliveryRefused("rejected (1,1,3)")])
+def test_after_seven_days_a_delivery_is_a_dead_letter(bench: Any, kit: ModuleType, failure: Exception) -> None:
+    _queue_delivery(bench)
+    bench.peer.failures["PACS"] = failure
+    recorder = kit.Recorder()
+    courier = bench.courier(observer=recorder)
+    began_s = bench.clock.seconds
+    while _states(bench) == {"PACS": DeliveryState.PENDING}:
+        courier.run_once("PACS")
+        bench.clock.sleep(3601)
+    assert 7 * 24 * 3600 < bench.clock.seconds - began_s < 7 * 24 * 3600 + 3 * 3601
+    assert recorder.named("dead_letter") == [("delivery", "deadline")]
+    (delivery,) = bench.queue.deliveries()
+    assert str(failure) in delivery.error
+    assert bench.queue.snapshot()["dead_letters"]["deliveries"] == 1
 
 
 def test_the_breaker_opens_probes_and_closes(bench: Any) -> None:

@@ -142,6 +142,35 @@ def test_nothing_is_run_again_for_what_was_rebuilt_and_a_new_image_is(node: Node
     assert (series["routing"], series["image_count"]) == ("open", 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "known_as"),
+    [({}, StoreOutcome.DUPLICATE), ({"PatientName": "Other^Name"}, StoreOutcome.HEADER_CHANGED)],
+)
+def test_an_image_that_fsck_indexed_is_run_once_its_sender_sends_it_again(
+    node: Node, change: dict[str, str], known_as: StoreOutcome
+) -> None:
+    uid = node.send()
+    node.lose_index()  # as a crash between the name and the row leaves it
+    node.check(rebuild=True)
+    assert list(node.catalog.queue.open_studies()) == []
+    node.send(SOPInstanceUID=uid, **change)
+    assert [variant.kind for variant in node.catalog.index.variants(uid)] == [known_as] * bool(change)
+    (study,) = node.catalog.queue.open_studies()
+    assert (study.pending_series, study.instance_count, study.revision) == (("1.1.1",), 1, 1)
+    node.send(SOPInstanceUID=uid)
+    assert node.rows("SELECT received_seq FROM series")[0]["received_seq"] == 1
+
+
+def test_a_rebuilt_result_that_comes_back_is_not_run(node: Node) -> None:
+    uid, body = image()
+    record = node.ingest.stage(sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, fragments=[body])
+    node.catalog.index.add_instance(record, ConflictPolicy.KEEP_FIRST, lambda first: False)
+    node.lose_index()
+    node.check(rebuild=True)
+    node.send(SOPInstanceUID=uid)
+    assert list(node.catalog.queue.open_studies()) == []
+
+
 def test_a_rebuilt_result_is_known_as_produced(node: Node) -> None:
     uid, body = image()
     record = node.ingest.stage(sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, fragments=[body])
@@ -205,6 +234,17 @@ def test_a_file_put_back_is_found_again(node: Node) -> None:
     assert report.found_again == [uid]
     assert node.catalog.index.instance(uid) is not None
     assert node.check().clean
+
+
+def test_a_series_lost_before_it_was_routed_waits_again_when_its_file_is_put_back(node: Node) -> None:
+    path = node.path(node.send())
+    kept = path.read_bytes()
+    path.unlink()
+    node.check()
+    assert list(node.catalog.queue.open_studies()) == []
+    path.write_bytes(kept)
+    node.check()
+    assert [study.pending_series for study in node.catalog.queue.open_studies()] == [("1.1.1",)]
 
 
 def test_a_missing_variant_is_told(node: Node) -> None:

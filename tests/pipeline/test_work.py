@@ -12,7 +12,9 @@ import pytest
 from pydicom.filereader import read_dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from dicom_node.config import JobSettings
 from dicom_node.errors import (
+    CatalogBusy,
     EncodingError,
     EngineError,
     EngineRejected,
@@ -20,6 +22,7 @@ from dicom_node.errors import (
     EngineUnavailable,
     LeaseLost,
     SeriesRejected,
+    StorageError,
 )
 from dicom_node.model import JobState, Pending
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
@@ -161,6 +164,81 @@ def test_a_job_past_its_deadline_is_given_up_and_its_engine_told(with_job: Any) 
     assert with_job.engine.cancelled == ["ext-1"]
 
 
+def test_a_job_that_was_never_tried_is_tried_however_old_it_is(with_job: Any) -> None:
+    with_job.clock.sleep(3 * 24 * 3600)  # a weekend off
+    with_job.worker().run_once("w")
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+def test_a_job_only_the_node_held_up_is_tried_once_more_past_its_deadline(with_job: Any) -> None:
+    with_job.engine.answers.append(StorageError("no space"))
+    worker = with_job.worker()
+    worker.run_once("w")
+    with_job.clock.sleep(3 * 24 * 3600)
+    worker.run_once("w")
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+@pytest.mark.parametrize("error", [StorageError("no space"), CatalogBusy("busy")])
+def test_an_outage_of_the_node_spends_no_attempts_and_ends_at_the_deadline(
+    with_job: Any, kit: ModuleType, error: Exception
+) -> None:
+    recorder = kit.Recorder()
+    worker = with_job.worker(observer=recorder, max_attempts=2, deadline_s=7200, backoff_max_s=600)
+    with_job.engine.answers += [error] * 50
+    began_s = with_job.clock.seconds
+    while with_job.queue.job(with_job.job_id).state is JobState.PENDING:
+        worker.run_once("w")
+        with_job.clock.sleep(600)
+    assert 7200 < with_job.clock.seconds - began_s < 7200 + 1300
+    assert with_job.queue.job(with_job.job_id).state is JobState.FAILED
+    assert recorder.named("dead_letter") == [("job", "deadline")]
+
+
+def test_after_an_outage_the_jobs_own_attempts_are_all_left(with_job: Any) -> None:
+    with_job.engine.answers += [StorageError("no space")] * 5 + [EngineTimeout("late")]
+    worker = with_job.worker(max_attempts=2)
+    for _ in range(7):
+        assert worker.run_once("w")
+        with_job.clock.sleep(600)
+    job = with_job.queue.job(with_job.job_id)
+    assert (job.state, job.attempts, job.outages) == (JobState.DONE, 7, 5)
+
+
+def test_an_engine_that_is_away_for_a_while_costs_no_job(with_job: Any) -> None:
+    with_job.engine.during = lambda: with_job.engine.answers.append(
+        EngineUnavailable("restarting") if with_job.clock.seconds < 1000 + 900 else None
+    )
+    worker = with_job.worker()
+    while with_job.queue.job(with_job.job_id).state is JobState.PENDING:
+        worker.run_once("w")
+        with_job.clock.sleep(5)
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+def test_stopping_the_node_costs_a_job_nothing(with_job: Any) -> None:
+    stopping = threading.Event()
+    worker = with_job.worker(stopping=stopping.is_set, max_attempts=1)
+    with_job.engine.during = stopping.set
+    with_job.engine.answers.append(EngineUnavailable("the runtime is closed"))
+    assert worker.run_once("w")
+    job = with_job.queue.job(with_job.job_id)
+    assert (job.state, job.attempts - job.outages) == (JobState.PENDING, 0)
+    assert with_job.worker(max_attempts=1).run_once("w")  # at once after the start
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+@pytest.mark.parametrize("late", ["ignore", "rerun"])
+def test_images_that_were_replaced_end_their_job_with_the_reason(bench: Any, kit: ModuleType, late: str) -> None:
+    bench.receive(bench.dataset("1.2.3.1.1"))
+    (job,) = bench.route(bench.plan(late_instances=kit.LatePolicy(late)))
+    bench.database.write(lambda connection: connection.execute("UPDATE instance SET sha256 = 'other'"))
+    bench.worker().run_once("w")
+    ended = bench.queue.job(job)
+    assert ended.state is JobState.FAILED
+    assert "were replaced" in ended.error
+
+
 def test_a_parked_job_is_polled_until_its_answer_comes(with_job: Any) -> None:
     with_job.engine.answers += [Pending(handle="ext-1", poll_after_s=5), Pending(handle="ext-1", poll_after_s=5)]
     worker = with_job.worker(max_attempts=1)
@@ -233,6 +311,12 @@ def test_the_same_data_set_gives_the_same_bytes(bench: Any) -> None:
 def test_back_off_doubles_up_to_its_most_and_is_spread() -> None:
     assert [backoff_s(n, 5, 60, 0.5) for n in (1, 2, 3, 4, 5, 99)] == [5, 10, 20, 40, 60, 60]
     assert (backoff_s(1, 8, 60, 0.0), backoff_s(1, 8, 60, 1.0)) == (6, 10)
+
+
+def test_the_configured_attempts_last_half_an_hour() -> None:
+    settings = JobSettings()
+    waits = [backoff_s(n, settings.backoff_s, settings.backoff_max_s, 0.5) for n in range(1, settings.max_attempts)]
+    assert 1800 <= sum(waits) < 2400
 
 
 def test_the_keeper_extends_by_itself_until_work_exceeds_its_bound(kit: ModuleType) -> None:

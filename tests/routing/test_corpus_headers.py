@@ -157,5 +157,5 @@ def test_a_real_radiograph_without_a_view_is_refused_with_the_reason(
     assert not verdict.matched
     outcomes = {condition.expression: condition.outcome for condition in verdict.conditions}
     assert outcomes['body_part == "CHEST"'] is Condition.TRUE  # THORAX is what table L-1 calls CHEST
-    assert outcomes['view in ["PA", "AP"]'] is Condition.MISSING
+    assert outcomes['values.view.exists(v, v in ["PA", "AP"])'] is Condition.MISSING
     assert "`missing: {view: allow}`" in verdict.reason

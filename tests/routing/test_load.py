@@ -77,6 +77,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_rules(tmp_path / "nowhere", engines=ENGINES, destinations=DESTINATIONS)
 
 
+def test_a_folder_that_cannot_be_looked_at_is_an_error_of_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_rules(tmp_path / ("n" * 300), engines=ENGINES, destinations=DESTINATIONS)
+
+
 def test_loading_raises_the_first_mistake_with_file_line_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "20.yaml").write_text(GOOD.replace("rule: ct\n", "rule: late\nwhat: 1\n"))
     (tmp_path / "10.yaml").write_text(GOOD.replace("Rows >", "Row >").replace("ct-abdomen", "ct-abdomne"))

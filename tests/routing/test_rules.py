@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 
 from dicom_node.model import Condition, LatePolicy, Origin, PlannedJob, Priority, SendWhat, SeriesView, Verdict
-from dicom_node.routing.rules import Evaluation, RuleSet
+from dicom_node.routing.rules import Evaluation, RuleSet, unreachable_senders
 
 RulesOf = Callable[..., RuleSet]
 View = Callable[..., SeriesView]
@@ -228,3 +228,29 @@ def test_the_digest_changes_with_what_the_rules_say_and_not_with_comments(rules_
     ):
         assert rules_of(CHEST.replace(old, new)).digest != digest, new
     assert rules_of(rule("a"), rule("b")).digest != rules_of(rule("b"), rule("a")).digest
+
+
+# --- a sender that can be nobody -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peers", "destinations", "warned"),
+    [
+        ((), (), True),
+        ((), ("PACS",), False),  # anybody may send
+        (("CT1",), (), True),
+        (("CT1",), ("PACS",), True),
+        (("CT1", "PACS"), ("PACS",), False),
+    ],
+)
+def test_a_sender_that_can_be_no_destination_is_told_with_file_and_remedy(
+    peers: tuple[str, ...], destinations: tuple[str, ...], warned: bool, rules_of: Callable[..., RuleSet]
+) -> None:
+    rules = rules_of(
+        "rule: back\nwhen: [Modality == 'CT']\nrun: {engine: ct-abdomen, results: [sr]}\nsend: {to: [sender]}\n",
+        "rule: named\nwhen: [Modality == 'CT']\nrun: {engine: ct-abdomen, results: [sr]}\nsend: {to: [PACS]}\n",
+    )
+    told = unreachable_senders(rules, peers, destinations)
+    assert len(told) == warned
+    if warned:
+        assert "10.yaml:1: rule back" in told[0] and "`destinations:`" in told[0]

@@ -63,6 +63,36 @@ def test_a_frontal_chest_radiograph_goes_to_the_findings_model(
     assert len(evaluate(series_view(**cr)).jobs) == 1
 
 
+@pytest.mark.parametrize("views", [("PA", "LL"), ("LL", "PA"), ("LATERAL", "AP")])
+def test_a_frontal_image_is_read_whichever_of_its_series_comes_first(
+    views: tuple[str, str], series_view: View, evaluate: Callable[[SeriesView], Evaluation]
+) -> None:
+    first = evaluate(series_view(**{**DX, "ViewPosition": views[0]}))  # a single image is judged at once
+    assert len(first.jobs) == (views[0] == "PA")
+    both = evaluate(series_view(**DX, values={"ViewPosition": views}, count=2))
+    assert [job.rule for job in both.jobs] == ["chest-xray-findings"], both.verdicts[0].reason
+
+
+@pytest.mark.parametrize("change", [{}, {"ViewPosition": ("PA", "LL")}])
+def test_the_raw_image_of_a_pair_in_one_series_does_no_harm(
+    change: dict[str, Any], series_view: View, evaluate: Callable[[SeriesView], Evaluation]
+) -> None:
+    intents = {"PresentationIntentType": ("FOR PROCESSING", "FOR PRESENTATION")}
+    assert len(evaluate(series_view(**DX, values=intents | change, count=2)).jobs) == 1
+
+
+def test_the_rule_in_the_readme_is_the_one_that_ships(shipped: RuleSet, tmp_path: Path) -> None:
+    block = (ROOT / "README.md").read_text().split("### Write a rule")[1].split("    rule: ", 1)[1].split("\n\n")[0]
+    (tmp_path / "10.yaml").write_text("    rule: " + block)
+    config = NodeConfig()
+    (rule,) = load_rules(tmp_path, engines=config.engines, destinations=config.destinations).rules
+    told, chest = (
+        ([c.text for c in r.conditions], r.allowed_missing, r.engine, r.results, r.destinations)
+        for r in (rule, shipped.rules[0])
+    )
+    assert told == chest
+
+
 @pytest.mark.parametrize(
     ("change", "outcome"),
     [
@@ -71,7 +101,8 @@ def test_a_frontal_chest_radiograph_goes_to_the_findings_model(
         ({"ViewPosition": ""}, Condition.MISSING),
         ({"BodyPartExamined": ""}, Condition.MISSING),
         ({"BodyPartExamined": "HAND"}, Condition.FALSE),
-        ({"values": {"ViewPosition": ("PA", "LL")}, "count": 2}, Condition.MIXED),
+        ({"values": {"ViewPosition": ("LL", "RL")}, "count": 2}, Condition.FALSE),
+        ({"values": {"BodyPartExamined": ("CHEST", "HAND")}, "count": 2}, Condition.MIXED),
     ],
 )
 def test_other_radiographs_do_not_and_the_verdict_says_why(

@@ -11,6 +11,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
 from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.catalog import data_lock, open_catalog
+from dicom_node.store.fs import RealFileSystem
 
 STORAGE = StorageSettings(reserve_bytes=0, reserve_ratio=0.0)
 
@@ -26,6 +27,29 @@ def test_everything_in_the_data_folder_is_for_its_owner_only(tmp_path: Path) -> 
         catalog.close()
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("by_lock", [True, False])
+def test_a_new_data_folder_is_synced_into_its_parents(
+    tmp_path: Path, by_lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = RealFileSystem.fsync_dir
+
+    def watched(fs: RealFileSystem, fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fs, fd)
+
+    monkeypatch.setattr(RealFileSystem, "fsync_dir", watched)
+    data = tmp_path / "deep" / "data"
+    for parents in ({str(tmp_path), str(tmp_path / "deep")}, set()):  # made once, synced once
+        if by_lock:
+            with data_lock(data):
+                pass
+        else:
+            open_catalog(data, SystemClock(), STORAGE).close()
+        assert {str(tmp_path), str(tmp_path / "deep")} & set(synced) == parents
+        synced.clear()
 
 
 def test_opening_twice_shares_one_catalog_and_each_process_life_has_its_epoch(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,27 @@ def test_readers_of_threads_that_ended_are_used_again(tmp_path: Path) -> None:
         thread.join(timeout=10)
     assert open_files() <= before + 2
     database.close()
+
+
+class GivenUp(Future[object]):
+    """Its waiter gives up at the very moment the writer tells it of a failure."""
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self.cancel()
+        super().set_exception(exception)
+
+
+def test_a_waiter_that_gives_up_while_it_is_told_of_a_failure_does_not_end_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, database = make(tmp_path), Database(tmp_path / "catalog.db", lock_wait_s=0.1)
+    monkeypatch.setattr("dicom_node.store.database.Future", GivenUp)
+
+    def refused(connection: sqlite3.Connection) -> None:
+        with pytest.raises(CancelledError):
+            database.write(lambda other: None, timeout_s=10.0)
+
+    holder.write(refused)
+    assert database.write(lambda connection: connection.execute("SELECT 1").fetchone()[0], timeout_s=10.0) == 1
+    database.close()
+    holder.close()

@@ -1,0 +1,170 @@
+"""Who is stuck is started again: the supervisor's look at its children, and the worker's look at itself."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dicom_node import supervisor
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig, load_config
+from dicom_node.deciding import keep_rules, kept_rules, node_rules
+from dicom_node.errors import ConfigError
+from dicom_node.model import BootTime
+from dicom_node.pipeline.work import ENCODE_S, TIMEOUT_S, Worker
+from dicom_node.process import Orders
+from dicom_node.pulse import Pulse, beat, run_folder
+from dicom_node.worker import Work
+
+WaitFor = Callable[[Callable[[], object], float, str], None]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> NodeConfig:
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    (rules / "one.yaml").write_text("rule: one\nwhen: [Modality == 'CT']\nsend: {to: [sender], what: source}\n")
+    settings = {
+        "data_dir": str(tmp_path / "data"),
+        "rules_dir": str(rules),
+        "engines": {},
+        "storage": {"reserve_bytes": 0, "reserve_ratio": 0.0},
+    }
+    (tmp_path / "data").mkdir()
+    return load_config(environ={}, overrides=settings)
+
+
+class Watched:
+    """A supervisor that looks after one real process, which says only what a test says for it."""
+
+    def __init__(self, config: NodeConfig, stack: ExitStack) -> None:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        signals = stack.enter_context(supervisor._Signals())
+        self.data_dir = config.data_dir
+        self.node = supervisor._Supervisor(config, sockets[0], sockets[1], signals)
+        self.child = supervisor._Child(role="work", listener=None)
+        self.process = subprocess.Popen(["sleep", "100"])
+        self.child.process = self.process
+        self.child.started = 1.0
+        stack.callback(self.process.wait)
+        stack.callback(self.process.kill)
+        self.node._children = [self.child]
+        run_folder(config.data_dir).mkdir()
+        self._beats = 0
+
+    def pulse(self, ok: bool = True) -> None:
+        self._beats += 1
+        at = {"boot_id": "boot", "boot_s": float(self._beats), "started_at": ""}
+        beat(self.data_dir, "work", Pulse(pid=self.process.pid, ok=ok, **at))  # type: ignore[arg-type]
+
+    def look(self, seconds: float) -> bool:
+        """Look as if `seconds` had passed since the last look; whether the process was left alone."""
+        self.node._feel_pulse(self.child, self.process, seconds)
+        try:
+            return self.process.wait(timeout=0.2) != -signal.SIGKILL
+        except subprocess.TimeoutExpired:
+            return True
+
+
+@pytest.fixture
+def watched(config: NodeConfig) -> Iterator[Watched]:
+    with ExitStack() as stack:
+        yield Watched(config, stack)
+
+
+def test_a_process_that_was_ready_and_falls_silent_is_killed(watched: Watched) -> None:
+    watched.pulse()
+    assert watched.look(50.0)
+    assert watched.look(50.0), "its last sign of life came between the looks"
+    assert not watched.look(20.0)
+
+
+def test_a_process_that_gives_signs_of_life_but_stays_unwell_is_killed(watched: Watched) -> None:
+    for ok in (False, True, False):  # it became well again in time
+        watched.pulse(ok)
+        assert watched.look(40.0)
+    watched.pulse(ok=False)
+    assert not watched.look(40.0)
+
+
+def test_a_process_that_is_not_yet_ready_has_longer(watched: Watched) -> None:
+    assert watched.look(100.0)
+    assert not watched.look(30.0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_silence_counts_only_while_pulses_can_be_written(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor, full: bool
+) -> None:
+    monkeypatch.setattr(supervisor, "UNWELL_S", 0.2)
+    monkeypatch.setattr(supervisor, "LOOK_S", 0.05)
+    watched.pulse()
+    watched.look(0.0)
+    if full:
+        shutil.rmtree(run_folder(watched.data_dir))  # nobody can write a pulse, as on a full disk
+    watched.node._spawn = lambda child: None  # type: ignore[method-assign]
+    stop = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    watched.node.watch()
+    stop.join()
+    assert (watched.process.poll() is None) == full
+
+
+class MovedClock(SystemClock):
+    """A clock that can be moved ahead."""
+
+    ahead_s = 0.0
+
+    def boot(self) -> BootTime:
+        now = super().boot()
+        return BootTime(boot_id=now.boot_id, seconds=now.seconds + self.ahead_s)
+
+
+def test_a_worker_stuck_in_a_job_longer_than_any_lease_is_not_well(
+    config: NodeConfig, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor
+) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def stuck(self: Any, worker: str) -> bool:
+        inside.set()
+        return not release.wait(30.0)
+
+    monkeypatch.setattr(Worker, "run_once", stuck)
+    clock = MovedClock()
+    work = Work(Orders(config=config, supervisor_pid=os.getpid()), clock)
+    try:
+        assert inside.wait(10.0)
+        clock.ahead_s = TIMEOUT_S + ENCODE_S - 30.0
+        assert work.health()[0]
+        clock.ahead_s = TIMEOUT_S + ENCODE_S + 1.0
+        assert work.health() == (False, "1 of 1 stuck in a job", {"workers_alive": 1, "workers_stuck": 1})
+        release.set()
+        wait_for(lambda: work.health()[0], 10, "the worker to be well again")
+    finally:
+        release.set()
+        work.stop()
+
+
+def test_rules_are_kept_as_they_were_read_or_not_at_all(config: NodeConfig) -> None:
+    with pytest.raises(ConfigError, match="no rules were kept"):
+        kept_rules(config)
+    rules = node_rules(config)
+    keep_rules(config, rules)
+    assert kept_rules(config) == rules
+    file = config.resolved_rules_dir() / "one.yaml"
+    file.write_text(file.read_text().replace("CT", "MR"))  # after `rules` were read
+    with pytest.raises(ConfigError, match="changed while they were read"):
+        keep_rules(config, rules)
+    assert kept_rules(config) == rules
+    kept = config.data_dir / "rules_in_force.json"
+    kept.write_text(kept.read_text().replace("CT", "MR"))
+    with pytest.raises(ConfigError, match="not what was kept"):
+        kept_rules(config)
