@@ -22,7 +22,6 @@ from dicom_node.model import (
     InstanceRecord,
     Level,
     Match,
-    Origin,
     Query,
     Source,
     StoredInstance,
@@ -31,7 +30,7 @@ from dicom_node.model import (
 from dicom_node.store.database import Database
 from dicom_node.store.instances import insert_instance, mark_instance, restore_instance
 from dicom_node.store.query import Plan, plan, supported
-from dicom_node.store.rows import source_of, utc, utc_text
+from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
 __all__ = ["SqliteIndex", "Variant"]
 
@@ -126,7 +125,7 @@ class SqliteIndex:
         rows = self._fetch(
             "SELECT * FROM instance WHERE sop_instance_uid = ? AND state = 'present'", (sop_instance_uid,)
         )
-        return self._stored(rows[0]) if rows else None
+        return stored_instance(rows[0], self._archive_path) if rows else None
 
     def variants(self, sop_instance_uid: str) -> tuple[Variant, ...]:
         """What else was kept under this UID, oldest first."""
@@ -165,7 +164,8 @@ class SqliteIndex:
             walk="SeriesInstanceUID" in uids,
             keywords=(),
         )
-        return map(self._stored, self._pages(pages, ("series_instance_uid", "instance_order", "sop_instance_uid")))
+        rows = self._pages(pages, ("series_instance_uid", "instance_order", "sop_instance_uid"))
+        return (stored_instance(row, self._archive_path) for row in rows)
 
     def find(self, query: Query) -> Iterator[Match]:
         """See `interfaces.InstanceIndex.find`. Raises InvalidIdentifier for an attribute that is not `supported`."""
@@ -186,21 +186,6 @@ class SqliteIndex:
             if len(rows) < PAGE:
                 return
             after = tuple(rows[-1][column] for column in order)
-
-    def _stored(self, row: sqlite3.Row) -> StoredInstance:
-        return StoredInstance(
-            sop_class_uid=row["sop_class_uid"],
-            sop_instance_uid=row["sop_instance_uid"],
-            study_instance_uid=row["study_instance_uid"],
-            series_instance_uid=row["series_instance_uid"],
-            transfer_syntax_uid=row["transfer_syntax_uid"],
-            path=self._archive_path(row["location"]),
-            data_set_offset=row["data_set_offset"],
-            data_set_length=row["data_set_length"],
-            sha256=row["sha256"],
-            origin=Origin(row["origin"]),
-            modality=row["modality"],
-        )
 
     # --- fsck
 

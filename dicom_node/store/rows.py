@@ -16,7 +16,7 @@ from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.model import BootTime, Origin, SeriesHeader, Source, StoredInstance
 from dicom_node.store.database import Database
 
-__all__ = ["CatalogPart", "QueueOptions", "input_digest", "utc", "utc_text"]
+__all__ = ["CatalogPart", "QueueOptions", "input_digest", "stored_instance", "utc", "utc_text"]
 
 
 def utc_text(moment: datetime) -> str:
@@ -72,6 +72,23 @@ def input_digest(instances: Iterable[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
+def stored_instance(row: sqlite3.Row, archive_path: Callable[[str], str]) -> StoredInstance:
+    """The value of an `instance` row."""
+    return StoredInstance(
+        sop_class_uid=row["sop_class_uid"],
+        sop_instance_uid=row["sop_instance_uid"],
+        study_instance_uid=row["study_instance_uid"],
+        series_instance_uid=row["series_instance_uid"],
+        transfer_syntax_uid=row["transfer_syntax_uid"],
+        path=archive_path(row["location"]),
+        data_set_offset=row["data_set_offset"],
+        data_set_length=row["data_set_length"],
+        sha256=row["sha256"],
+        origin=Origin(row["origin"]),
+        modality=row["modality"],
+    )
+
+
 def _takes_all(destination: str, modality: str) -> bool:
     return True
 
@@ -107,19 +124,7 @@ class CatalogPart:
 
     def stored(self, row: sqlite3.Row) -> StoredInstance:
         """The value of an `instance` row."""
-        return StoredInstance(
-            sop_class_uid=row["sop_class_uid"],
-            sop_instance_uid=row["sop_instance_uid"],
-            study_instance_uid=row["study_instance_uid"],
-            series_instance_uid=row["series_instance_uid"],
-            transfer_syntax_uid=row["transfer_syntax_uid"],
-            path=self.archive_path(row["location"]),
-            data_set_offset=row["data_set_offset"],
-            data_set_length=row["data_set_length"],
-            sha256=row["sha256"],
-            origin=Origin(row["origin"]),
-            modality=row["modality"],
-        )
+        return stored_instance(row, self.archive_path)
 
     def age_s(self, since_s: float, since_boot_id: str, since_at: str) -> float:
         """Seconds since a kept moment: by the boot clock, after a reboot by the wall clock, never negative."""
