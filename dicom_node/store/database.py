@@ -33,7 +33,7 @@ Write = Callable[[sqlite3.Connection], T]
 
 GROUP_MAX = 64  # writes per transaction: bounds how long readers of the lock wait
 LOCK_WAIT_S = 10.0
-READERS_KEPT = 16  # idle connections; more are opened when needed and closed after
+READERS_KEPT = 4  # idle connections; more are opened when needed and closed after
 
 
 class Database:
