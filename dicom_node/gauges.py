@@ -15,8 +15,11 @@ __all__ = ["catalog_readings", "node_readings"]
 VOLUME = "data"
 
 
-def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig) -> Iterator[Reading]:
-    """The readings of one `Status.snapshot`; label values beyond the configuration are added up as `other`."""
+def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Collection[str]) -> Iterator[Reading]:
+    """The readings of one `Status.snapshot`; label values beyond the configuration are added up as `other`.
+
+    `rules` are the names of those in force; one that never matched reads 0.
+    """
     studies = snapshot["studies"]
     yield "studies", (), studies["total"]
     yield "studies_open", (), studies["open"]
@@ -35,9 +38,12 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig) -> Iterato
     for state in JOB_STATES:
         yield "jobs", (state,), snapshot["jobs"][state]["count"]
         yield "job_oldest_age_seconds", (state,), snapshot["jobs"][state]["oldest_age_s"]
+    for rule in rules:
+        yield "rule_last_match_timestamp_seconds", (rule,), snapshot["last_match"].get(rule, 0.0)
     yield from _deliveries(snapshot["deliveries"], config)
     yield "dead_letters", ("job",), snapshot["dead_letters"]["jobs"]
     yield "dead_letters", ("delivery",), snapshot["dead_letters"]["deliveries"]
+    yield "undelivered_bytes", (), snapshot["undelivered_bytes"]
 
 
 def _deliveries(by_destination: Mapping[str, Any], config: NodeConfig) -> Iterator[Reading]:

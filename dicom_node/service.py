@@ -146,10 +146,13 @@ class Service:
         return render(self._metrics, Gauges(self._readings))
 
     def _readings(self) -> Iterable[Reading]:
-        yield from catalog_readings(self._catalog.queue.snapshot(), self._config)
+        rules = [rule.name for rule in self._rules.rules]
+        yield from catalog_readings(self._catalog.queue.snapshot(), self._config, rules)
         yield from node_readings(self._config, self._catalog.archive.free_bytes(), self._workers_alive())
         for name, up in self._courier.up().items():
             yield "destination_up", (name,), float(up)
+        for name, is_open in self._courier.circuits().items():
+            yield "circuit_state", (name,), float(is_open)
         yield "ruleset_info", (self._rules.digest,), 1.0
         yield "ruleset_rules", (), float(len(self._rules.rules))
         yield "ruleset_load_failed", (), float(bool(self._rules_error))

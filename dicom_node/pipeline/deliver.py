@@ -117,6 +117,10 @@ class Courier:
         """Of each destination, whether its last try got through, or none was made."""
         return {destination: breaker.failures == 0 for destination, breaker in self._breakers.items()}
 
+    def circuits(self) -> Mapping[str, bool]:
+        """Of each destination, whether its breaker is open: it is only probed."""
+        return {destination: breaker.open for destination, breaker in self._breakers.items()}
+
     def _run(self, destination: str) -> None:
         while not self._stopping.is_set():
             try:

@@ -51,6 +51,7 @@ CREATE TABLE verdict (
     conditions TEXT NOT NULL,                    -- JSON: expression, outcome, values, explanation
     PRIMARY KEY (routed, position)
 ) WITHOUT ROWID;
+CREATE INDEX verdict_match ON verdict (rule, routed) WHERE matched = 1;
 
 CREATE TABLE job (
     id INTEGER PRIMARY KEY,

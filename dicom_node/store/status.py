@@ -14,7 +14,7 @@ from typing import Any
 from dicom_node.interfaces import seconds_since
 from dicom_node.model import BootTime, DeliveryState, JobState, StudyActivity
 from dicom_node.store.ledger import Ledger
-from dicom_node.store.rows import CatalogPart
+from dicom_node.store.rows import CatalogPart, utc
 from dicom_node.store.standing import count_series, count_studies, moving_studies
 
 __all__ = ["Stuck", "snapshot", "stuck"]
@@ -24,6 +24,15 @@ STUCK_MAX = 100  # of each kind
 
 _JOB_STATES = tuple(state.value for state in JobState)
 _DELIVERY_STATES = tuple(state.value for state in DeliveryState)
+_UNDELIVERED_BYTES = """
+SELECT coalesce(sum(instance.data_set_length), 0)
+FROM delivery JOIN delivery_item AS item ON item.delivery = delivery.id JOIN instance USING (sop_instance_uid)
+WHERE delivery.state IN ('pending', 'leased', 'failed') AND item.state <> 'sent'
+"""
+_LAST_MATCH = """
+SELECT last.rule, routed_at FROM routed_series
+JOIN (SELECT rule, max(routed) AS routed FROM verdict WHERE matched = 1 GROUP BY rule) AS last ON last.routed = id
+"""
 _UNFINISHED = "('pending', 'leased', 'waiting', 'failed')"
 
 
@@ -54,6 +63,7 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
     * `jobs`: state -> count, oldest_age_s (0 when none; of finished ones always 0).
     * `deliveries`: destination -> state -> the same.
     * `dead_letters`: jobs, deliveries. `variants`: kind -> count. `associations`: open, by_calling_ae.
+    * `undelivered_bytes`: of data sets not yet at a destination. `last_match`: rule -> Unix time it last matched.
     """
     with part.database.read() as connection:
         moving = moving_studies(connection)
@@ -70,6 +80,10 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
             },
             "variants": dict(connection.execute("SELECT kind, count(*) FROM variant GROUP BY kind").fetchall()),
             "associations": _associations(connection),
+            "undelivered_bytes": connection.execute(_UNDELIVERED_BYTES).fetchone()[0],
+            "last_match": {
+                row["rule"]: utc(row["routed_at"]).timestamp() for row in connection.execute(_LAST_MATCH).fetchall()
+            },
         }
 
 

@@ -1,7 +1,9 @@
 """One study all the way: received, kept, routed, analysed, encoded, delivered, found, fetched."""
 
 import json
+import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,9 @@ def test_a_ct_and_a_radiograph_go_through_and_their_results_come_back(
     status = json.loads(node.command("status", "--json").stdout)
     assert status["ledger"]["imbalance"] == 0 and status["ledger"]["routed"] == 2
     metrics = node.get("/metrics")[1]
-    assert "dicom_node_ledger_imbalance_studies 0.0" in metrics
+    assert "dicom_node_ledger_imbalance_studies 0.0" in metrics and "dicom_node_undelivered_bytes 0.0" in metrics
+    matched = re.search(r'dicom_node_rule_last_match_timestamp_seconds\{rule="ct-abdomen"\} (\S+)', metrics)
+    assert matched and 0 < time.time() - float(matched[1]) < 300
 
     # the same study again changes nothing; a forced run makes a second, linked result
     assert storescu(node, tmp_path / "film.dcm").returncode == 0
