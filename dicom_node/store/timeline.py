@@ -81,7 +81,8 @@ def _received(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEv
 def _closed(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
     rows = connection.execute(
         "SELECT closed.*, series.modality, series.image_count FROM routed_series AS closed "
-        "JOIN series USING (series_instance_uid) WHERE closed.study_instance_uid = ? ORDER BY closed.id",
+        "JOIN series USING (study_instance_uid, series_instance_uid) "
+        "WHERE closed.study_instance_uid = ? ORDER BY closed.id",
         (study,),
     ).fetchall()
     for row in rows:
@@ -94,7 +95,7 @@ def _closed(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEven
 
 def _jobs(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
     rows = connection.execute(
-        "SELECT history.*, job.engine, job.rule, job.run_number, job.stages FROM history JOIN job ON job.id = ref "
+        "SELECT history.*, job.engine, job.stages FROM history JOIN job ON job.id = ref "
         "WHERE kind = 'job' AND history.study_instance_uid = ? ORDER BY history.id",
         (study,),
     ).fetchall()
@@ -105,7 +106,7 @@ def _jobs(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]
         elif row["state"] == "leased":
             text = f"{name} begun"
         else:
-            text = f"{name} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
+            text = _state(name, row)
         yield TimelineEvent(at=utc(row["at"]), text=text)
 
 
@@ -127,5 +128,9 @@ def _deliveries(connection: sqlite3.Connection, study: str) -> Iterator[Timeline
         elif row["state"] == "leased":
             text = f"sending to {row['destination']}"
         else:
-            text = f"delivery to {row['destination']} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
+            text = _state(f"delivery to {row['destination']}", row)
         yield TimelineEvent(at=utc(row["at"]), text=text)
+
+
+def _state(name: str, row: sqlite3.Row) -> str:
+    return f"{name} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
