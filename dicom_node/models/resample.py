@@ -159,6 +159,8 @@ def label_planes(probability: Floats, grid: ModelGrid) -> Iterator[LabelPlane | 
     `probability` is (class, *grid.shape) in source axis order, on the network's grid as `resample` lays it. A label
     is the class whose trilinearly interpolated probability is largest, the lower class where two are equal.
     """
+    if len(probability) == 2:  # the difference of two interpolations is the interpolation of the difference
+        probability = np.subtract(probability[1], probability[0], order="C")[None]
     coarse = first_largest(probability)
     lower, upper, weight = _neighbours(grid.model_positions(0), grid.shape[0])
     rows = _neighbours(grid.model_positions(1), grid.shape[1])
@@ -179,6 +181,10 @@ def label_planes(probability: Floats, grid: ModelGrid) -> Iterator[LabelPlane | 
 
 def first_largest(values: Floats) -> Labels:
     """argmax over the first axis (numpy's own is several times slower for few classes)."""
+    if len(values) == 1:  # the lead of class 1 over class 0
+        return (values[0] > 0).view(np.uint8)
+    if len(values) == 2:
+        return (values[1] > values[0]).view(np.uint8)
     best = values[0].copy()
     labels = np.zeros(best.shape, np.uint8)
     for number in range(1, len(values)):

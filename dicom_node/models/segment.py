@@ -141,6 +141,8 @@ def finish(
 
 def _clean_up(probability: Floats, outputs: tuple[LabelOutput, ...], voxel_ml: float) -> None:
     """Turn unwanted pieces of each label into background, in place, on the network's grid."""
+    if all(label.keep == "all" and label.min_ml == 0 for label in outputs):
+        return
     coarse = first_largest(probability)
     flat = probability.reshape(len(probability), -1)
     for label in outputs:
