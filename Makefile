@@ -10,9 +10,9 @@ ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
 
-.PHONY: help demo serve test lint crash bench tools clean
+.PHONY: help demo serve test lint crash bench bench-models tools clean
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dicom-node needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -52,6 +52,9 @@ crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROU
 bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
+
+bench-models: $(STAMP)  ## models: radiograph to scores
+	$(BIN)/python benchmarks/cxr_to_scores.py
 
 clean:           ## remove what was built here; data folders stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-report

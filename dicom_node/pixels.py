@@ -46,6 +46,7 @@ _KEYWORDS = (
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "PresentationLUTShape"),
     *("PresentationIntentType", "ViewPosition", "ViewCodeSequence", "BurnedInAnnotation"),
+    "AnatomicRegionSequence",
 )
 _KEYWORD_OF = {tag: keyword for keyword in _KEYWORDS if (tag := tag_for_keyword(keyword)) is not None}
 _TAGS: list[BaseTag | int] = list(_KEYWORD_OF)

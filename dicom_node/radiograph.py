@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["prepare_radiograph"]
+__all__ = ["prepare_radiograph", "prepare_xrv"]
 
 _SAMPLES_PER_SIDE = 256
 # Grey levels below and above these shares of the sample are clipped: markers, blades, dead pixels.
@@ -31,12 +31,7 @@ def prepare_radiograph(image: NDArray[np.generic], size: int) -> Plane:
     Flat borders are trimmed, the rest is area-averaged to fit and centred on a square of zeros. A plane
     without contrast gives zeros. Raises ValueError for anything but a real, finite, 2-D, non-empty array.
     """
-    if image.ndim != 2 or 0 in image.shape:
-        raise ValueError(f"a radiograph is a non-empty 2-D array, got shape {image.shape}")
-    if not np.issubdtype(image.dtype, np.integer) and not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"a radiograph holds integers or floats, got {image.dtype}")
-    if size < 8:
-        raise ValueError(f"size must be at least 8, got {size}")
+    _check(image, size)
     sample = _sample(image)
     low, high = _display_range(sample)
     if not high > low:
@@ -55,6 +50,37 @@ def prepare_radiograph(image: NDArray[np.generic], size: int) -> Plane:
         top, left = (size - height) // 2, (size - width) // 2
         square[top : top + height, left : left + width] = (small - small.mean()) / deviation
     return square
+
+
+def prepare_xrv(image: NDArray[np.generic], size: int) -> Plane:
+    """Return `image` (rows, columns) as float32 (size, size) in [-1024, 1024], as torchxrayvision takes it.
+
+    The centred square is area-averaged to `size`; the darkest value of the picture becomes -1024, the brightest
+    1024 (torchxrayvision divides by the largest value its files can hold, which says nothing of a 12-bit picture in
+    16 bits). A plane without contrast gives -1024. Raises ValueError as `prepare_radiograph` does.
+    """
+    _check(image, size)
+    sample = _sample(image)
+    if not np.isfinite(sample).all():
+        raise ValueError("the radiograph has values that are not finite")
+    low, high = float(sample.min()), float(sample.max())
+    if not high > low:
+        return np.full((size, size), -1024, np.float32)
+    side = min(image.shape)
+    top, left = ((n - side) // 2 for n in image.shape)
+    small = _area_resize(image[top : top + side, left : left + side], size, size)
+    if not np.isfinite(small).all():
+        raise ValueError("the radiograph has values that are not finite")
+    return np.asarray((2 * np.clip((small - low) / (high - low), 0, 1) - 1) * 1024, np.float32)
+
+
+def _check(image: NDArray[np.generic], size: int) -> None:
+    if image.ndim != 2 or 0 in image.shape:
+        raise ValueError(f"a radiograph is a non-empty 2-D array, got shape {image.shape}")
+    if not np.issubdtype(image.dtype, np.integer) and not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"a radiograph holds integers or floats, got {image.dtype}")
+    if size < 8:
+        raise ValueError(f"size must be at least 8, got {size}")
 
 
 def _sample(image: NDArray[np.generic]) -> Plane:

@@ -13,7 +13,7 @@ import dicom_node
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
-    *("radiograph", "transcode", "plugins"),
+    *("radiograph", "chest_gate", "anatomy", "transcode", "plugins"),
 }
 # the composition root: may import anything
 ROOT = {

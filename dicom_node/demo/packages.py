@@ -152,7 +152,7 @@ def cxr_package(sha256: str, thresholds: dict[str, float]) -> dict[str, Any]:
             "body_part": {"any": ["CHEST"], "missing": "allow"},
             "view": {"any": ["PA", "AP"], "missing": "refuse"},
         },
-        "input": {"prepare": "radiograph", "size": 192},
+        "input": {"prepare": "radiograph", "size": 192, "gate": "frontal_chest"},
         "infer": {"batch": "auto"},
         "output": {
             "activation": "sigmoid",

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dicom_node.chest_gate import not_frontal_chest
 from dicom_node.errors import EngineError, EngineRejected, SeriesRejected
 from dicom_node.model import EngineTask, Finding, Findings, Presence
 from dicom_node.models.manifest import ClassificationManifest, FindingOutput
 from dicom_node.models.selection import select_image, select_series
 from dicom_node.pixels import ImageFile, displayed_radiograph, read_image
-from dicom_node.radiograph import prepare_radiograph
+from dicom_node.radiograph import prepare_radiograph, prepare_xrv
 
 __all__ = ["PreparedImages", "finish", "prepare"]
 
@@ -28,11 +29,11 @@ MAX_IMAGES = 64  # of one series; more is no radiography
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedImages:
-    """Network input (image, size, size) and whose it is; `flat` images have no contrast to judge."""
+    """Network input (image, size, size) and whose it is; `refused`: why an image must not be scored, "" when it may."""
 
     sop_instance_uids: tuple[str, ...]
     network_input: Floats
-    flat: tuple[bool, ...]
+    refused: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -64,16 +65,25 @@ def prepare(manifest: ClassificationManifest, task: EngineTask, heartbeat: Calla
     return PreparedImages(
         sop_instance_uids=tuple(planes),
         network_input=np.stack(list(planes.values())),
-        flat=tuple(not plane.any() for plane in planes.values()),
+        refused=tuple(_refusal(plane, manifest) for plane in planes.values()),
         notes=tuple(f"{count} other image(s) of the series not analysed: {why}" for why, count in counts.items()),
     )
 
 
 def _input(image: ImageFile, manifest: ClassificationManifest) -> Floats:
     try:
-        return prepare_radiograph(displayed_radiograph(image), manifest.input.size)
+        make = prepare_xrv if manifest.input.prepare == "xrv" else prepare_radiograph
+        return make(displayed_radiograph(image), manifest.input.size)
     except ValueError as exc:
         raise SeriesRejected(f"an image is no usable radiograph: {exc}") from exc
+
+
+def _refusal(plane: Floats, manifest: ClassificationManifest) -> str:
+    """Why the picture must not be scored, whatever its header claims; "" when it may."""
+    if plane.max() == plane.min():
+        return "the image has no contrast: nothing was assessed"
+    why = not_frontal_chest(plane) if manifest.input.gate == "frontal_chest" else ""
+    return f"not assessed, the image is no upright frontal chest radiograph: {why}" if why else ""
 
 
 def finish(manifest: ClassificationManifest, prepared: PreparedImages, probability: Floats) -> tuple[Findings, ...]:
@@ -86,9 +96,9 @@ def finish(manifest: ClassificationManifest, prepared: PreparedImages, probabili
     if probability.ndim != 2 or len(probability) != count or probability.shape[1] <= max(o.index for o in outputs):
         raise EngineError(f"the network answered {probability.shape} for {count} images")
     results = []
-    for uid, scores, flat in zip(prepared.sop_instance_uids, probability, prepared.flat, strict=True):
-        notes = (*prepared.notes, *(("the image has no contrast: nothing was assessed",) if flat else ()))
-        items = tuple(_finding(output, None if flat else float(scores[output.index])) for output in outputs)
+    for uid, scores, refused in zip(prepared.sop_instance_uids, probability, prepared.refused, strict=True):
+        notes = (*prepared.notes, *((refused,) if refused else ()))
+        items = tuple(_finding(output, None if refused else float(scores[output.index])) for output in outputs)
         results.append(Findings(sop_instance_uid=uid, items=items, notes=notes))
     return tuple(results)
 

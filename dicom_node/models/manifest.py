@@ -202,10 +202,15 @@ class VolumeInputBlock(_Block):
 
 
 class RadiographInputBlock(_Block):
-    """A classification network's square input, made by `dicom_node.radiograph.prepare_radiograph`."""
+    """A classification network's square input, made by `dicom_node.radiograph`.
 
-    prepare: Literal["radiograph"] = "radiograph"
+    `prepare`: trimmed, fitted and standardised (radiograph), or as torchxrayvision's networks take it (xrv).
+    `gate` frontal_chest: what `dicom_node.chest_gate` does not take for one is reported as not assessed.
+    """
+
+    prepare: Literal["radiograph", "xrv"] = "radiograph"
     size: Annotated[int, Field(ge=8, le=2048)]
+    gate: Literal["none", "frontal_chest"] = "none"
 
 
 class WindowsBlock(_Block):

@@ -182,9 +182,9 @@ def label_planes(probability: Floats, grid: ModelGrid) -> Iterator[LabelPlane | 
 def first_largest(values: Floats) -> Labels:
     """argmax over the first axis (numpy's own is several times slower for few classes)."""
     if len(values) == 1:  # the lead of class 1 over class 0
-        return (values[0] > 0).view(np.uint8)
+        return np.asarray(values[0] > 0).view(np.uint8)
     if len(values) == 2:
-        return (values[1] > values[0]).view(np.uint8)
+        return np.asarray(values[1] > values[0]).view(np.uint8)
     best = values[0].copy()
     labels = np.zeros(best.shape, np.uint8)
     for number in range(1, len(values)):

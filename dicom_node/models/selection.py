@@ -13,18 +13,14 @@ from typing import Any
 
 from pydicom.uid import UID
 
+from dicom_node import anatomy
 from dicom_node.geometry import VolumeGeometry
 from dicom_node.model import SeriesHeader
 from dicom_node.models.manifest import OneOfBlock, SelectBlock
 
 __all__ = ["Selection", "select_geometry", "select_image", "select_series"]
 
-# PS3.16 CID 4010, SNOMED CT and the SNOMED-RT identifiers older systems write.
-_VIEWS = {
-    **{"399348003": "AP", "R-10206": "AP", "272479007": "PA", "R-40888": "PA"},
-    **{"399198007": "RL", "R-10232": "RL", "399173006": "LL", "R-10236": "LL"},
-    **{"399067008": "LATERAL", "R-102CD": "LATERAL"},
-}
+_ANATOMY_KEYWORDS = frozenset({"BodyPartExamined", "AnatomicRegionSequence", "ViewPosition", "ViewCodeSequence"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +50,9 @@ def select_series(select: SelectBlock, header: SeriesHeader) -> Selection:
     reasons = [
         _modality(select, _texts(values, "Modality")),
         _sop_class(select, classes),
-        _one_of("Body Part Examined", select.body_part, _texts(values, "BodyPartExamined")),
+        _one_of("Body Part Examined", _defined_terms(select.body_part), _body_parts(_of_series(values))),
     ]
-    views = _views(_texts(values, "ViewPosition"), values.get("ViewCodeSequence", ()))
+    views = _views(_of_series(values))
     if not (select.view and any(not _one_of("", select.view, [view]) for view in views)):
         reasons.append(_one_of("the view", select.view, views))
     for text in _texts(values, "SeriesDescription"):
@@ -68,16 +64,14 @@ def select_series(select: SelectBlock, header: SeriesHeader) -> Selection:
 def select_image(select: SelectBlock, header: Mapping[str, Any]) -> Selection:
     """The same clauses on one image (`header` as `pixels.ImageFile.header`), and that it is meant to be looked at."""
     text = {key: str(value).strip() for key, value in header.items() if isinstance(value, str)}
-    views = _views([text["ViewPosition"]] if text.get("ViewPosition") else [], header.get("ViewCodeSequence", ()))
-    body_parts = [text["BodyPartExamined"]] if text.get("BodyPartExamined") else []
     intent = text.get("PresentationIntentType", "")
     excluded = set(text.get("ImageType", "").upper().split("\\")) & set(select.exclude.image_type)
     return Selection.of(
         [
             _modality(select, [text["Modality"]] if text.get("Modality") else []),
             _sop_class(select, [text["SOPClassUID"]] if text.get("SOPClassUID") else []),
-            _one_of("Body Part Examined", select.body_part, body_parts),
-            _one_of("the view", select.view, views),
+            _one_of("Body Part Examined", _defined_terms(select.body_part), _body_parts(_of_image(header))),
+            _one_of("the view", select.view, _views(_of_image(header))),
             "Presentation Intent Type is FOR PROCESSING: raw detector values" if intent == "FOR PROCESSING" else "",
             f"Image Type {sorted(excluded)[0]}" if excluded else "",
         ]
@@ -142,19 +136,36 @@ def _texts(values: Mapping[str, tuple[Any, ...]], keyword: str) -> tuple[str, ..
     return tuple(text for value in values.get(keyword, ()) if (text := str(value).strip()))
 
 
-def _views(positions: Iterable[str], sequences: Iterable[Any]) -> list[str]:
+def _views(values: anatomy.Values) -> list[str]:
     """View Position where given, else the coded view (the only mandatory one in DX, PS3.3 C.8.11.5)."""
-    plain = [position.strip().upper() for position in positions if position.strip()]
-    if plain:
-        return plain
-    codes = [str(_item(item, "CodeValue")) for sequence in sequences for item in _items(sequence)]
-    return [_VIEWS.get(code, f"code {code}") for code in codes]
+    return _plain_first(anatomy.views(values), "ViewPosition")
 
 
-def _items(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, list | tuple) else (value,)
+def _body_parts(values: anatomy.Values) -> list[str]:
+    """Body Part Examined where given, else the coded region (the mandatory one in DX, PS3.3 C.8.11.1)."""
+    return _plain_first(anatomy.body_parts(values), "BodyPartExamined")
 
 
-def _item(item: Any, keyword: str) -> Any:
-    """An attribute of a sequence item: a pydicom item, or a dictionary by keyword from the catalog."""
-    return item.get(keyword, "")
+def _plain_first(words: Mapping[str, str], keyword: str) -> list[str]:
+    return [word for word, where in words.items() if where == keyword] or list(words)
+
+
+def _defined_terms(wanted: OneOfBlock | None) -> OneOfBlock | None:
+    """A package's body parts as the words `anatomy` has for them."""
+    if wanted is None:
+        return None
+    options = anatomy.body_parts(lambda keyword: list(wanted.any) if keyword == "BodyPartExamined" else [])
+    return OneOfBlock(any=tuple(options), missing=wanted.missing)
+
+
+def _of_series(values: Mapping[str, tuple[Any, ...]]) -> anatomy.Values:
+    """A sequence is a list of items; a single item stands for a list of one."""
+    return lambda keyword: [
+        value if isinstance(value, str | list | tuple) else [value]
+        for value in values.get(keyword, ())
+        if keyword in _ANATOMY_KEYWORDS
+    ]
+
+
+def _of_image(header: Mapping[str, Any]) -> anatomy.Values:
+    return _of_series({keyword: (header[keyword],) for keyword in _ANATOMY_KEYWORDS if header.get(keyword)})

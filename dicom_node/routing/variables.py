@@ -13,8 +13,9 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
+from dicom_node import anatomy
 from dicom_node.model import SeriesView
-from dicom_node.routing import anatomy, vocabulary
+from dicom_node.routing import vocabulary
 
 __all__ = ["Absent", "Differing", "Known", "Lookup", "Unusable", "Variables"]
 

@@ -329,6 +329,18 @@ def test_a_window_shows_what_pydicom_shows(
     np.testing.assert_allclose(rescaled(displayed(path, stored)), rescaled(expected), atol=2e-3)
 
 
+@pytest.mark.parametrize("syntax", SYNTAXES.values(), ids=SYNTAXES)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_a_radiograph_of_every_depth_and_syntax_is_shown(
+    bits: int, syntax: str, tmp_path: Path, stored: Stored
+) -> None:
+    cells = cells_of("uint8" if bits == 8 else "uint16", 0, (1 << bits) - 1)
+    path = write_image(
+        tmp_path / "a.dcm", cells, bits_stored=bits, syntax=syntax, RescaleSlope=None, RescaleIntercept=None
+    )
+    np.testing.assert_array_equal(displayed(path, stored), pydicom.dcmread(path).pixel_array)
+
+
 def test_a_voi_lut_goes_before_a_window(tmp_path: Path, stored: Stored) -> None:
     table = np.sqrt(np.arange(4096) / 4095) * 65535
     path = write_image(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pydicom
 import pytest
 
 from dicom_node.model import SeriesHeader
@@ -45,3 +46,16 @@ def test_a_reason_names_the_attribute_and_what_is_wanted_but_not_what_was_found(
 def test_a_view_code_that_is_not_known_is_not_repeated() -> None:
     image = {**FITS, "ViewPosition": "", "ViewCodeSequence": [{"CodeValue": CANARY}]}
     assert select_image(SELECT, image).reasons == ("the view is not PA or AP",)
+
+
+@pytest.mark.parametrize(
+    ("code", "fits"), [("816094009", True), ("51185008", True), ("T-D3000", True), ("85562004", False)]
+)
+def test_a_coded_body_part_is_enough(code: str, fits: bool) -> None:
+    region = {"CodeValue": code, "CodingSchemeDesignator": "SRT" if code.startswith("T") else "SCT"}
+    image = {**FITS, "BodyPartExamined": "", "AnatomicRegionSequence": [region]}
+    assert select_image(SELECT, image).ok is fits
+    region_item = pydicom.Dataset()
+    for keyword, value in region.items():
+        setattr(region_item, keyword, value)
+    assert select_image(SELECT, {**image, "AnatomicRegionSequence": [region_item]}).ok is fits

@@ -7,8 +7,8 @@ import pytest
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from dicom_node import anatomy
 from dicom_node.model import Condition, ConditionResult, SeriesView
-from dicom_node.routing import anatomy
 
 Ask = Callable[..., ConditionResult]
 View = Callable[..., SeriesView]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["body_parts", "lateralities", "views"]
+__all__ = ["Values", "body_parts", "lateralities", "views"]
 
 Values = Callable[[str], list[Any]]
 """The distinct, normalised values of a keyword in the series."""
