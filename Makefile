@@ -53,7 +53,8 @@ bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
 
-bench-models: $(STAMP)  ## models: radiograph to scores
+bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, radiograph to scores
+	$(BIN)/python -W ignore benchmarks/zoo_spleen.py
 	$(BIN)/python benchmarks/cxr_to_scores.py
 
 clean:           ## remove what was built here; data folders stay

@@ -385,10 +385,16 @@ def models_list(arguments: argparse.Namespace) -> int:
 
 
 def models_check(arguments: argparse.Namespace) -> int:
-    """Whether the engines could run."""
+    """Whether the engines could run; of a package folder, what it is and how its self-test ended."""
     from dicom_node.wiring import engines
 
     config = _offline(arguments)
+    if arguments.name and arguments.name not in config.engines:
+        from dicom_node.models.report import package_report
+
+        for heading, text in package_report(arguments.name, config.jobs.devices[0]):
+            print(f"{heading + ':':<14}{_line(text)}")
+        return OK
     wrong = 0
     for name, engine in engines(config, arguments.name).items():
         try:

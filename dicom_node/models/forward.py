@@ -7,7 +7,9 @@ from monai.networks.nets. A NaN or infinity in the output is an error, never an 
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,10 +81,31 @@ def _tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         raise PackageError(f"{path}: {exc.strerror}") from exc
     if hashlib.sha256(content).hexdigest() != sha256:
         raise PackageError(f"{path}: the weights are not those the package was made with (sha256 differs)")
+    if path.suffix != ".safetensors":
+        return _checkpoint(path, content)
     try:
         return load_safetensors(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as exc:
         raise PackageError(f"{path}: is no safetensors file: {str(exc)[:200]}") from exc
+
+
+def _checkpoint(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+    """A state dict saved by torch, plain or under one of the usual keys; nothing but tensors and plain values is read.
+
+    torch's own restricted unpickler decides: what names any other class or function is refused, not executed.
+    """
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as exc:
+        raise PackageError(
+            f"{path}: is no plain state dict ({type(exc).__name__}); save it with torch.save(network.state_dict(), ...)"
+        ) from exc
+    for key in ("model", "state_dict", "network_weights"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise PackageError(f"{path}: holds no state dict (names and tensors)")
+    return {str(name): tensor for name, tensor in found.items()}
 
 
 def _build(name: str, arguments: Mapping[str, Any]) -> torch.nn.Module:

@@ -119,8 +119,8 @@ class SourceBlock(_Block):
     @model_validator(mode="after")
     def _inside(self) -> SourceBlock:
         path = Path(self.path)
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise ValueError("path: expected a .safetensors file inside the package folder")
+        if path.is_absolute() or ".." in path.parts or path.suffix not in (".safetensors", ".pt", ".pth"):
+            raise ValueError("path: expected a .safetensors, .pt or .pth file inside the package folder")
         return self
 
 

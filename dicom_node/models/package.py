@@ -19,7 +19,7 @@ from dicom_node.errors import PackageError
 from dicom_node.model import Provenance
 from dicom_node.models.manifest import Manifest
 
-__all__ = ["MANIFEST", "ModelPackage", "load_package"]
+__all__ = ["MANIFEST", "ModelPackage", "load_package", "package_of"]
 
 MANIFEST = "model.yaml"
 _MAX_MANIFEST_BYTES = 256 * 1024
@@ -94,7 +94,11 @@ def load_package(folder: Path) -> ModelPackage:
         raise PackageError(f"{path}: {exc.strerror}; a model package is a folder with a {MANIFEST}") from exc
     except UnicodeDecodeError as exc:
         raise PackageError(f"{path}: is not UTF-8 text") from exc
-    content = _parse(path, text)
+    return package_of(folder, path, _parse(path, text))
+
+
+def package_of(folder: Path, path: Path, content: Any) -> ModelPackage:
+    """The package whose model.yaml would hold `content`; `path` is what errors name. Raises PackageError."""
     try:
         manifest = _MANIFEST.validate_python(content)
     except ValidationError as exc:

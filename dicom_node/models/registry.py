@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dicom_node.config import packaged
 from dicom_node.errors import PackageError
-from dicom_node.models.package import MANIFEST, ModelPackage, load_package
+from dicom_node.models.formats import describe_folder
+from dicom_node.models.package import MANIFEST, ModelPackage, load_package, package_of
 
 __all__ = ["embedded_ids", "find_package"]
 
@@ -26,6 +27,11 @@ def find_package(model: str) -> ModelPackage:
         return package
     folder = Path(model)
     if model and folder.is_dir():
-        return load_package(folder)
+        return load_package(folder) if (folder / MANIFEST).exists() else _foreign(folder)
     known = ", ".join(embedded_ids()) or "none"
     raise PackageError(f"model {model!r} is neither an embedded package ({known}) nor a folder with a {MANIFEST}")
+
+
+def _foreign(folder: Path) -> ModelPackage:
+    """A package in a format of others, as it lies there."""
+    return package_of(folder, folder, describe_folder(folder).manifest)

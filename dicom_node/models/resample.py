@@ -58,18 +58,24 @@ class ModelGrid:
             m, s = np.unravel_index(int(np.argmax(free)), free.shape)
             axes[m], flipped[s], target[s] = int(s), bool(scores[m, s] < 0), spacing_mm[m]
             free[m, :] = free[:, s] = -1
-        shape = tuple(
-            max(1, round((n - 1) * a / b + 1))
-            for n, a, b in zip(geometry.shape, geometry.spacing_mm, target, strict=True)
-        )
         return cls(
             source_shape=geometry.shape,
-            shape=(shape[0], shape[1], shape[2]),
+            shape=cls.shape_of(geometry.shape, geometry.spacing_mm, (target[0], target[1], target[2])),
             source_spacing_mm=geometry.spacing_mm,
             spacing_mm=(target[0], target[1], target[2]),
             axes=(axes[0], axes[1], axes[2]),
             flipped=(flipped[0], flipped[1], flipped[2]),
         )
+
+    @staticmethod
+    def shape_of(
+        shape: tuple[int, int, int],
+        spacing_mm: tuple[float, float, float],
+        wanted_mm: tuple[float, float, float],
+    ) -> tuple[int, int, int]:
+        """How many samples `wanted_mm` apart lie on a grid of `shape`, per axis."""
+        x, y, z = (max(1, round((n - 1) * a / b + 1)) for n, a, b in zip(shape, spacing_mm, wanted_mm, strict=True))
+        return x, y, z
 
     def source_positions(self, axis: int) -> Vector:
         """For each sample of the network's grid along source axis `axis`: its source index, fractional."""

@@ -28,7 +28,7 @@ from dicom_node.errors import EngineError, EngineTimeout, EngineUnavailable, Pac
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.wire import receive, received_array, send, shared_array
 
-__all__ = ["Answer", "Runtime", "RuntimePool", "lend_runtimes", "return_runtimes"]
+__all__ = ["Answer", "Runtime", "RuntimePool", "lend_runtimes", "padding_value", "return_runtimes"]
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Runtime:
             "weights": str(package.weights_path.absolute()),
             "source": manifest.source.model_dump(mode="json"),
             "infer": manifest.infer.model_dump(mode="json"),
-            "padding": _padding_value(package),
+            "padding": padding_value(package),
             "shape": list(array.shape),
             "threads": threads,
         }
@@ -241,7 +241,7 @@ class Runtime:
         self._starter.shutdown(wait=True)
 
 
-def _padding_value(package: ModelPackage) -> float:
+def padding_value(package: ModelPackage) -> float:
     """What the network sees beyond the volume: `padding_hu` through the intensity mapping."""
     manifest = package.manifest
     if manifest.task == "classification":

@@ -61,7 +61,7 @@ def test_both_demonstration_manifests_fit_the_schema(tmp_path: Path, write_packa
         ("source.sha256", "xyz", "source.sha256"),
         ("source.path", "../weights.safetensors", "inside the package folder"),
         ("source.path", "/etc/weights.safetensors", "inside the package folder"),
-        ("source.path", "model.pt", ".safetensors"),
+        ("source.path", "model.pickle", ".safetensors"),
         ("source.network.name", "os.system", "not on the list of networks"),
         ("source.network.name", "EfficientNetBN", "not on the list of networks"),
         ("source.network.args", {"pretrained": True}, "no argument a package may set"),
