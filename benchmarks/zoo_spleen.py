@@ -284,7 +284,7 @@ def _ours(bundle: Path, folder: Path) -> tuple[dict[str, float], Any]:
     """The node's own path over the same bundle, in this process so that F can be told apart."""
     from dicom_node.models import forward, segment
     from dicom_node.models.registry import find_package
-    from dicom_node.models.runtime import padding_value
+    from dicom_node.models.volume import labels_of, network_rows, network_values
 
     package = find_package(str(bundle))
     manifest = package.manifest
@@ -295,16 +295,30 @@ def _ours(bundle: Path, folder: Path) -> tuple[dict[str, float], Any]:
     inside = _Inside(network.module)
     stages: dict[str, float] = {}
     task = task_of(folder)
-    prepared = _timed(stages, "read, decode, HU, grid, scale", lambda: segment.prepare(manifest, task, _no_beat))
-    volume = torch.from_numpy(prepared.network_input)
-    answer = _timed(stages, "windows, merge", lambda: forward.segment(network, volume, infer, padding_value(package)))
-    stages["windows, merge"] -= inside.seconds
-    stages["F"] = inside.seconds
-    finished = _timed(
-        stages,
-        "back to the grid, argmax",
-        lambda: segment.finish(manifest, prepared, answer[0].numpy(), _no_beat),
-    )
+    prepared = _timed(stages, "read, decode, HU", lambda: segment.prepare(manifest, task, _no_beat))
+    job, grid, cpu = segment.volume_job(manifest, prepared.grid), prepared.grid, torch.device("cpu")
+    volume = torch.from_numpy(prepared.volume_hu)
+    with torch.inference_mode():
+        values, beyond = _timed(
+            stages,
+            "orientation, spacing, scale",
+            lambda: network_values(volume, grid, job["input"], cpu, _no_beat),
+        )
+        seen = values.permute(grid.to_model_order())
+        answer = _timed(
+            stages,
+            "windows, merge",
+            lambda: network_rows(network, seen, infer, job["output"], beyond, _no_beat),
+        )
+        stages["windows, merge"] -= inside.seconds
+        stages["F"] = inside.seconds
+        whole = (slice(0, grid.shape[0]), slice(0, grid.shape[1]), slice(0, grid.shape[2]))
+        labels = _timed(
+            stages,
+            "back to the grid, argmax",
+            lambda: labels_of(answer[0], grid, job["output"], whole, _no_beat),
+        )
+    finished = _timed(stages, "measure", lambda: segment.finish(manifest, prepared, labels, _no_beat))
     return stages, finished[0].labels
 
 

@@ -78,8 +78,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.run == "version":
         print(f"dicom-node {version('dicom-node')}")
         return OK
-    module = import_module("dicom_node.transfers" if arguments.run in ("send", "fetch") else "dicom_node.commands")
-    run: Callable[[argparse.Namespace], int] = getattr(module, arguments.run)
+    module = "transfers" if arguments.run in ("send", "fetch") else "commands"
+    module = "model_commands" if arguments.run.startswith("models_") else module
+    run: Callable[[argparse.Namespace], int] = getattr(import_module(f"dicom_node.{module}"), arguments.run)
     return run(arguments)
 
 
@@ -106,10 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     replay = command("replay", "rules_replay", "Run a rule set over the history without doing anything.", rules)
     replay.add_argument("--since", default="7d", metavar="AGE", help="such as 12h or 7d (default)")
     command("reload", "rules_reload", "Let the running node take the rules in.", rules)
-    models = group("models", "The model packages.")
-    command("list", "models_list", "The engines and their models.", models)
-    check = command("check", "models_check", "Whether they could run, and what a package is.", models)
-    check.add_argument("name", nargs="?", metavar="ENGINE|FOLDER|ID", help="an engine, or a package that none runs yet")
+    _model_commands(command, group)
     config = group("config", "The settings.")
     command("check", "config_check", "Check the settings and show what holds.", config)
     commands.add_parser("demo", help="Show the whole line on phantoms, or on your own files.", add_help=False)
@@ -152,6 +150,30 @@ def _queue_commands(command: Callable[..., argparse.ArgumentParser], group: Call
         for verb, text in (("retry", "Try it again."), ("cancel", "Give it up.")):
             action = command(verb, f"{name}_{verb}", text, actions)
             action.add_argument("id", type=int, nargs="+", metavar="ID", help=f"{noun} ids")
+
+
+def _model_commands(command: Callable[..., argparse.ArgumentParser], group: Callable[[str, str], Any]) -> None:
+    models = group("models", "The model packages.")
+    command("list", "models_list", "The models there are, which are enabled, and the engines that run them.", models)
+    check = command("check", "models_check", "Whether engines could run; what a package is, with self-test.", models)
+    check.add_argument("name", nargs="?", metavar="ENGINE|ID|DIR|ZIP|FILE", help="default: every configured engine")
+    check.add_argument("--write", action="store_true", help="write a foreign package's model.yaml, to be corrected")
+    add = command("import", "models_import", "Install a package after its check and self-test.", models)
+    add.add_argument("path", metavar="DIR|ZIP|FILE")
+    add.add_argument("--sha256", default="", metavar="HEX", help="what the zip or file must have")
+    add.add_argument("--enable", action="store_true", help="switch to it although another version is enabled")
+    for action in (check, add):
+        action.add_argument("--no-self-test", action="store_true", help="do not run the package's network")
+        action.add_argument("--device", metavar="DEVICE", help="for the self-test (default: the first of jobs.devices)")
+    for verb, text, metavar in (
+        ("remove", "Delete an installed model or one version of it.", "ID[@VERSION]"),
+        ("enable", "Let a model run, or switch to a version of it; running jobs finish on theirs.", "ID[@VERSION]"),
+        ("disable", "Keep a model from running.", "ID"),
+    ):
+        action = command(verb, f"models_{verb}", text, models)
+        action.add_argument("model", metavar=metavar)
+        if verb == "remove":
+            action.add_argument("--force", action="store_true", help="also the enabled version")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def _catalog(config: NodeConfig) -> Iterator[Any]:
         catalog.close()
 
 
-def _offline(arguments: argparse.Namespace) -> NodeConfig:
+def offline(arguments: argparse.Namespace) -> NodeConfig:
+    """The configuration for a command that logs nothing below errors."""
     config = settings(arguments)
     setup_logging("ERROR", "command")
     return config
@@ -106,7 +107,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     from dicom_node.process import wait_for_children
     from dicom_node.store.catalog import data_lock
 
-    config = _offline(arguments)
+    config = offline(arguments)
     if not config.data_dir.is_dir():
         raise NotFound(f"{config.data_dir}: there is no such folder; name the node's with --data-dir")
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
@@ -135,7 +136,7 @@ def route(arguments: argparse.Namespace) -> int:
     from dicom_node.deciding import node_router, node_rules
     from dicom_node.pipeline.observe import Unobserved
 
-    config, clock = _offline(arguments), SystemClock()
+    config, clock = offline(arguments), SystemClock()
     rules = node_rules(config)
     with _catalog(config) as catalog:
         router = node_router(catalog, config, lambda: rules, clock, Unobserved())
@@ -150,7 +151,7 @@ def route(arguments: argparse.Namespace) -> int:
 
 def release(arguments: argparse.Namespace) -> int:
     """Let a study with an identity conflict be analysed."""
-    with _catalog(_offline(arguments)) as catalog:
+    with _catalog(offline(arguments)) as catalog:
         catalog.queue.release_study(arguments.study)
     print(f"study {arguments.study} is released")
     return OK
@@ -158,7 +159,7 @@ def release(arguments: argparse.Namespace) -> int:
 
 def timeline(arguments: argparse.Namespace) -> int:
     """What happened to a study, and when. Raises NotFound."""
-    with _catalog(_offline(arguments)) as catalog:
+    with _catalog(offline(arguments)) as catalog:
         events = catalog.queue.timeline(arguments.study)
     if not events:
         raise NotFound(f"there is no study {arguments.study}")
@@ -172,7 +173,7 @@ def status(arguments: argparse.Namespace) -> int:
     from dicom_node.deciding import due_now
     from dicom_node.screen import NodeFacts, render_status
 
-    config, clock = _offline(arguments), SystemClock()
+    config, clock = offline(arguments), SystemClock()
 
     def waits_for(activity: StudyActivity) -> tuple[str, float | None]:
         due = due_now(config, clock)(activity)
@@ -205,7 +206,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def jobs_list(arguments: argparse.Namespace) -> int:
     """Newest first."""
-    with _catalog(_offline(arguments)) as catalog:
+    with _catalog(offline(arguments)) as catalog:
         jobs: Sequence[Job] = catalog.queue.jobs(study_instance_uid=arguments.study, limit=arguments.limit)
     rows = [
         (
@@ -219,7 +220,7 @@ def jobs_list(arguments: argparse.Namespace) -> int:
         )
         for job in jobs
     ]
-    _table(("ID", "STATE", "RULE", "ENGINE", "TRIES", "STUDY", "WHY"), rows, "no jobs")
+    table(("ID", "STATE", "RULE", "ENGINE", "TRIES", "STUDY", "WHY"), rows, "no jobs")
     return OK
 
 
@@ -235,7 +236,7 @@ def jobs_cancel(arguments: argparse.Namespace) -> int:
 
 def deliveries_list(arguments: argparse.Namespace) -> int:
     """Newest first."""
-    with _catalog(_offline(arguments)) as catalog:
+    with _catalog(offline(arguments)) as catalog:
         found: Sequence[Delivery] = catalog.queue.deliveries(study_instance_uid=arguments.study, limit=arguments.limit)
     rows = [
         (
@@ -244,7 +245,7 @@ def deliveries_list(arguments: argparse.Namespace) -> int:
         )
         for one in found
     ]
-    _table(("ID", "STATE", "DESTINATION", "TRIES", "SENT", "STUDY", "WHY"), rows, "no deliveries")
+    table(("ID", "STATE", "DESTINATION", "TRIES", "SENT", "STUDY", "WHY"), rows, "no deliveries")
     return OK
 
 
@@ -259,14 +260,15 @@ def deliveries_cancel(arguments: argparse.Namespace) -> int:
 
 
 def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
-    with _catalog(_offline(arguments)) as catalog:
+    with _catalog(offline(arguments)) as catalog:
         for number in arguments.id:
             verb(catalog)(number)
             print(done.format(number))
     return OK
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
+    """Print rows in aligned columns under their heads; `nothing` when there are none."""
     if not rows:
         print(nothing)
         return
@@ -310,7 +312,7 @@ def rules_explain(arguments: argparse.Namespace) -> int:
     from dicom_node.pipeline.observe import Unobserved
     from dicom_node.routing.explain import render_verdicts
 
-    config, clock = _offline(arguments), SystemClock()
+    config, clock = offline(arguments), SystemClock()
     with _catalog(config) as catalog:
         if verdicts := catalog.queue.verdicts(arguments.study):
             print("As decided:")
@@ -333,7 +335,7 @@ def rules_replay(arguments: argparse.Namespace) -> int:
     from dicom_node.routing.explain import render_replay
     from dicom_node.routing.replay import replay
 
-    config, clock = _offline(arguments), SystemClock()
+    config, clock = offline(arguments), SystemClock()
     new = node_rules(config)
     arguments.rules = None
     old = node_rules(settings(arguments))
@@ -356,7 +358,7 @@ def _age(text: str) -> timedelta:
 
 def rules_reload(arguments: argparse.Namespace) -> int:
     """Let the running node take its rules in, and say how that went."""
-    config, clock = _offline(arguments), SystemClock()
+    config, clock = offline(arguments), SystemClock()
     supervisor, before = read_pulse(config.data_dir, "supervisor"), read_pulse(config.data_dir, "service")
     if supervisor is None or before is None or not fresh(before, clock):
         raise NotFound(f"{config.data_dir}: no node runs here; the rules are read when it starts")
@@ -371,38 +373,3 @@ def rules_reload(arguments: argparse.Namespace) -> int:
             return OK
         time.sleep(0.05)
     raise NodeError(f"the node did not answer within {RELOAD_S:g} s; see its log")
-
-
-# --- models
-
-
-def models_list(arguments: argparse.Namespace) -> int:
-    """The engines and what they run."""
-    config = _offline(arguments)
-    rows = [(name, engine.kind, engine.model, f"{engine.timeout_s:g} s") for name, engine in config.engines.items()]
-    _table(("ENGINE", "KIND", "MODEL", "TIMEOUT"), rows, "no engines")
-    return OK
-
-
-def models_check(arguments: argparse.Namespace) -> int:
-    """Whether the engines could run; of a package folder, what it is and how its self-test ended."""
-    from dicom_node.wiring import engines
-
-    config = _offline(arguments)
-    if arguments.name and arguments.name not in config.engines:
-        from dicom_node.models.report import package_report
-
-        for heading, text in package_report(arguments.name, config.jobs.devices[0]):
-            print(f"{heading + ':':<14}{_line(text)}")
-        return OK
-    wrong = 0
-    for name, engine in engines(config, arguments.name).items():
-        try:
-            engine.check()
-            print(f"{name}: can run")
-        except NodeError as exc:
-            wrong += 1
-            print(f"dicom-node: {name}: {exc}", file=sys.stderr)
-        finally:
-            engine.close()
-    return FAILED if wrong else OK

@@ -93,7 +93,7 @@ class DestinationSettings(_Settings):
     port: Annotated[int, Field(ge=1, le=65535)]
     calling_ae_title: AeTitle | None = None
     results: tuple[Literal["seg", "sr"], ...] | None = None
-    """Only these kinds of result are sent here; null = all a rule asks for."""
+    """Only these kinds of result are sent here (`seg`: label maps too); null = all a rule asks for."""
 
 
 class EngineSettings(_Settings):
@@ -101,7 +101,7 @@ class EngineSettings(_Settings):
 
     kind: Name = "local"
     model: str = ""
-    """Of a local engine: the id of an embedded package, or the path of a package folder."""
+    """Of a local engine: an embedded or installed package's id, with or without @VERSION, or a package folder."""
     timeout_s: Seconds = 600.0
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Whatever the kind needs."""
@@ -152,7 +152,8 @@ class StorageSettings(_Settings):
 class JobSettings(_Settings):
     """Analysis work."""
 
-    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    workers: Annotated[int, Field(ge=0, le=64)] = 3
+    """Jobs at a time: one is read, one is on the device, one is encoded. Urgent jobs have one more for themselves."""
     lease_s: Seconds = 30.0
     max_attempts: Annotated[int, Field(ge=1)] = 10
     """Of attempts that may have failed by the job's own fault; an outage of the node's storage and a stop are none."""
@@ -162,6 +163,13 @@ class JobSettings(_Settings):
     """A job that was tried and is not done this long after it was created becomes a dead letter."""
     devices: tuple[str, ...] = ("auto",)
     """`auto`, `cpu`, `cuda`, `cuda:1` ...: one runtime process for each."""
+    memory_mb: Annotated[int, Field(ge=0)] = 0
+    """Memory of one device for loaded networks; the least recently used go. 0: four fifths of a GPU, half the RAM."""
+    prepared_mb: Annotated[int, Field(ge=1)] = 2048
+    """Memory for volumes that are read and not yet finished; others wait, urgent ones have as much again."""
+    hang_s: Annotated[float, Field(ge=5)] = 120.0
+    """A runtime process that works and is silent for so long is killed; it speaks between batches of windows, and gets
+    more where a batch was found to be slow."""
 
 
 class DeliverySettings(_Settings):

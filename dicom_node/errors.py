@@ -112,6 +112,10 @@ class EngineUnavailable(EngineError):
     retryable = True
 
 
+class EngineCrashed(EngineUnavailable):
+    """What ran the engine died or hung while it worked on this very input; another try may do the same."""
+
+
 class EngineTimeout(EngineError):
     """The engine did not answer in time."""
 

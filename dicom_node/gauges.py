@@ -71,6 +71,11 @@ def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: in
     yield "storage_used_ratio", (VOLUME,), usage.used / usage.total if usage.total else 0.0
     yield "intake_state", (), 0 if free_above_reserve > 0 else 2
     yield "workers_alive", (), workers_alive
+    work = read_pulse(config.data_dir, "work")
+    for runtime in work.facts.get("runtimes", ()) if work else ():
+        yield "runtime_breaker_state", (runtime["device"],), runtime["breaker"]
+        for model, version in runtime["models"] if work and work.ok else ():
+            yield "model_loaded", (model, version, runtime["device"]), 1
     supervisor = read_pulse(config.data_dir, "supervisor")
     for role, restarts in (supervisor.facts.get("restarts", {}) if supervisor else {}).items():
         yield "process_restarts", (role,), restarts

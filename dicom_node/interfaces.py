@@ -29,6 +29,7 @@ from dicom_node.model import (
     Match,
     Pending,
     PlannedJob,
+    Priority,
     Query,
     ResultContext,
     ResultValue,
@@ -365,8 +366,10 @@ class StudyLedger(Protocol):
 class JobQueue(Protocol):
     """Work, leased with fencing tokens."""
 
-    def lease_job(self, worker: str, lease_s: float) -> Job | None:
-        """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another."""
+    def lease_job(self, worker: str, lease_s: float, *, at_least: Priority = Priority.BACKGROUND) -> Job | None:
+        """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
+        `at_least`: none that is less urgent.
+        """
         ...
 
     def extend_job(self, job: Job, lease_s: float) -> None:
@@ -390,8 +393,12 @@ class JobQueue(Protocol):
         """The engine refuses this input for good: filtered, with the reason."""
         ...
 
-    def retry_job_later(self, job: Job, error: str, delay_s: float, *, outage: bool = False) -> None:
-        """Back to PENDING after `delay_s`; `outage`: the attempt counts among `Job.outages`. Raises LeaseLost."""
+    def retry_job_later(
+        self, job: Job, error: str, delay_s: float, *, outage: bool = False, strike: bool = False
+    ) -> None:
+        """Back to PENDING after `delay_s`; `outage`: the attempt counts among `Job.outages`, `strike`: among
+        `Job.strikes`. Raises LeaseLost.
+        """
         ...
 
     def park_job(self, job: Job, pending: Pending) -> None:

@@ -43,8 +43,10 @@ REJECT_REASONS = ("calling_ae", "called_ae", "address", "limit", "protocol")
 CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role")
 VERDICTS = ("match", "nomatch", "missing_tag", "mixed", "error")
 ATTEMPT_OUTCOMES = ("done", "rejected", "retry", "parked", "failed", "lost")
-DEAD_LETTER_REASONS = ("attempts", "deadline", "error")
-STAGES = ("queue", "load", "prepare", "infer", "finish", "encode")
+DEAD_LETTER_REASONS = ("attempts", "deadline", "error", "poison")
+# queue: until a worker has it; wait: read, until the device has it
+STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
+RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
 OBJECT_KINDS = ("SEG", "SR", "image", OTHER)
 DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
 
@@ -78,6 +80,7 @@ class Metrics:
         self._destination = _Labels(sorted(config.destinations))
         self._engine = _Labels(sorted(config.engines))
         self._rule = _Labels(())
+        self._device = _Labels(dict.fromkeys((*config.jobs.devices, "cpu")))
         self._intake()
         self._studies()
         self._work()
@@ -149,6 +152,11 @@ class Metrics:
             "dead_letters_total",
             "Work given up until a person retries it.",
             {"kind": ("job", "delivery"), "reason": DEAD_LETTER_REASONS},
+        )
+        self._runtime_restarts = self._counter(
+            "runtime_restarts_total",
+            "Runtime processes that ended and were replaced, by device and why.",
+            {"device": self._device.values, "reason": RUNTIME_ENDS},
         )
         self._inference_seconds = self._histogram(
             "inference_duration_seconds", "Stages of an analysis.", WORK_S, engine | {"stage": STAGES}
@@ -238,6 +246,11 @@ class Metrics:
             if stage in STAGES:
                 self._inference_seconds.labels(self._engine(engine), stage).observe(seconds)
 
+    def runtime_ended(self, device: str, reason: str, count: int = 1) -> None:
+        """Runtime processes of that device ended otherwise than by being closed; `reason` is one of RUNTIME_ENDS."""
+        known = reason if reason in RUNTIME_ENDS else "died"
+        self._runtime_restarts.labels(self._device(device), known).inc(count)
+
     def turnaround(self, engine: str, priority: str, seconds: float) -> None:
         """A job is done, `seconds` after it was created."""
         self._turnaround.labels(priority, self._engine(engine)).observe(max(seconds, 0.0))
@@ -303,6 +316,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "storage_used_ratio": ("Used part of that volume.", ("volume",)),
     "intake_state": ("0 open, 2 refusing for lack of space.", ()),
     "workers_alive": ("Workers that gave a sign of life lately.", ()),
+    "model_loaded": ("1 for each model whose network is loaded on a device.", ("model", "version", "device")),
+    "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),
 }

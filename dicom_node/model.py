@@ -422,6 +422,7 @@ class Job:
     superseded_job: int | None = None  # the earlier run on the same series this one follows
     age_s: float = 0.0  # when it was read: since it was made, or since a person retried it
     outages: int = 0  # of `attempts`, those that came to nothing for the node's sake: no fault of the job
+    strikes: int = 0  # of `attempts`, those that killed or hung what runs the engine
 
 
 class DeliveryState(Enum):
@@ -494,7 +495,10 @@ class Code:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTask:
-    """What an engine gets: the instances of one series (received ones, any order), and how long it may take."""
+    """What an engine gets: the instances of one series (received ones, any order), and how long it may take.
+
+    `strikes`: earlier tries that ended with what ran the engine dead or hung.
+    """
 
     job_id: int
     study_instance_uid: str
@@ -502,6 +506,8 @@ class EngineTask:
     instances: tuple[StoredInstance, ...]
     header: SeriesHeader
     timeout_s: float
+    priority: Priority = Priority.ROUTINE
+    strikes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -542,12 +548,14 @@ class LabelVolume:
 
     Slice identity, not position, ties planes to sources; planes are sorted along the normal, ascending. `segments`
     lists what the model looks for, found or not; `notes` tell repairs ("interpolated slices") that results must carry.
+    Of multi-frame images, `frame_numbers[i]` (from 1) is the frame `labels[i]` belongs to; else it is empty.
     """
 
     labels: npt.NDArray[np.uint8]
     sop_instance_uids: tuple[str, ...]
     segments: tuple[Segment, ...]
     notes: tuple[str, ...] = ()
+    frame_numbers: tuple[int, ...] = ()
 
 
 class Presence(Enum):

@@ -19,6 +19,7 @@ __all__ = ["encoder_class", "encoder_kinds", "engine_class", "engine_kinds"]
 _ENGINES: Mapping[str, str] = {"local": "dicom_node.models.engine:LocalModelEngine"}
 _ENCODERS: Mapping[str, str] = {
     "seg": "dicom_node.results.seg:SegEncoder",
+    "labelmap": "dicom_node.results.seg:LabelmapEncoder",
     "sr": "dicom_node.results.sr:SrEncoder",
 }
 

@@ -132,7 +132,8 @@ class Service:
             if self._config.jobs.workers == 0:
                 return Check(name="workers", ok=True, detail="none configured")
             alive = self._workers_alive()
-            return Check(name="workers", ok=alive > 0, detail=f"{alive} of {self._config.jobs.workers}")
+            wanted = self._config.jobs.workers + 1  # one takes urgent jobs only
+            return Check(name="workers", ok=alive > 0, detail=f"{alive} of {wanted}")
 
         return scp, catalog, disk, workers
 

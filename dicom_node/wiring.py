@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from dicom_node.config import NodeConfig
@@ -27,6 +28,7 @@ __all__ = [
     "destinations",
     "encoders",
     "engines",
+    "models_dir",
     "node_catalog",
     "node_ingest",
     "origin_for",
@@ -148,10 +150,18 @@ def engines(config: NodeConfig, only: str | None = None) -> dict[str, Engine]:
     if only is not None and only not in config.engines:
         raise ConfigError(f"engines: there is no {only!r} (known: {', '.join(sorted(config.engines)) or 'none'})")
     names = config.engines if only is None else (only,)
-    return {
-        name: engine_class(config.engines[name].kind)(name, config.engines[name], devices=config.jobs.devices)
-        for name in names
-    }
+    made: dict[str, Engine] = {}
+    for name in names:
+        settings = config.engines[name]
+        # only ours look for installed models: kinds of plug-ins promise to take `devices` and no more
+        more = {"models_dir": models_dir(config), "jobs": config.jobs} if settings.kind == "local" else {}
+        made[name] = engine_class(settings.kind)(name, settings, devices=config.jobs.devices, **more)
+    return made
+
+
+def models_dir(config: NodeConfig) -> Path:
+    """Where `dicom-node models import` installs packages."""
+    return config.data_dir / "models"
 
 
 def encoders() -> list[ResultEncoder]:

@@ -1,14 +1,20 @@
-"""The work process: workers, engines, encoders. No torch: models run in the engines' own children."""
+"""The work process: workers, engines, encoders. No torch: models run in the engines' own children.
+
+Several workers make a pipeline: while one waits for the device, another reads its series, a third encodes its results.
+One more takes urgent jobs only, so that these never wait for a worker.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
+from typing import Any
 
 from dicom_node.errors import LeaseLost, NodeError
 from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.metrics import Metrics
-from dicom_node.model import BootTime
+from dicom_node.model import BootTime, Priority
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import ENCODE_S, TIMEOUT_S, Worker
 from dicom_node.process import Facts, Orders
@@ -30,13 +36,18 @@ class Work:
         self._stopping = threading.Event()
         self._catalog = node_catalog(self._config, clock)
         self._engines = engines(self._config)
+        self._metrics = Metrics(self._config, process="work")
+        self._ended: Counter[tuple[str, str]] = Counter()  # runtimes, as far as counted
         self._worker = self._make_worker()
         # beyond it no job keeps its lease (pipeline.work), so whoever still works on one is stuck
         self._bound_s = max((one.timeout_s for one in self._config.engines.values()), default=TIMEOUT_S) + ENCODE_S
         self._busy_since: dict[str, BootTime] = {}
+        wanted = [(f"work-{number}", Priority.BACKGROUND) for number in range(self._config.jobs.workers)]
+        if wanted:
+            wanted.append(("work-urgent", Priority.URGENT))
         self._threads = [
-            threading.Thread(target=self._run, args=(f"work-{number}",), name=f"worker-{number}", daemon=True)
-            for number in range(self._config.jobs.workers)
+            threading.Thread(target=self._run, args=(name, at_least), name=name, daemon=True)
+            for name, at_least in wanted
         ]
         self._warming = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
         for thread in (*self._threads, *([self._warming] if self._threads else [])):
@@ -55,15 +66,15 @@ class Work:
             node_name=config.ae_titles[0],
             time_zone=config.time_zone,
             clock=self._clock,
-            observer=Metrics(config, process="work"),
+            observer=self._metrics,
             stopping=self._stopping.is_set,
         )
 
-    def _run(self, name: str) -> None:
+    def _run(self, name: str, at_least: Priority) -> None:
         while not self._stopping.is_set():
             self._busy_since[name] = self._clock.boot()
             try:
-                busy, pause_s = self._worker.run_once(name), IDLE_S
+                busy, pause_s = self._worker.run_once(name, at_least=at_least), IDLE_S
             except Exception as exc:  # edge: the worker's loop; a lost lease runs out and is done again
                 log.error("a worker stumbled", extra={"worker": name}, exc_info=exc)
                 busy, pause_s = False, WORKER_PAUSE_S
@@ -92,10 +103,22 @@ class Work:
         alive = sum(thread.is_alive() for thread in self._threads)
         wanted, now = len(self._threads), self._clock.boot()
         stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
-        facts = {"workers_alive": alive, "workers_stuck": stuck}
+        facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes()}
         if alive < wanted:
             return False, f"{alive} of {wanted}", facts
         return stuck == 0, f"{stuck} of {wanted} stuck in a job" if stuck else "", facts
+
+    def _runtimes(self) -> list[dict[str, Any]]:
+        """How the engines' devices stand; what ended since the last time is counted."""
+        found: dict[str, dict[str, Any]] = {}
+        for engine in self._engines.values():
+            for runtime in getattr(engine, "facts", tuple)():
+                found[runtime["device"]] = runtime
+        ended = Counter({(device, why): n for device, one in found.items() for why, n in one["restarts"].items()})
+        for (device, reason), count in (ended - self._ended).items():
+            self._metrics.runtime_ended(device, reason, count)
+        self._ended = ended
+        return [{key: one[key] for key in ("device", "breaker", "models")} for one in found.values()]
 
     def reload(self) -> None:
         """Nothing of a worker is re-read."""

@@ -13,11 +13,12 @@ import dicom_node
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
-    *("radiograph", "chest_gate", "anatomy", "transcode", "plugins"),
+    *("planes", "frames", "stored_values"),
+    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything
 ROOT = {
-    *("cli", "commands", "transfers", "screen"),
+    *("cli", "commands", "model_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "deciding", "gauges"),
 }
 FOLDERS: dict[str, set[str]] = {
@@ -36,8 +37,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "pynetdicom": ("dimse/pynetdicom_*.py",),
     "sqlite3": ("store/*.py",),
     "sqlite_utils": ("store/*.py",),
-    "torch": ("models/*.py", "demo/train.py", "demo/measure.py"),
-    "monai": ("models/*.py", "demo/train.py", "demo/measure.py"),
+    "torch": ("models/*.py", "models/loaders/*.py", "demo/train.py", "demo/measure.py"),
+    "monai": ("models/*.py", "models/loaders/*.py", "demo/train.py", "demo/measure.py"),
     "highdicom": ("results/*.py",),
     "apscheduler": ("node.py",),
     "prometheus_client": ("metrics.py",),

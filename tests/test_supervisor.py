@@ -15,7 +15,7 @@ import pytest
 
 from dicom_node import supervisor
 from dicom_node.clock import SystemClock
-from dicom_node.config import NodeConfig, load_config
+from dicom_node.config import JobSettings, NodeConfig, load_config
 from dicom_node.deciding import keep_rules, kept_rules, node_rules
 from dicom_node.errors import ConfigError
 from dicom_node.model import BootTime
@@ -131,21 +131,24 @@ class MovedClock(SystemClock):
 def test_a_worker_stuck_in_a_job_longer_than_any_lease_is_not_well(
     config: NodeConfig, monkeypatch: pytest.MonkeyPatch, wait_for: WaitFor
 ) -> None:
-    inside, release = threading.Event(), threading.Event()
+    inside, release = threading.Semaphore(0), threading.Event()
 
-    def stuck(self: Any, worker: str) -> bool:
-        inside.set()
+    def stuck(self: Any, worker: str, **options: Any) -> bool:
+        inside.release()
         return not release.wait(30.0)
 
     monkeypatch.setattr(Worker, "run_once", stuck)
     clock = MovedClock()
+    config = config.model_copy(update={"jobs": JobSettings(workers=1)})
     work = Work(Orders(config=config, supervisor_pid=os.getpid()), clock)
     try:
-        assert inside.wait(10.0)
+        assert inside.acquire(timeout=10.0) and inside.acquire(timeout=10.0)  # and the one for urgent jobs
         clock.ahead_s = TIMEOUT_S + ENCODE_S - 30.0
         assert work.health()[0]
         clock.ahead_s = TIMEOUT_S + ENCODE_S + 1.0
-        assert work.health() == (False, "1 of 1 stuck in a job", {"workers_alive": 1, "workers_stuck": 1})
+        ok, detail, facts = work.health()
+        assert (ok, detail) == (False, "2 of 2 stuck in a job")
+        assert (facts["workers_alive"], facts["workers_stuck"]) == (2, 2)
         release.set()
         wait_for(lambda: work.health()[0], 10, "the worker to be well again")
     finally:

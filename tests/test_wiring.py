@@ -124,7 +124,7 @@ def test_every_configured_engine_and_encoder_can_be_made(config: NodeConfig) -> 
     assert sorted(made) == ["ct-abdomen", "cxr-findings"]
     for engine in made.values():
         engine.close()
-    assert [encoder.kind for encoder in encoders()] == ["seg", "sr"]
+    assert [encoder.kind for encoder in encoders()] == ["seg", "labelmap", "sr"]
 
 
 def test_an_unknown_engine_names_the_known_ones(config: NodeConfig) -> None:

@@ -93,18 +93,21 @@ def finish(manifest: ClassificationManifest, prepared: PreparedImages, probabili
     """
     outputs = manifest.output.findings
     count = len(prepared.sop_instance_uids)
-    if probability.ndim != 2 or len(probability) != count or probability.shape[1] <= max(o.index for o in outputs):
+    needed = max((index for output in outputs for index in output.index), default=-1)
+    if probability.ndim != 2 or len(probability) != count or probability.shape[1] <= needed:
         raise EngineError(f"the network answered {probability.shape} for {count} images")
     results = []
     for uid, scores, refused in zip(prepared.sop_instance_uids, probability, prepared.refused, strict=True):
         notes = (*prepared.notes, *((refused,) if refused else ()))
-        items = tuple(_finding(output, None if refused else float(scores[output.index])) for output in outputs)
+        items = tuple(_finding(output, None if refused else scores) for output in outputs)
         results.append(Findings(sop_instance_uid=uid, items=items, notes=notes))
     return tuple(results)
 
 
-def _finding(output: FindingOutput, score: float | None) -> Finding:
-    confidence = score if output.assessed else None
+def _finding(output: FindingOutput, scores: Floats | None) -> Finding:
+    confidence = None
+    if output.assessed and scores is not None:
+        confidence = float(max(scores[index] for index in output.index))
     if confidence is None:
         presence = Presence.UNDETERMINED
     else:

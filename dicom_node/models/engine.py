@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dicom_node.config import EngineSettings
+from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.errors import ConfigError, EngineTimeout
 from dicom_node.interfaces import Heartbeat
-from dicom_node.model import EngineResult, EngineTask
+from dicom_node.model import EngineResult, EngineTask, Priority
 from dicom_node.models import classify, segment
 from dicom_node.models.manifest import ClassificationManifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
-from dicom_node.models.registry import find_package
-from dicom_node.models.runtime import Answer, RuntimePool, lend_runtimes, return_runtimes
+from dicom_node.models.registry import ModelReference
+from dicom_node.models.runtime import Answer, Limits
+from dicom_node.models.runtime_pool import RuntimePool, lend_runtimes, return_runtimes
+from dicom_node.models.wire import Array
 
 __all__ = ["LocalModelEngine"]
 
 _BEAT_S = 0.5
+_START_S = 120.0  # a runtime process loads torch first
 
 
 class _Options(BaseModel):
@@ -32,13 +39,25 @@ class _Options(BaseModel):
 class LocalModelEngine:
     """Runs a model package on this machine.
 
-    `settings.model` is an embedded id or a package folder; `settings.options.threads` bounds torch's CPU threads (0 =
-    its default). `devices` as in `config.JobSettings`: one runtime process for each, shared by every local engine of
-    this process that is given the same ones. Construction reads nothing; the package is read on `check` or the first
-    `run`, torch starts with the first `run`. Raises ConfigError for wrong options.
+    `settings.model` is an embedded or installed id, with or without @VERSION, or a package folder; `models_dir` is
+    where models are installed. When another version is enabled, jobs under way finish on theirs and the next job takes
+    the new one. `settings.options.threads` bounds torch's CPU threads (0 = its default). `devices` as in
+    `config.JobSettings`: one runtime process for each, shared by every local engine of this process that is given the
+    same ones; `jobs` bounds their memory and how long they may be silent. Construction reads nothing; the package is
+    read on `check` or the first `run`, torch starts with the first `run`. Raises ConfigError for wrong options.
+
+    Several series may be run at a time, from threads: one is read while another is on the device.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, *, devices: tuple[str, ...] = ("auto",)) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: EngineSettings,
+        *,
+        devices: tuple[str, ...] = ("auto",),
+        models_dir: Path | None = None,
+        jobs: JobSettings | None = None,
+    ) -> None:
         self.name = name
         if not settings.model:
             raise ConfigError(f"engines.{name}.model: missing; name an embedded package or a package folder")
@@ -52,40 +71,42 @@ class LocalModelEngine:
             raise ConfigError("jobs.devices: empty; name at least one device, e.g. [auto]")
         self._settings = settings
         self._devices = devices
+        self._limits = _limits(jobs or JobSettings(), models_dir)
+        self._coming = 0  # radiographs that are read and will soon be asked about
         self._guard = Lock()
-        self._package: ModelPackage | None = None
+        self._model = ModelReference(settings.model, models_dir)
         self._pool: RuntimePool | None = None
 
     def check(self) -> None:
         """Read the package anew and check its weights' digest. Raises PackageError."""
-        package = find_package(self._settings.model)
-        package.check_weights()
-        with self._guard:
-            self._package = package
+        self._model.anew().check_weights()
 
     def warm_up(self, heartbeat: Heartbeat) -> None:
         """Start the runtimes and load the network in each, so that the first series need not wait for it.
 
         Optional. Raises as `run` does.
         """
-        package = self._loaded()
         watch = _Watch(heartbeat, self._settings.timeout_s)
-        for runtime in self._runtimes().runtimes:
-            runtime.load(package, timeout_s=watch.remaining(), heartbeat=watch)
+        with self._model.held() as package:
+            self._runtimes().load(package, timeout_s=watch.remaining(), heartbeat=watch)
 
     def run(self, task: EngineTask, heartbeat: Heartbeat) -> EngineResult:
         """Labels and measurements (CT), or findings (radiographs).
 
         Raises EngineRejected or SeriesRejected with the reasons when the package does not take the series,
-        EngineTimeout, EngineUnavailable, EngineError, PackageError, and whatever `heartbeat` raises.
+        EngineTimeout, EngineUnavailable, EngineCrashed (the runtime died or hung on this series), EngineError,
+        PackageError, and whatever `heartbeat` raises.
         """
         timeout_s = min(task.timeout_s, self._settings.timeout_s)
         watch = _Watch(heartbeat, timeout_s)
-        package = self._loaded()
-        manifest = package.manifest
-        if isinstance(manifest, SegmentationManifest):
-            return self._segment(package, manifest, task, watch)
-        return self._classify(package, manifest, task, watch)
+        with self._model.held() as package:  # what is enabled meanwhile is for the next job
+            manifest = package.manifest
+            if isinstance(manifest, SegmentationManifest):
+                pool = self._runtimes()
+                memory = pool.urgent_volumes if task.priority is Priority.URGENT else pool.volumes
+                with memory.taken(_volume_bytes(task), task.priority.rank, watch):
+                    return self._segment(package, manifest, task, watch)
+            return self._classify(package, manifest, task, watch)
 
     def _segment(
         self, package: ModelPackage, manifest: SegmentationManifest, task: EngineTask, watch: _Watch
@@ -93,9 +114,9 @@ class LocalModelEngine:
         started = time.perf_counter()
         prepared = segment.prepare(manifest, task, watch)
         ready = time.perf_counter()
-        answer = self._infer(package, prepared.network_input, watch)
+        answer = self._infer(package, prepared.volume_hu, task, watch, segment.volume_job(manifest, prepared.grid))
         answered = time.perf_counter()
-        labels, measurements = segment.finish(manifest, prepared, answer.output, watch)
+        labels, measurements = segment.finish(manifest, prepared, answer.output.astype(np.uint8, copy=False), watch)
         stages = _stages(answer, prepare=ready - started, finish=time.perf_counter() - answered)
         provenance = package.provenance(_parameters(answer, manifest))
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)
@@ -104,41 +125,59 @@ class LocalModelEngine:
         self, package: ModelPackage, manifest: ClassificationManifest, task: EngineTask, watch: _Watch
     ) -> EngineResult:
         started = time.perf_counter()
-        prepared = classify.prepare(manifest, task, watch)
+        with self._announced():
+            prepared = classify.prepare(manifest, task, watch)
         ready = time.perf_counter()
-        answer = self._infer(package, prepared.network_input, watch)
+        job = {"activation": manifest.output.activation}
+        answer = self._infer(package, prepared.network_input, task, watch, job)
         answered = time.perf_counter()
-        findings = classify.finish(manifest, prepared, answer.output)
+        findings = classify.finish(manifest, prepared, answer.output.astype(np.float32, copy=False))
         stages = _stages(answer, prepare=ready - started, finish=time.perf_counter() - answered)
         provenance = package.provenance(_parameters(answer, manifest))
         return EngineResult(values=findings, provenance=provenance, stage_seconds=stages)
 
-    def _infer(self, package: ModelPackage, array: segment.Floats, watch: _Watch) -> Answer:
-        limit = min(watch.remaining(), package.manifest.runtime.timeout_s)
-        return (
-            self._runtimes()
-            .idle()
-            .infer(package, array, timeout_s=limit, heartbeat=watch, threads=self._options.threads)
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        with self._guard:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._coming -= 1
+
+    def _infer(
+        self, package: ModelPackage, array: Array, task: EngineTask, watch: _Watch, job: Mapping[str, Any]
+    ) -> Answer:
+        return self._runtimes().infer(
+            package,
+            array,
+            job=job,
+            timeout_s=min(watch.remaining(), package.manifest.runtime.timeout_s),
+            heartbeat=watch,
+            threads=self._options.threads,
+            priority=task.priority,
+            expect=self._coming,
+            alone=task.strikes > 0,
         )
+
+    def facts(self) -> Sequence[Mapping[str, Any]]:
+        """How the devices stand that this engine uses, see `RuntimePool.facts`; none before the first run."""
+        with self._guard:
+            return self._pool.facts() if self._pool is not None else ()
 
     def _runtimes(self) -> RuntimePool:
         with self._guard:
             if self._pool is None:
-                self._pool = lend_runtimes(self._devices)
+                self._pool = lend_runtimes(self._devices, self._limits)
             return self._pool
-
-    def _loaded(self) -> ModelPackage:
-        with self._guard:
-            if self._package is None:
-                self._package = find_package(self._settings.model)
-            return self._package
 
     def close(self) -> None:
         """Give the runtimes back; the last engine's return stops them. Idempotent."""
         with self._guard:
             lent, self._pool = self._pool, None
         if lent is not None:
-            return_runtimes(self._devices)
+            return_runtimes(self._devices, self._limits)
 
 
 class _Watch:
@@ -163,12 +202,30 @@ class _Watch:
         return max(self._end - time.monotonic(), 0.001)
 
 
+def _limits(jobs: JobSettings, models_dir: Path | None) -> Limits:
+    return Limits(
+        memory_bytes=jobs.memory_mb << 20,
+        hang_s=jobs.hang_s,
+        start_s=max(jobs.hang_s, _START_S),
+        prepared_bytes=jobs.prepared_mb << 20,
+        models_dir=str(models_dir.absolute()) if models_dir is not None else "",
+    )
+
+
+def _volume_bytes(task: EngineTask) -> int:
+    """What the series takes once it is read: two bytes a voxel."""
+    known = [image for image in task.header.geometry if image.get("Rows") and image.get("Columns")]
+    voxels = sum(int(image["Rows"]) * int(image["Columns"]) * int(image.get("NumberOfFrames") or 1) for image in known)
+    return 2 * voxels if known else sum(instance.data_set_length for instance in task.instances)
+
+
 def _stages(answer: Answer, *, prepare: float, finish: float) -> dict[str, float]:
     return {
+        "wait": answer.seconds.get("wait", 0.0),
         "load": answer.seconds.get("load", 0.0),
-        "prepare": prepare,
-        "infer": answer.seconds.get("forward", 0.0),
-        "finish": finish,
+        "prepare": prepare + answer.seconds.get("prepare", 0.0),
+        "forward": answer.seconds.get("forward", 0.0),
+        "finish": finish + answer.seconds.get("finish", 0.0),
     }
 
 
@@ -177,6 +234,6 @@ def _parameters(answer: Answer, manifest: SegmentationManifest | ClassificationM
     parameters = [f"device={answer.device}", f"precision={answer.precision}"]
     if isinstance(manifest, SegmentationManifest):
         parameters.append("spacing_mm=" + "x".join(f"{mm:g}" for mm in manifest.input.spacing_mm))
-        parameters.append("window=" + "x".join(str(n) for n in manifest.infer.window))
+        parameters.append("window=" + "x".join(str(n) for n in manifest.infer.window or ()))
         parameters.append(f"overlap={manifest.infer.overlap:g}")
     return tuple(parameters)

@@ -5,18 +5,14 @@ Pure data and pydantic: unknown keys are refused, nothing is imported or evaluat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydicom import uid as uids
-from pydicom.uid import UID
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from dicom_node.model import Code
+from dicom_node.models.schema import Block, CodedConcept, Finite, Positive, Slug, StorageClass, Upper
+from dicom_node.models.source import TRUST, Source
 
 __all__ = [
-    "NETWORKS",
     "ClassificationManifest",
     "ExpectedBlock",
     "FindingOutput",
@@ -27,104 +23,8 @@ __all__ = [
     "SelectBlock",
 ]
 
-# Exact names: networks whose constructors take plain values, run nothing of the package and fetch nothing.
-NETWORKS = frozenset(
-    {"AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DenseNet", "DynUNet", "ResNet", "SegResNet"}
-    | {"SwinUNETR", "UNETR", "UNet", "VNet"}
-)
 
-
-def _slug(value: str) -> str:
-    allowed = value.replace("-", "").replace("_", "").replace(".", "")
-    if not (value and allowed.isascii() and allowed.isalnum() and len(value) <= 64):
-        raise ValueError("expected 1 to 64 letters, digits, '-', '_' or '.'")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Numbers, texts, booleans, null, and lists and mappings of them; nothing a constructor could be tricked with."""
-    if isinstance(value, Mapping):
-        return {_text_key(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        if len(value) > 1024:
-            raise ValueError("expected at most 1024 values in a list")
-        return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, bool | str | float) or (isinstance(value, int) and abs(value) <= 65536):
-        return value
-    raise ValueError(f"expected plain values, integers within +-65536; got {value!r}")
-
-
-def _text_key(key: Any) -> str:
-    if not isinstance(key, str) or key.startswith("_") or key in ("pretrained", "progress"):
-        raise ValueError(f"{key!r} is no argument a package may set")
-    return key
-
-
-def _code(value: Any) -> Any:
-    """[scheme, value, meaning] as people write it."""
-    if isinstance(value, list | tuple):
-        if len(value) != 3 or not all(isinstance(part, str) and 0 < len(part) <= 64 for part in value):
-            raise ValueError("expected [scheme, value, meaning], three texts of at most 64 characters")
-        return Code(scheme=value[0], value=value[1], meaning=value[2])
-    return value
-
-
-def _storage_class(value: str) -> str:
-    uid = UID(value) if value[:1].isdigit() else _uid_named(value)
-    if not uid.is_valid:
-        raise ValueError(f"{value!r} is no SOP Class UID or keyword such as CTImageStorage")
-    return str(uid)
-
-
-def _uid_named(keyword: str) -> UID:
-    found = getattr(uids, keyword, None)
-    return found if isinstance(found, UID) else UID("")
-
-
-Slug = Annotated[str, AfterValidator(_slug)]
-PlainArgs = Annotated[dict[str, Any], AfterValidator(_plain)]
-CodedConcept = Annotated[Code, BeforeValidator(_code)]
-StorageClass = Annotated[str, AfterValidator(_storage_class)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Upper = Annotated[str, AfterValidator(str.upper)]
-
-
-class _Block(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class NetworkBlock(_Block):
-    """A network of monai.networks.nets by its exact name, with plain arguments."""
-
-    name: str
-    args: PlainArgs = {}
-
-    @model_validator(mode="after")
-    def _allowed(self) -> NetworkBlock:
-        if self.name not in NETWORKS:
-            raise ValueError(f"{self.name!r} is not on the list of networks: {', '.join(sorted(NETWORKS))}")
-        return self
-
-
-class SourceBlock(_Block):
-    """Where the weights are and what they fit."""
-
-    format: Literal["state_dict"]
-    path: str
-    sha256: Digest
-    network: NetworkBlock
-
-    @model_validator(mode="after")
-    def _inside(self) -> SourceBlock:
-        path = Path(self.path)
-        if path.is_absolute() or ".." in path.parts or path.suffix not in (".safetensors", ".pt", ".pth"):
-            raise ValueError("path: expected a .safetensors, .pt or .pth file inside the package folder")
-        return self
-
-
-class IntendedUseBlock(_Block):
+class IntendedUseBlock(Block):
     """What the model is for; goes into every result."""
 
     status: Literal["demonstration", "research", "clinical"]
@@ -133,14 +33,14 @@ class IntendedUseBlock(_Block):
     limits: tuple[str, ...] = ()
 
 
-class OneOfBlock(_Block):
+class OneOfBlock(Block):
     """An attribute must have one of `any`; `missing` says what its absence means."""
 
     any: Annotated[tuple[Upper, ...], Field(min_length=1)]
     missing: Literal["allow", "refuse"] = "refuse"
 
 
-class GeometryBlock(_Block):
+class GeometryBlock(Block):
     """What the volume must be like."""
 
     min_slices: Annotated[int, Field(ge=3)] = 3
@@ -148,17 +48,17 @@ class GeometryBlock(_Block):
     orientation: Literal["axial", "coronal", "sagittal"] | None = None
     max_obliquity_deg: Positive = 30.0
     min_coverage_mm: Positive | None = None
-    regular: Literal["require"] = "require"
+    regular: Literal["require", "repair"] = "require"
 
 
-class ExcludeBlock(_Block):
+class ExcludeBlock(Block):
     """What the model must not see."""
 
     image_type: tuple[Upper, ...] = ()
     description_contains: tuple[str, ...] = ()
 
 
-class SelectBlock(_Block):
+class SelectBlock(Block):
     """Which series the model takes; each clause that fails gives a reason."""
 
     modality: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -169,7 +69,7 @@ class SelectBlock(_Block):
     exclude: ExcludeBlock = ExcludeBlock()
 
 
-class IntensityBlock(_Block):
+class IntensityBlock(Block):
     """Clip to `clip` (HU), then map that range linearly to `to`."""
 
     clip: tuple[Finite, Finite]
@@ -182,16 +82,81 @@ class IntensityBlock(_Block):
         return self
 
 
+class RangeBlock(Block):
+    """Map `from` linearly to `to`; values beyond are mapped likewise, or held at the ends where `clip` says so."""
+
+    source: tuple[Finite, Finite] = Field(alias="from")
+    to: tuple[Finite, Finite]
+    clip: bool = False
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> RangeBlock:
+        if self.source[0] == self.source[1]:
+            raise ValueError("from: expected two different values")
+        return self
+
+
+class NormalizeBlock(Block):
+    """Subtract the mean and divide by the standard deviation: those given, else those of the volume's own values.
+
+    `nonzero`: zeros take no part, neither in the figures nor in the result.
+    """
+
+    nonzero: bool = False
+    mean: Finite | None = None
+    std: Positive | None = None
+
+
+class MinmaxBlock(Block):
+    """Map the volume's own lowest and highest value to `to`."""
+
+    to: tuple[Finite, Finite] = (0.0, 1.0)
+
+
+class IntensityStep(Block):
+    """One step over all values of the volume: exactly one of the keys."""
+
+    range: RangeBlock | None = None
+    clip: tuple[Finite, Finite] | None = None
+    normalize: NormalizeBlock | None = None
+    minmax: MinmaxBlock | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> IntensityStep:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("expected exactly one of range, clip, normalize, minmax")
+        return self
+
+
+Intensity = Annotated[
+    Annotated[IntensityBlock, Tag("mapping")] | Annotated[tuple[IntensityStep, ...], Field(max_length=8), Tag("steps")],
+    Discriminator(lambda value: "steps" if isinstance(value, list | tuple) else "mapping"),
+]
+
+
+class CropBlock(Block):
+    """Cut to the box around the values above `above` (MONAI's CropForeground); `margin` in voxels is kept around."""
+
+    above: Finite = 0.0
+    margin: Annotated[int, Field(ge=0, le=512)] = 0
+
+
 _PATIENT_AXIS = {"R": "x", "L": "x", "A": "y", "P": "y", "S": "z", "I": "z"}
 
 
-class VolumeInputBlock(_Block):
-    """The grid and the values a segmentation network expects."""
+class VolumeInputBlock(Block):
+    """The grid and the values a segmentation network expects.
+
+    `values` hu: only images in Hounsfield units are taken; any: the modality's own values after its rescale.
+    `intensity`: one mapping, or steps done in their order after resampling. `crop` comes last.
+    """
 
     orientation: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] = "RAS"
     spacing_mm: tuple[Positive, Positive, Positive]
     mode: Literal["linear"] = "linear"
-    intensity: IntensityBlock
+    values: Literal["hu", "any"] = "hu"
+    intensity: Intensity
+    crop: CropBlock | None = None
     padding_hu: Finite = -1000.0
 
     @model_validator(mode="after")
@@ -201,7 +166,7 @@ class VolumeInputBlock(_Block):
         return self
 
 
-class RadiographInputBlock(_Block):
+class RadiographInputBlock(Block):
     """A classification network's square input, made by `dicom_node.radiograph`.
 
     `prepare`: trimmed, fitted and standardised (radiograph), or as torchxrayvision's networks take it (xrv).
@@ -213,30 +178,40 @@ class RadiographInputBlock(_Block):
     gate: Literal["none", "frontal_chest"] = "none"
 
 
-class WindowsBlock(_Block):
-    """Sliding windows over the volume, in the network's voxels and axis order."""
+class WindowsBlock(Block):
+    """Sliding windows over the volume, in the network's voxels and axis order; null: the whole volume at once.
 
-    window: tuple[Annotated[int, Field(ge=8, le=512)], ...]
+    They lie on MONAI's lattice and weigh alike (`blend` constant) or by its Gaussian (gaussian); `blend` nnunet is
+    nnU-Net's lattice with its Gaussian. A volume smaller than the window is filled up evenly: `edge` replicate with its
+    border, constant with `pad_value` (null: `input.padding_hu` through the intensity). `mirror`: axes along which the
+    network also sees the volume reversed, every combination of them, the outputs averaged.
+    """
+
+    window: tuple[Annotated[int, Field(ge=8, le=512)], ...] | None
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    blend: Literal["gaussian", "constant"] = "gaussian"
+    blend: Literal["gaussian", "constant", "nnunet"] = "gaussian"
+    edge: Literal["constant", "replicate"] = "constant"
+    pad_value: Finite | None = None
+    mirror: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)] = ()
     batch: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     @model_validator(mode="after")
     def _three(self) -> WindowsBlock:
-        if len(self.window) != 3:
+        if self.window is not None and len(self.window) != 3:
             raise ValueError("window: expected three sizes")
+        _require_unique("mirror", list(self.mirror))
         return self
 
 
-class BatchBlock(_Block):
+class BatchBlock(Block):
     """How images go through a classification network."""
 
     batch: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
-class ExpectedBlock(_Block):
+class ExpectedBlock(Block):
     """Where an organ lies when it is there, told by another label that was found.
 
     Along the patient's long axis: from `below_mm` under the lowest to `above_mm` over the highest voxel of `near`.
@@ -247,7 +222,7 @@ class ExpectedBlock(_Block):
     below_mm: Annotated[float, Field(ge=0)] = 0.0
 
 
-class SegmentBlock(_Block):
+class SegmentBlock(Block):
     """Codes of a segment (PS3.3 C.8.20.2)."""
 
     category: CodedConcept
@@ -255,16 +230,18 @@ class SegmentBlock(_Block):
     modifier: CodedConcept | None = None
 
 
-class LabelOutput(_Block):
+class LabelOutput(Block):
     """One class of a segmentation network.
 
     `keep` and `min_ml` clean up on the network's grid: pieces (6-connected) smaller than `min_ml` are dropped, and all
     but the largest where `keep` says so. `expected`: without voxels the organ is reported Absent only if every
-    label named there was found, uncut, and the scan covers the whole expected range; else Undetermined.
+    label named there was found, uncut, and the scan covers the whole expected range; else Undetermined. `name` is what
+    people call it ("Left kidney"), where that is not the meaning of the type's code.
     """
 
     index: Annotated[int, Field(ge=1, le=255)]
     key: Slug
+    name: Annotated[str, Field(max_length=64)] = ""
     color: tuple[int, int, int] | None = None
     segment: SegmentBlock
     keep: Literal["all", "largest_component"] = "all"
@@ -272,10 +249,17 @@ class LabelOutput(_Block):
     expected: tuple[ExpectedBlock, ...] = ()
 
 
-class LabelsBlock(_Block):
-    """What the classes of a segmentation network are; class 0 is background."""
+class LabelsBlock(Block):
+    """What the classes of a segmentation network are; class 0 is background.
 
-    activation: Literal["softmax"] = "softmax"
+    `decide` argmax: the largest class; a number: class 1 where the only output is above it, after `activation`.
+    `inverse` probability: probabilities are interpolated back to the source grid, then decided; labels: decided on the
+    network's grid, and each source voxel takes the label of the nearest.
+    """
+
+    activation: Literal["softmax", "sigmoid", "none"] = "softmax"
+    decide: Literal["argmax"] | Annotated[float, Field(ge=0, le=1)] = "argmax"
+    inverse: Literal["probability", "labels"] = "probability"
     labels: Annotated[tuple[LabelOutput, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -290,10 +274,19 @@ class LabelsBlock(_Block):
         return self
 
 
-class FindingOutput(_Block):
-    """One output of a classification network. `assessed` false: always reported as not assessed."""
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
 
-    index: Annotated[int, Field(ge=0, le=4095)]
+
+class FindingOutput(Block):
+    """A finding and the output of a classification network that scores it; of several outputs, the largest counts.
+
+    `assessed` false: always reported as not assessed; it may have no output.
+    """
+
+    index: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=4095)], ...], BeforeValidator(_several), Field(max_length=16)
+    ] = ()
     key: Slug
     name: Annotated[str, Field(min_length=1, max_length=64)]
     code: CodedConcept
@@ -301,16 +294,22 @@ class FindingOutput(_Block):
     assessed: bool = True
     site: CodedConcept | None = None
 
+    @model_validator(mode="after")
+    def _scored(self) -> FindingOutput:
+        if self.assessed and not self.index:
+            raise ValueError("index: is required; which output of the network scores it?")
+        return self
 
-class FindingsBlock(_Block):
-    """What the outputs of a classification network are."""
 
-    activation: Literal["sigmoid"] = "sigmoid"
+class FindingsBlock(Block):
+    """What the outputs of a classification network are. `activation` none: they are probabilities already."""
+
+    activation: Literal["sigmoid", "none"] = "sigmoid"
     findings: Annotated[tuple[FindingOutput, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> FindingsBlock:
-        _require_unique("index", [finding.index for finding in self.findings])
+        _require_unique("index", [index for finding in self.findings for index in finding.index])
         _require_unique("key", [finding.key for finding in self.findings])
         return self
 
@@ -320,37 +319,43 @@ def _require_unique(name: str, values: list[Any]) -> None:
         raise ValueError(f"{name} {twice[0]!r} is used twice")
 
 
-class RuntimeBlock(_Block):
+class RuntimeBlock(Block):
     """Limits of one run in the runtime process."""
 
     timeout_s: Positive = 300.0
 
 
-class MetricsBlock(_Block):
+class MetricsBlock(Block):
     """Where the package keeps its measured figures."""
 
     file: str
 
 
-def _only_data(value: Any) -> Any:
-    if value in ("graph", "code"):
-        raise ValueError(
-            f"{value!r} packages are not run yet: they come with the TorchScript, ONNX and code formats; only 'data' is"
-        )
+def _no_code(value: Any) -> Any:
+    if value == "code":
+        raise ValueError("'code' packages run Python of their own; this node does not: export the network instead")
     return value
 
 
-class _Manifest(_Block):
+class _Manifest(Block):
     schema_version: Literal[1] = Field(alias="schema")
     id: Slug
     version: Slug
     manufacturer: Annotated[str, Field(min_length=1, max_length=64)] = "unknown"
-    trust: Annotated[Literal["data"], BeforeValidator(_only_data)] = "data"
-    source: SourceBlock
+    trust: Annotated[Literal["data", "graph"], BeforeValidator(_no_code)] = "data"
+    source: Source
     intended_use: IntendedUseBlock
     select: SelectBlock
     runtime: RuntimeBlock = RuntimeBlock()
     metrics: MetricsBlock | None = None
+
+    @model_validator(mode="after")
+    def _trusted(self) -> _Manifest:
+        if (needed := TRUST[self.source.format]) != self.trust:
+            raise ValueError(
+                f"trust: {self.trust!r}, but format {self.source.format!r} needs {needed!r}; say 'trust: {needed}'"
+            )
+        return self
 
 
 class SegmentationManifest(_Manifest):

@@ -7,7 +7,10 @@ packages, the runtime process loads their weights. Must not import torch.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,14 +21,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dicom_node.errors import PackageError
 from dicom_node.model import Provenance
 from dicom_node.models.manifest import Manifest
+from dicom_node.models.source import TRUST, FoldFile, NnunetSource
 
-__all__ = ["MANIFEST", "ModelPackage", "load_package", "package_of"]
+__all__ = ["MANIFEST", "MAX_WEIGHTS_BYTES", "ModelPackage", "load_package", "open_regular", "package_of"]
 
 MANIFEST = "model.yaml"
 _MAX_MANIFEST_BYTES = 256 * 1024
 _MAX_ALIASES = 32  # aliases of aliases grow exponentially
 _MAX_DEPTH = 16
-_MAX_WEIGHTS_BYTES = 4 * 1024**3
+MAX_WEIGHTS_BYTES = 4 * 1024**3
+
+# what pydantic puts into the place of an error for the member of a union it tried
+_TAGS = ("segmentation", "classification", "mapping", "steps", *TRUST)
 
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Annotated[Manifest, Field(discriminator="task")])
 
@@ -44,10 +51,22 @@ class ModelPackage:
         return self.folder / self.manifest.source.path
 
     @property
+    def weights_files(self) -> tuple[FoldFile, ...]:
+        """Every file that holds weights, the first fold first, each with its digest."""
+        source = self.manifest.source
+        return (source, *source.folds) if isinstance(source, NnunetSource) else (source,)
+
+    @property
+    def weights_sha256(self) -> str:
+        """The weights file's digest; of several, the digest of their digests in their order."""
+        digests = [file.sha256 for file in self.weights_files]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    @property
     def device_uid(self) -> str:
         """(0018,1002) of this exact model: derived from id, version, weights and configuration (2.25, PS3.5 B.2)."""
         manifest = self.manifest
-        identity = "\n".join((manifest.id, manifest.version, manifest.source.sha256, self.config_sha256))
+        identity = "\n".join((manifest.id, manifest.version, self.weights_sha256, self.config_sha256))
         return f"2.25.{int.from_bytes(hashlib.sha256(identity.encode()).digest()[:16], 'big')}"
 
     def provenance(self, parameters: tuple[str, ...] = ()) -> Provenance:
@@ -58,7 +77,7 @@ class ModelPackage:
             version=manifest.version,
             manufacturer=manifest.manufacturer,
             device_uid=self.device_uid,
-            weights_sha256=manifest.source.sha256,
+            weights_sha256=self.weights_sha256,
             config_sha256=self.config_sha256,
             parameters=parameters,
             demonstration=manifest.intended_use.status == "demonstration",
@@ -66,30 +85,43 @@ class ModelPackage:
         )
 
     def check_weights(self) -> None:
-        """Raise PackageError unless the weights file is there, of sane size, and has the manifest's digest."""
-        path = self.weights_path
+        """Raise PackageError unless every weights file is there, of sane size, and has the manifest's digest."""
+        for file in self.weights_files:
+            self._check_file(file)
+
+    def _check_file(self, file: FoldFile) -> None:
+        path = self.folder / file.path
         try:
             if not path.resolve().is_relative_to(self.folder.resolve()):
                 raise PackageError(f"{path}: leads out of the package folder")
-            if path.stat().st_size > _MAX_WEIGHTS_BYTES:
-                raise PackageError(f"{path}: larger than {_MAX_WEIGHTS_BYTES >> 30} GiB")
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with open_regular(path, MAX_WEIGHTS_BYTES) as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as exc:
             raise PackageError(f"{path}: {exc.strerror}; the package has no readable weights") from exc
-        if digest != self.manifest.source.sha256:
-            raise PackageError(
-                f"{path}: sha256 is {digest[:16]}..., {MANIFEST} says {self.manifest.source.sha256[:16]}..."
-            )
+        if digest != file.sha256:
+            raise PackageError(f"{path}: sha256 is {digest[:16]}..., {MANIFEST} says {file.sha256[:16]}...")
+
+
+def open_regular(path: Path, max_bytes: int) -> io.FileIO:
+    """A file opened to be read. Raises PackageError when it is larger, or no regular file: a pipe would wait for ever.
+
+    Raises OSError when there is none.
+    """
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_size > max_bytes:
+        file.close()
+        limit = f"{max_bytes >> 30} GiB" if max_bytes >> 30 else f"{max_bytes >> 10} KiB"
+        raise PackageError(f"{path}: is no regular file or larger than {limit}")
+    return file
 
 
 def load_package(folder: Path) -> ModelPackage:
     """Read and check `folder`/model.yaml. Raises PackageError that names the key and what is expected there."""
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise PackageError(f"{path}: larger than {_MAX_MANIFEST_BYTES >> 10} KiB")
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path, _MAX_MANIFEST_BYTES) as file:
+            text = file.read().decode("utf-8")
     except OSError as exc:
         raise PackageError(f"{path}: {exc.strerror}; a model package is a folder with a {MANIFEST}") from exc
     except UnicodeDecodeError as exc:
@@ -127,7 +159,7 @@ def _parse(path: Path, text: str) -> Any:
 def _explain(path: Path, exc: ValidationError) -> str:
     lines = []
     for error in exc.errors():
-        keys = [str(part) for part in error["loc"] if part not in ("segmentation", "classification")]
+        keys = [str(part) for part in error["loc"] if part not in _TAGS]
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             message = "unknown key; remove it"

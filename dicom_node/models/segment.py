@@ -1,25 +1,26 @@
 """A CT series through a segmentation package: prepare, (runtime process), finish. Everything around the network.
 
-`prepare` decides the geometry, reads HU and resamples; `finish` brings the network's probabilities back to the source
-grid, slice by slice, and measures on the way. Must not import torch.
+`prepare` decides the geometry and reads HU, `volume_job` says what the runtime process is to do with them, `finish`
+measures on the labels that come back. Must not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dicom_node.errors import EngineError, EngineRejected
-from dicom_node.geometry import VolumeGeometry, volume_geometry
+from dicom_node.geometry import VolumeGeometry
 from dicom_node.model import EngineTask, LabelVolume, Measurements, Presence, Segment, SegmentMeasurement
-from dicom_node.models.components import pieces
+from dicom_node.models.grid import ModelGrid
 from dicom_node.models.manifest import ExpectedBlock, LabelOutput, SegmentationManifest
-from dicom_node.models.resample import LabelPlane, ModelGrid, first_largest, label_planes, resample
 from dicom_node.models.selection import select_geometry, select_series
-from dicom_node.pixels import read_hounsfield, read_image
+from dicom_node.pixels import read_image, read_volume, series_geometry
 
 __all__ = ["Prepared", "finish", "prepare"]
 
@@ -29,16 +30,15 @@ Labels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A series ready for the network. `network_input` is (X, Y, Z) in the network's axis order and value range."""
+    """A series ready for the runtime process. `volume_hu` is (slice, row, column) on the images' own grid."""
 
     geometry: VolumeGeometry
     grid: ModelGrid
     volume_hu: npt.NDArray[np.int16] | Floats
-    network_input: Floats
 
 
 def prepare(manifest: SegmentationManifest, task: EngineTask, heartbeat: Callable[[], None]) -> Prepared:
-    """Read the series and bring it to the network's grid.
+    """Read the series and decide how the network's grid lies on it.
 
     Raises EngineRejected with every reason why the package does not take the series, SeriesRejected when its geometry
     or pixel data are unfit.
@@ -51,32 +51,33 @@ def prepare(manifest: SegmentationManifest, task: EngineTask, heartbeat: Callabl
         image = read_image(instance)
         images[instance.sop_instance_uid] = image
         heartbeat()
-    geometry = volume_geometry(
-        [image.header for image in images.values()],
+    geometry = series_geometry(
+        list(images.values()),
         min_slices=3,
         excluded_image_types=manifest.select.exclude.image_type,
+        regular=manifest.select.geometry.regular,
     )
     selection = select_geometry(manifest.select, geometry)
     if not selection.ok:
         raise EngineRejected("; ".join(selection.reasons))
-    volume = read_hounsfield([images[uid] for uid in geometry.sop_instance_uids], heartbeat)
+    volume = read_volume(images.values(), geometry, values=manifest.input.values, heartbeat=heartbeat)
     grid = ModelGrid.of(geometry, manifest.input.orientation, manifest.input.spacing_mm)
-    sampled = resample(volume, grid, heartbeat)
-    _scale(sampled, manifest)
-    return Prepared(
-        geometry=geometry,
-        grid=grid,
-        volume_hu=volume,
-        network_input=np.ascontiguousarray(grid.to_model_order(sampled)),
-    )
+    return Prepared(geometry=geometry, grid=grid, volume_hu=volume)
 
 
-def _scale(values: Floats, manifest: SegmentationManifest) -> None:
-    (low, high), (a, b) = manifest.input.intensity.clip, manifest.input.intensity.to
-    np.clip(values, low, high, out=values)
-    values -= np.float32(low)
-    values *= np.float32((b - a) / (high - low))
-    values += np.float32(a)
+def volume_job(manifest: SegmentationManifest, grid: ModelGrid) -> dict[str, Any]:
+    """What the runtime process is to do with the volume of `grid`; see `volume.segment_volume`."""
+    output = manifest.output
+    return {
+        "grid": grid.to_message(),
+        "input": manifest.input.model_dump(mode="json", by_alias=True, include={"intensity", "crop", "padding_hu"}),
+        "output": {
+            "activation": output.activation,
+            "decide": output.decide,
+            "inverse": output.inverse,
+            "labels": [{"index": o.index, "keep": o.keep, "min_ml": o.min_ml} for o in output.labels],
+        },
+    }
 
 
 # --- back to the source grid -----------------------------------------------------------------------------------------
@@ -86,17 +87,24 @@ def _scale(values: Floats, manifest: SegmentationManifest) -> None:
 class _Tally:
     """What is counted of one label while its planes go by. Indices are (slice, row, column) of the source grid."""
 
-    voxels: int = 0
+    slices: dict[int, int] = field(default_factory=dict)  # voxels by slice
     hu_sum: float = 0.0
     low: list[int] = field(default_factory=lambda: [2**31] * 3)
     high: list[int] = field(default_factory=lambda: [-1] * 3)
 
+    @property
+    def voxels(self) -> int:
+        """How many voxels there are in all."""
+        return sum(self.slices.values())
+
+    def cm3(self, slice_cm3: Sequence[float]) -> float:
+        """Their volume, given that of one voxel of each slice."""
+        return math.fsum(count * slice_cm3[k] for k, count in self.slices.items())
+
     def add(self, corner: tuple[int, int, int], mask: npt.NDArray[np.bool_], hu: npt.NDArray[np.generic]) -> None:
         """Count the voxels of `mask` (rows, columns), whose first voxel is `corner`, with their `hu`."""
         values = hu[mask]
-        if values.size == 0:
-            return
-        self.voxels += values.size
+        self.slices[corner[0]] = values.size
         self.hu_sum += float(values.sum(dtype=np.float64))
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         ends = ((0, 0), (int(rows[0]), int(rows[-1])), (int(columns[0]), int(columns[-1])))
@@ -106,76 +114,60 @@ class _Tally:
 
 
 def finish(
-    manifest: SegmentationManifest, prepared: Prepared, probability: Floats, heartbeat: Callable[[], None]
+    manifest: SegmentationManifest, prepared: Prepared, labels: Labels, heartbeat: Callable[[], None]
 ) -> tuple[LabelVolume, Measurements]:
-    """Labels on the source grid and what is measured on them, from `probability` (class, X, Y, Z).
+    """What is measured on `labels` (slice, row, column), with the codes of the package.
 
-    Raises EngineError when the network's output does not have the package's classes or the grid's shape.
+    Raises EngineError when they are not on the grid of the images.
     """
-    grid, geometry = prepared.grid, prepared.geometry
-    outputs = manifest.output.labels
-    expected = tuple(prepared.network_input.shape)
-    if probability.shape[1:] != expected or len(probability) <= max(label.index for label in outputs):
-        raise EngineError(f"the network answered {probability.shape} for a volume of {expected}")
-    ordered = np.array(grid.to_source_order(probability))
-    _clean_up(ordered, outputs, float(np.prod(grid.spacing_mm)) / 1000.0)
-    labels = np.zeros(geometry.shape, np.uint8)
+    geometry, outputs = prepared.geometry, manifest.output.labels
+    if labels.shape != geometry.shape or labels.dtype != np.uint8:
+        raise EngineError(f"the runtime answered {labels.dtype} {labels.shape} for images of {geometry.shape}")
     tallies = {label.index: _Tally() for label in outputs}
-    for plane in label_planes(ordered, grid):
-        if plane is not None:
-            _write(plane, labels, prepared.volume_hu, tallies)
+    for k, plane in enumerate(labels):
+        _count(k, plane, prepared.volume_hu[k], tallies)
         heartbeat()
+    voxel_cm3 = _voxel_cm3(geometry)
     for label in outputs:
-        _drop_if_tiny(label, tallies, labels, geometry.voxel_cm3)
+        _drop_if_tiny(label, tallies, labels, voxel_cm3)
     segments = {label.index: _segment(label) for label in outputs}
-    notes = _notes(geometry.left_out)
+    notes = geometry.notes
     volume = LabelVolume(
         labels=labels,
         sop_instance_uids=geometry.sop_instance_uids,
+        frame_numbers=geometry.frame_numbers,
         segments=tuple(segments.values()),
         notes=notes,
     )
-    items = tuple(_measurement(label, segments[label.index], manifest, prepared, tallies) for label in outputs)
+    items = tuple(
+        _measurement(label, segments[label.index], manifest, prepared, tallies, voxel_cm3) for label in outputs
+    )
     return volume, Measurements(items=items, notes=notes)
 
 
-def _clean_up(probability: Floats, outputs: tuple[LabelOutput, ...], voxel_ml: float) -> None:
-    """Turn unwanted pieces of each label into background, in place, on the network's grid."""
-    if all(label.keep == "all" and label.min_ml == 0 for label in outputs):
+def _voxel_cm3(geometry: VolumeGeometry) -> list[float]:
+    """The volume of a voxel of each slice."""
+    return [mm * geometry.spacing_mm[1] * geometry.spacing_mm[2] / 1000.0 for mm in geometry.widths_mm]
+
+
+def _count(k: int, plane: Labels, hu: npt.NDArray[np.generic], tallies: Mapping[int, _Tally]) -> None:
+    """Count the labels of slice `k`, looking only where there are any."""
+    rows = np.flatnonzero(plane.any(axis=1))
+    if rows.size == 0:
         return
-    coarse = first_largest(probability)
-    flat = probability.reshape(len(probability), -1)
-    for label in outputs:
-        if label.keep == "all" and label.min_ml == 0:
-            continue
-        voxels, piece = pieces(coarse == label.index)
-        if voxels.size == 0:
-            continue
-        unwanted = np.bincount(piece) * voxel_ml < label.min_ml
-        if label.keep == "largest_component":
-            unwanted[1:] = True
-        dropped = voxels[unwanted[piece]]
-        flat[:, dropped] = 0.0
-        flat[0, dropped] = 1.0
+    band = slice(int(rows[0]), int(rows[-1]) + 1)
+    columns = np.flatnonzero(plane[band].any(axis=0))
+    box = (band, slice(int(columns[0]), int(columns[-1]) + 1))
+    inside, values = plane[box], hu[box]
+    for number in np.flatnonzero(np.bincount(inside.reshape(-1), minlength=256)).tolist():
+        if number:
+            tallies[number].add((k, box[0].start, box[1].start), inside == number, values)
 
 
-def _write(
-    plane: LabelPlane, labels: Labels, volume_hu: npt.NDArray[np.int16] | Floats, tallies: Mapping[int, _Tally]
-) -> None:
-    """Put the package's labels of one slice in their place and count them; other classes are background."""
-    place = (plane.slice_index, plane.rows, plane.columns)
-    target, hu = labels[place], volume_hu[place]
-    for number, tally in tallies.items():
-        mask = plane.labels == number
-        if mask.any():
-            target[mask] = number
-            tally.add((plane.slice_index, plane.rows.start, plane.columns.start), mask, hu)
-
-
-def _drop_if_tiny(label: LabelOutput, tallies: dict[int, _Tally], labels: Labels, voxel_cm3: float) -> None:
+def _drop_if_tiny(label: LabelOutput, tallies: dict[int, _Tally], labels: Labels, voxel_cm3: Sequence[float]) -> None:
     """Remnants between the network's voxels of pieces that were dropped there are no organ either."""
     tally = tallies[label.index]
-    if tally.voxels and tally.voxels * voxel_cm3 < label.min_ml:
+    if tally.voxels and tally.cm3(voxel_cm3) < label.min_ml:
         box = labels[tuple(slice(low, high + 1) for low, high in zip(tally.low, tally.high, strict=True))]
         box[box == label.index] = 0
         tallies[label.index] = _Tally()
@@ -185,18 +177,12 @@ def _segment(label: LabelOutput) -> Segment:
     return Segment(
         number=label.index,
         key=label.key,
-        label=label.segment.type.meaning,
+        label=label.name or label.segment.type.meaning,
         category=label.segment.category,
         type=label.segment.type,
         modifier=label.segment.modifier,
         color_rgb=label.color,
     )
-
-
-def _notes(left_out: Mapping[str, str]) -> tuple[str, ...]:
-    reasons = sorted(set(left_out.values()))
-    counts = {reason: sum(1 for other in left_out.values() if other == reason) for reason in reasons}
-    return tuple(f"{count} images not analysed: {reason}" for reason, count in counts.items())
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------
@@ -208,6 +194,7 @@ def _measurement(
     manifest: SegmentationManifest,
     prepared: Prepared,
     tallies: Mapping[int, _Tally],
+    voxel_cm3: Sequence[float],
 ) -> SegmentMeasurement:
     tally = tallies[label.index]
     if tally.voxels:
@@ -215,7 +202,7 @@ def _measurement(
         return SegmentMeasurement(
             segment=segment,
             presence=Presence.PRESENT,
-            volume_cm3=tally.voxels * prepared.geometry.voxel_cm3,
+            volume_cm3=tally.cm3(voxel_cm3),
             mean_hu=tally.hu_sum / tally.voxels,
             note="reaches the edge of the images: measured on the visible part only" if cut else "",
         )
@@ -254,8 +241,8 @@ def _covers(prepared: Prepared, near: _Tally, expected: ExpectedBlock) -> bool:
     """Whether the images reach far enough below and above `near` along the patient's long axis."""
     directions = prepared.geometry.affine[2, :3] / np.asarray(prepared.geometry.spacing_mm)
     axis = int(np.argmax(np.abs(directions)))
-    spacing = prepared.geometry.spacing_mm[axis]
-    before = near.low[axis] * spacing
-    after = (prepared.geometry.shape[axis] - 1 - near.high[axis]) * spacing
+    spacing, count = prepared.geometry.spacing_mm[axis], prepared.geometry.shape[axis]
+    at = (prepared.geometry.positions_mm if axis == 0 else ()) or [k * spacing for k in range(count)]
+    before, after = at[near.low[axis]] - at[0], at[-1] - at[near.high[axis]]
     below, above = (before, after) if directions[axis] > 0 else (after, before)
     return below >= expected.below_mm and above >= expected.above_mm

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pydicom.uid import UID
 
 from dicom_node import anatomy
@@ -81,7 +82,8 @@ def select_image(select: SelectBlock, header: Mapping[str, Any]) -> Selection:
 def select_geometry(select: SelectBlock, geometry: VolumeGeometry) -> Selection:
     """The clauses on the volume: plane, obliquity, number and spacing of slices, coverage."""
     wanted = select.geometry
-    largest = max(geometry.spacing_mm)
+    # of an irregular stack three slices in four must be thin enough: single gaps are bridged, a coarse part is not
+    largest = max(float(np.quantile(geometry.widths_mm, 0.75, method="higher")), *geometry.spacing_mm[1:])
     reasons = []
     if geometry.shape[0] < wanted.min_slices:
         reasons.append(f"{geometry.shape[0]} slices, the model needs at least {wanted.min_slices}")

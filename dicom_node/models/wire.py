@@ -20,41 +20,56 @@ import numpy.typing as npt
 
 __all__ = ["receive", "received_array", "send", "shared_array"]
 
-_MAX_MESSAGE = 64 * 1024
-_MAX_ARRAYS = 2
+_MAX_PACKET = 64 * 1024
+_MAX_MESSAGE = 16 * 1024**2  # what does not fit into a packet travels as a memory file, the first of the descriptors
+_MAX_FDS = 3
 _MAX_ARRAY_BYTES = 16 * 1024**3
 
-Floats = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float32] | npt.NDArray[np.int16] | npt.NDArray[np.uint8]
+_TYPES = ("float32", "int16", "uint8")
 
 
-def shared_array(array: Floats) -> int:
+def shared_array(array: Array) -> int:
     """A descriptor of a memory file that holds `array` in C order. The caller closes it."""
     fd = os.memfd_create("dicom-node-array", os.MFD_CLOEXEC)
     os.ftruncate(fd, max(array.nbytes, 1))
-    target = np.frombuffer(mmap.mmap(fd, max(array.nbytes, 1)), np.float32, array.size)
+    target = np.frombuffer(mmap.mmap(fd, max(array.nbytes, 1)), array.dtype, array.size)
     target.reshape(array.shape)[...] = array
     return fd
 
 
-def received_array(fd: int, shape: Sequence[Any]) -> Floats:
-    """The array of `shape` behind a received descriptor, mapped without a copy; closes the descriptor.
+def received_array(fd: int, shape: Sequence[Any], dtype: Any = "float32") -> Array:
+    """The array of `shape` and `dtype` (float32, int16, uint8) behind a received descriptor, which is closed.
 
-    Raises ValueError when the shape is no shape or the memory file is smaller than it says.
+    Mapped, not copied.
+
+    Raises ValueError when shape or type are none or the memory file is smaller than it says.
     """
     try:
         if not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"{shape!r} is no shape")
-        size = math.prod(shape)
-        if size * 4 > min(os.fstat(fd).st_size, _MAX_ARRAY_BYTES):
+        if dtype not in _TYPES:
+            raise ValueError(f"{dtype!r} is no type of an array")
+        size, each = math.prod(shape), np.dtype(dtype).itemsize
+        if size * each > min(os.fstat(fd).st_size, _MAX_ARRAY_BYTES):
             raise ValueError(f"the memory file is too small for shape {tuple(shape)}")
-        return np.frombuffer(mmap.mmap(fd, size * 4), np.float32, size).reshape(tuple(shape))
+        array: Array = np.frombuffer(mmap.mmap(fd, size * each), dtype, size).reshape(tuple(shape))
+        return array
     finally:
         os.close(fd)
 
 
 def send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message with descriptors. Raises OSError when the other side is gone."""
-    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
+    data = json.dumps(message).encode()
+    if len(data) <= _MAX_PACKET:
+        socket.send_fds(sock, [data], list(fds))
+        return
+    fd = shared_array(np.frombuffer(data, np.uint8))
+    try:
+        socket.send_fds(sock, [str(len(data)).encode()], [fd, *fds])
+    finally:
+        os.close(fd)
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -63,7 +78,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     Raises TimeoutError after the socket's own time-out, ValueError for what is no message.
     """
     try:
-        data, fds, flags, _ = socket.recv_fds(sock, _MAX_MESSAGE, _MAX_ARRAYS)
+        data, fds, flags, _ = socket.recv_fds(sock, _MAX_PACKET, _MAX_FDS)
     except TimeoutError:
         raise
     except OSError:
@@ -74,6 +89,8 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("a message was cut short")
         message = json.loads(data)
+        if isinstance(message, int) and 0 < message <= _MAX_MESSAGE and fds:
+            message = json.loads(received_array(fds.pop(0), [message], "uint8").tobytes())
         if not isinstance(message, dict):
             raise ValueError("a message is no object")
     except ValueError:

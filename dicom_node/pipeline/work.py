@@ -4,7 +4,8 @@ Everything up to `finish_job` may be repeated after a crash: the engine runs aga
 under the same UIDs, the archive already has them. `finish_job` is one transaction and happens once.
 
 An attempt that fails is made again while that may help. What may be the job's own fault (its worker or the runtime
-died, no answer in time, an unforeseen error) is bounded by `max_attempts`; an outage of the node (no space, a busy
+died, no answer in time, an unforeseen error) is bounded by `max_attempts`; a job that killed or hung what runs its
+engine twice is left to a person: a third time would only keep others waiting. An outage of the node (no space, a busy
 catalog, a clean stop) counts for nothing. `deadline_s` bounds both, but no job is given up before it was tried.
 """
 
@@ -25,6 +26,7 @@ from dicom_node.config import JobSettings
 from dicom_node.errors import (
     ConfigError,
     EncodingError,
+    EngineCrashed,
     EngineError,
     EngineRejected,
     LeaseLost,
@@ -41,6 +43,7 @@ from dicom_node.model import (
     JobState,
     LabelVolume,
     Pending,
+    Priority,
     ResultContext,
     ResultValue,
     SeriesHeader,
@@ -55,6 +58,7 @@ __all__ = ["Stage", "Worker"]
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0  # of an engine whose configuration names none
+MAX_STRIKES = 2
 ENCODE_S = 300.0  # on top of the engine's own time, for encoding and archiving
 
 
@@ -111,13 +115,13 @@ class Worker:
         self._stopping = stopping
         self._jitter = jitter
 
-    def run_once(self, worker: str) -> bool:
-        """Do the first runnable job; False when there is none.
+    def run_once(self, worker: str, *, at_least: Priority = Priority.BACKGROUND) -> bool:
+        """Do the first runnable job, `at_least` so urgent; False when there is none.
 
         However it ends (done, refused, later, never, taken over), it ends in the catalog. Raises StorageError only when
         the catalog itself cannot be had; the job's lease then runs out and it is done again.
         """
-        job = self._queue.lease_job(worker, self._settings.lease_s)
+        job = self._queue.lease_job(worker, self._settings.lease_s, at_least=at_least)
         if job is None:
             return False
         try:
@@ -155,7 +159,10 @@ class Worker:
             self._queue.retry_job_later(job, "interrupted: the node was stopped", 0.0, outage=True)
             log.info("job interrupted", extra=_fields(job))
             return "retry"
-        outage = isinstance(exc, StorageError)
+        outage, strike = isinstance(exc, StorageError), isinstance(exc, EngineCrashed)
+        if strike and job.strikes + 1 >= MAX_STRIKES:
+            why = f"what runs the engine died or hung {MAX_STRIKES} times on this series; not tried again: {error}"
+            return self._give_up(job, "poison", why, exc)
         if not retryable:
             return self._give_up(job, "error", error, exc)
         if not outage and _counted(job) >= self._settings.max_attempts:
@@ -164,7 +171,7 @@ class Worker:
             self._cancel_parked(job)
             return self._give_up(job, "deadline", error, exc)
         delay_s = backoff_s(job.attempts, self._settings.backoff_s, self._settings.backoff_max_s, self._jitter())
-        self._queue.retry_job_later(job, error, delay_s, outage=outage)
+        self._queue.retry_job_later(job, error, delay_s, outage=outage, strike=strike)
         log.warning("job will be tried again", extra=_fields(job) | {"delay_s": round(delay_s, 1)}, exc_info=exc)
         return "retry"
 
@@ -222,6 +229,8 @@ class Worker:
             instances=tuple(instances),
             header=header,
             timeout_s=timeout_s,
+            priority=job.priority,
+            strikes=job.strikes,
         )
 
     def _ask(self, engine: Engine, job: Job, task: EngineTask, keeper: LeaseKeeper) -> EngineResult | Pending:

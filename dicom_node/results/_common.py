@@ -17,6 +17,7 @@ from datetime import datetime, timedelta, timezone
 from io import BytesIO
 
 from pydicom import config
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
@@ -50,7 +51,7 @@ __all__ = [
 _LIMITS = {"CS": 16, "SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
 _ONE_LINE = frozenset({"CS", "SH", "LO"})
 _SERIES_BANDS = 90  # 9000, 9010 ... 9890: one band of ten series numbers for an algorithm
-_KIND_OFFSETS = {"seg": 1, "sr": 2}
+_KIND_OFFSETS = {"seg": 1, "sr": 2, "labelmap": 3}
 MAKER = "dicom-node"
 
 
@@ -237,8 +238,9 @@ def finish(dataset: Dataset, source: Dataset, context: ResultContext, algorithm:
     return plain
 
 
-def encoded(dataset: Dataset, tail: bytes = b"") -> Dataset:
-    """The data set as it reads from its own Explicit VR Little Endian bytes, `tail` (later elements, encoded) appended.
+def encoded(dataset: Dataset, tail: bytes = b"", pixels: bytes | None = None) -> Dataset:
+    """The data set as it reads from its own Explicit VR Little Endian bytes, `tail` (later elements, encoded) appended,
+    and `pixels` (bytes, an even number) as its Pixel Data.
 
     What is returned has not been decoded yet, so writing it again copies the bytes: fast, and the same every time.
     """
@@ -246,6 +248,8 @@ def encoded(dataset: Dataset, tail: bytes = b"") -> Dataset:
     buffer.is_implicit_VR, buffer.is_little_endian = False, True
     write_dataset(buffer, dataset)
     result = read_dataset(BytesIO(buffer.getvalue() + tail), is_implicit_VR=False, is_little_endian=True)
+    if pixels is not None:  # added, not read: they may be hundreds of megabytes
+        result.add(DataElement("PixelData", "OB", pixels))
     result.file_meta = FileMetaDataset()
     result.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     result.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID

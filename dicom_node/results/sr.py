@@ -36,6 +36,7 @@ from dicom_node.results._sources import by_uid
 
 __all__ = ["SrEncoder"]
 
+_LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"  # pydicom does not name it yet
 _CERTAINTY_REMARK = "Certainty of Finding is the algorithm's confidence, in percent, that the finding is present"
 
 
@@ -189,19 +190,21 @@ def _elsewhere(others: Sequence[SegmentMeasurement]) -> str:
 
 
 def _is_segmentation(dataset: Dataset) -> bool:
-    return bool(dataset.SOPClassUID == SegmentationStorage)
+    return dataset.SOPClassUID in (SegmentationStorage, _LABEL_MAP_STORAGE)
 
 
 def _segments_by_tracking_uid(already: Sequence[Dataset]) -> Mapping[str, _SegmentReference]:
-    found = {}
+    """The first object that has a segment, where it is told as bits and as a label map; a background has no UID."""
+    found: dict[str, _SegmentReference] = {}
     for segmentation in already:
         if not _is_segmentation(segmentation):
             continue
         series = str(segmentation.ReferencedSeriesSequence[0].SeriesInstanceUID)
         for segment in segmentation.SegmentSequence:
-            found[str(segment.TrackingUID)] = _SegmentReference(
-                segmentation=segmentation, number=int(segment.SegmentNumber), source_series_uid=series
-            )
+            if uid := str(segment.get("TrackingUID", "")):
+                number = int(segment.SegmentNumber)
+                reference = _SegmentReference(segmentation=segmentation, number=number, source_series_uid=series)
+                found.setdefault(uid, reference)
     return found
 
 

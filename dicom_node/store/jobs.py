@@ -47,7 +47,7 @@ WHERE job.state IN ('pending', 'leased', 'waiting')
   AND CASE job.state
         WHEN 'leased' THEN job.lease_boot_id IS NOT :boot OR job.lease_until_s <= :now
         ELSE job.not_before_boot_id IS NOT :boot OR job.not_before_s <= :now END
-  AND (:conflicts OR held IS NOT 1)
+  AND (:conflicts OR held IS NOT 1) AND job.rank <= :rank
 ORDER BY job.rank, job.id LIMIT 1
 """
 
@@ -57,15 +57,17 @@ class Jobs(CatalogPart):
 
     # --- the worker's side
 
-    def lease_job(self, worker: str, lease_s: float) -> Job | None:
+    def lease_job(self, worker: str, lease_s: float, *, at_least: Priority = Priority.BACKGROUND) -> Job | None:
         """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
+        `at_least`: none that is less urgent.
 
         A lease counts as an attempt, except one that only polls an external engine. A worker that dies each time thus
         still runs out of attempts.
         """
+        wanted: dict[str, Any] = {"rank": at_least.rank}
 
         def write(connection: sqlite3.Connection) -> Job | None:
-            row = connection.execute(_RUNNABLE, self._runnable_now()).fetchone()
+            row = connection.execute(_RUNNABLE, wanted | self._runnable_now()).fetchone()
             if row is None:
                 return None
             state, attempts = JobState(row["state"]), row["attempts"]
@@ -86,7 +88,7 @@ class Jobs(CatalogPart):
             return self._job({**dict(row), **changes})
 
         with self.database.read() as connection:  # an idle worker must not take the writers' lock
-            if connection.execute(_RUNNABLE, self._runnable_now()).fetchone() is None:
+            if connection.execute(_RUNNABLE, wanted | self._runnable_now()).fetchone() is None:
                 return None
         return self.database.write(write)
 
@@ -137,13 +139,17 @@ class Jobs(CatalogPart):
         """The engine refuses this input for good: filtered, with the reason. Raises LeaseLost."""
         self._end_job_lease(job, "reject", error=reason, handle=None)
 
-    def retry_job_later(self, job: Job, error: str, delay_s: float, *, outage: bool = False) -> None:
+    def retry_job_later(
+        self, job: Job, error: str, delay_s: float, *, outage: bool = False, strike: bool = False
+    ) -> None:
         """Back to PENDING after `delay_s`; what an external engine works on (`handle`) is kept. Raises LeaseLost.
 
-        `outage`: the node was at fault, not the job; the attempt counts among `Job.outages`.
+        `outage`: the node was at fault, not the job; the attempt counts among `Job.outages`. `strike`: it killed or
+        hung what runs the engine; it counts among `Job.strikes`.
         """
         not_before_s, boot_id = self._in(delay_s)
-        changes = {"not_before_s": not_before_s, "not_before_boot_id": boot_id, "outages": job.outages + outage}
+        changes = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
+        changes |= {"outages": job.outages + outage, "strikes": job.strikes + strike}
         self._end_job_lease(job, "retry_later", error=error, **changes)
 
     def park_job(self, job: Job, pending: Pending) -> None:
@@ -170,7 +176,7 @@ class Jobs(CatalogPart):
 
     def retry_job(self, job_id: int) -> None:
         """FAILED, REJECTED or CANCELLED back to PENDING, attempts 0, at once. Raises NotFound, IllegalTransition."""
-        changes = {"attempts": 0, "outages": 0, "error": "", "handle": None, "not_before_boot_id": None}
+        changes = {"attempts": 0, "outages": 0, "strikes": 0, "error": "", "handle": None, "not_before_boot_id": None}
         changes |= self._now_columns()
         self.database.write(lambda connection: move_job(connection, job_id, "retry", **changes))
 
@@ -256,6 +262,7 @@ class Jobs(CatalogPart):
             superseded_job=row["superseded_job"],
             age_s=self.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
             outages=row["outages"],
+            strikes=row["strikes"],
         )
 
 

@@ -138,3 +138,9 @@ def queue_tables(db: Database) -> None:
     for statement in _TABLES.split(";\n"):
         if statement.strip():
             db.execute(statement)
+
+
+@queue_migrations()
+def job_strikes(db: Database) -> None:
+    """Attempts that killed or hung what runs the engine: after two the job is not tried again by itself."""
+    db.execute("ALTER TABLE job ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")

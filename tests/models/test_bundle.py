@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
-from monai.networks.nets import UNet
+from monai.networks.nets import SwinUNETR, UNet
 from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadImaged
-from pydicom.sr._concepts_dict import concepts
 
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
@@ -22,7 +22,8 @@ from dicom_node.errors import EngineError, NodeError, PackageError
 from dicom_node.model import LabelVolume
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
-from dicom_node.models.formats.labels import _ORGANS, label_output
+from dicom_node.models.formats.labels import label_output
+from dicom_node.models.loaders import load_module
 from dicom_node.models.registry import find_package
 from dicom_node.models.report import package_report
 
@@ -175,7 +176,9 @@ def test_the_description_says_what_the_configuration_says(tmp_path: Path) -> Non
     assert described.format == "monai_bundle"
     assert manifest["input"]["spacing_mm"] == [3.0, 3.0, 4.0]
     assert manifest["input"]["padding_hu"] == pytest.approx(-57)
-    assert manifest["infer"] == {"window": [32, 32, 32], "overlap": 0.5, "blend": "constant"}
+    assert manifest["infer"] == {
+        **{"window": [32, 32, 32], "overlap": 0.5, "blend": "constant", "edge": "constant", "pad_value": 0.0}
+    }
     assert manifest["id"] == "Spleen-CT-segmentation"
     assert manifest["intended_use"]["status"] == "research"
     assert any("left thingummy" in note for note in described.notes)
@@ -196,8 +199,23 @@ def test_the_report_on_a_bundle_tells_what_it_takes_and_that_its_network_runs(tm
 def test_a_network_with_fewer_outputs_than_the_package_names_fails_its_self_test(tmp_path: Path) -> None:
     data = metadata()
     data["network_data_format"]["outputs"]["pred"]["channel_def"] = {**CHANNELS, "3": "liver"}
-    with pytest.raises(EngineError, match="has 3 outputs, the package names 4"):
+    with pytest.raises(NodeError, match="has 3 outputs, the package names 4"):
         package_report(str(put(tmp_path / "bundle", data=data)), "cpu")
+
+
+def test_a_swin_unetr_bundle_of_an_older_monai_runs_without_its_image_size(tmp_path: Path) -> None:
+    arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3, "feature_size": 12, "use_checkpoint": False}
+    config = inference() | {"network_def": {"_target_": "SwinUNETR", "img_size": 96, **arguments}}
+    config["inferer"] = config["inferer"] | {"roi_size": [64, 64, 64]}  # five halvings must leave more than one voxel
+    bundle = put(tmp_path / "bundle", config)
+    torch.manual_seed(5)
+    torch.save({"state_dict": SwinUNETR(**arguments).state_dict()}, bundle / "models" / "model.pt")
+    described = describe_folder(bundle)
+    assert any("img_size" in note for note in described.notes)
+    source = find_package(str(bundle)).manifest.source
+    network = load_module(bundle / source.path, source.model_dump(mode="json"))
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 1, 64, 64, 64)).shape == (1, 3, 64, 64, 64)
 
 
 def test_a_yaml_configuration_is_read_too(tmp_path: Path) -> None:
@@ -239,8 +257,8 @@ ATTACKS = {
         changed("preprocessing", "transforms", 3, to=inference()["preprocessing"]["transforms"][4]),
         "cannot be run exactly",
     ),
-    "labels sampled back": (changed("postprocessing", "transforms", 1, "nearest_interp", to=True), "cannot be run"),
-    "another inferer": (changed("inferer", "_target_", to="SimpleInferer"), "SlidingWindowInferer is"),
+    "labels sampled back": (changed("postprocessing", "transforms", 1, "nearest_interp", to=True), "only false is run"),
+    "another inferer": (changed("inferer", "_target_", to="SliceInferer"), "SlidingWindowInferer and"),
 }
 
 
@@ -259,11 +277,6 @@ def test_yaml_tags_are_refused(tmp_path: Path) -> None:
     text = "network_def: !!python/object/apply:os.system ['touch HERE']\n"
     with pytest.raises(PackageError, match="not readable as plain yaml"):
         describe_folder(put(tmp_path / "bundle", yaml_text=text))
-
-
-def test_a_magnetic_resonance_bundle_is_refused_for_now(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match="'MR' series are not analysed yet"):
-        describe_folder(put(tmp_path / "bundle", data=metadata(modality="MR")))
 
 
 def test_a_folder_that_is_no_package_is_told_so(tmp_path: Path) -> None:
@@ -293,23 +306,17 @@ def test_weights_that_would_execute_are_refused_and_do_not(
         case "torch":
             torch.save({"model": _Evil(marker)}, weights)
         case _:
-            weights.write_bytes(b"\x80\x02" + os.urandom(4096))
+            weights.write_bytes(b"\x80\x02" + random.Random(6).randbytes(4096))
     series = tmp_path / "series"
     write_ct_series(series, 5, shape=(12, 32, 32), spacing_mm=(5.0, 8.0, 8.0))
     engine = LocalModelEngine("zoo", EngineSettings(model=str(bundle), timeout_s=60.0), devices=("cpu",))
     try:
-        with pytest.raises(NodeError, match="plain state dict") as caught:
+        with pytest.raises(NodeError, match=r"model\.pt: (names posix\.system|is no|holds operations)") as caught:
             engine.run(task_for(series.glob("*.dcm")), lambda: None)
     finally:
         engine.close()
     assert isinstance(caught.value, PackageError | EngineError)
     assert not marker.exists()
-
-
-def test_every_organ_code_stands_in_the_standard_tables() -> None:
-    for code, meaning in _ORGANS.values():
-        found = {entry[0] for entries in concepts["SCT"].values() for other, entry in entries.items() if other == code}
-        assert meaning in found
 
 
 def test_an_unknown_organ_keeps_its_name_in_a_private_scheme() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+import torch
 from pydicom.pixels import apply_modality_lut
 
 from dicom_node.config import EngineSettings
@@ -21,6 +22,7 @@ from dicom_node.models import segment
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.package import load_package
+from dicom_node.models.volume import labels_of, network_values
 from dicom_node.pixels import read_hounsfield, read_image
 from dicom_node.plugins import encoder_kinds, engine_class, engine_kinds
 
@@ -110,7 +112,7 @@ def test_the_same_series_gives_the_same_result_in_any_order(
 
 
 def test_every_stage_is_timed_and_the_model_is_named(ct_result: EngineResult) -> None:
-    assert set(ct_result.stage_seconds) == {"load", "prepare", "infer", "finish"}
+    assert set(ct_result.stage_seconds) == {"load", "prepare", "wait", "forward", "finish"}
     provenance = ct_result.provenance
     assert provenance.name == "demo-ct-abdomen"
     assert provenance.demonstration and "not for clinical use" in provenance.notice
@@ -258,15 +260,19 @@ def test_no_voxel_moves_on_the_way_to_the_network_and_back(
     paths = _world_series(tmp_path, seed)
     prepared = segment.prepare(wide, task_for(paths), nothing)
     # to the network: RAS, so the value must fall along X (to the right), fall along Y (to the front), rise along Z
-    seen = prepared.network_input
-    rises = [float(np.median(np.diff(seen, axis=axis))) > 0 for axis in range(3)]
+    job, grid = segment.volume_job(wide, prepared.grid), prepared.grid
+    volume = torch.from_numpy(prepared.volume_hu)
+    values, _ = network_values(volume, grid, job["input"], torch.device("cpu"), nothing)
+    seen = values.permute(grid.to_model_order())
+    rises = [float(seen.diff(dim=axis).median()) > 0 for axis in range(3)]
     assert rises == [False, False, True]
     # back: a "network" that marks all places above a level; the mask must be cut at that level of the patient
-    level = float(np.median(seen))
-    probability = np.zeros((4, *seen.shape), np.float32)
-    probability[1] = 1 / (1 + np.exp(-(seen - level) / 50))
-    probability[0] = 1 - probability[1]
-    labels, _ = segment.finish(wide, prepared, probability, nothing)
+    level = float(seen.median())
+    logits = torch.full((4, *seen.shape), -1000.0)
+    logits[0], logits[1] = 0.0, (seen - level) / 50
+    whole = tuple(slice(0, n) for n in grid.shape)
+    assert len(whole) == 3
+    labels, _ = segment.finish(wide, prepared, labels_of(logits, grid, job["output"], whole, nothing), nothing)
     assert set(np.unique(labels.labels)) == {0, 1}
     for uid, plane in zip(labels.sop_instance_uids, labels.labels, strict=True):
         ds = pydicom.dcmread(next(path for path in paths if pydicom.dcmread(path).SOPInstanceUID == uid))
@@ -430,6 +436,6 @@ def test_an_engine_without_a_package_says_so_on_check() -> None:
 def test_plug_ins_are_found_by_their_word() -> None:
     assert engine_class("local") is LocalModelEngine
     assert "local" in engine_kinds()
-    assert encoder_kinds()[:2] == ("seg", "sr")
+    assert encoder_kinds()[:3] == ("seg", "labelmap", "sr")
     with pytest.raises(ConfigError, match=r"engine kind 'triton' is not known \(known: local"):
         engine_class("triton")

@@ -52,12 +52,13 @@ def test_both_demonstration_manifests_fit_the_schema(tmp_path: Path, write_packa
     [
         ("surprise", 1, "surprise: unknown key"),
         ("select.modalities", ["CT"], "select.modalities: unknown key"),
-        ("select.geometry.regular", "repair", "select.geometry.regular"),
+        ("select.geometry.regular", "guess", "select.geometry.regular"),
         ("select.sop_class", ["CTImage"], "SOP Class UID"),
-        ("trust", "graph", "only 'data'"),
-        ("trust", "code", "only 'data'"),
+        ("trust", "graph", "format 'state_dict' needs 'data'"),
+        ("trust", "code", "export the network instead"),
         ("task", "detection", "segmentation"),
-        ("source.format", "torchscript", "source.format"),
+        ("source.format", "pickle", "source: "),
+        ("source.format", "torchscript", "source.network: unknown key"),
         ("source.sha256", "xyz", "source.sha256"),
         ("source.path", "../weights.safetensors", "inside the package folder"),
         ("source.path", "/etc/weights.safetensors", "inside the package folder"),
@@ -162,7 +163,8 @@ def test_a_package_folder_is_found_by_its_path(ct_folder: Path) -> None:
 
 def test_the_work_side_of_the_models_never_loads_torch() -> None:
     code = (
-        "import sys, dicom_node.models.engine, dicom_node.plugins;"
+        "import sys, dicom_node.models.engine, dicom_node.plugins, dicom_node.model_commands;"
+        "import dicom_node.models.importing, dicom_node.models.enabling, dicom_node.models.report;"
         "sys.exit(1 if 'torch' in sys.modules or 'monai' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ SYNTAXES = {
     "deflated": uids.DeflatedExplicitVRLittleEndian,
     "rle": uids.RLELossless,
     "jpeg 2000": uids.JPEG2000Lossless,
+    "jpeg-ls": uids.JPEGLSLossless,
 }
 
 
@@ -330,7 +333,7 @@ def test_a_window_shows_what_pydicom_shows(
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES.values(), ids=SYNTAXES)
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", range(8, 17))
 def test_a_radiograph_of_every_depth_and_syntax_is_shown(
     bits: int, syntax: str, tmp_path: Path, stored: Stored
 ) -> None:
@@ -339,6 +342,101 @@ def test_a_radiograph_of_every_depth_and_syntax_is_shown(
         tmp_path / "a.dcm", cells, bits_stored=bits, syntax=syntax, RescaleSlope=None, RescaleIntercept=None
     )
     np.testing.assert_array_equal(displayed(path, stored), pydicom.dcmread(path).pixel_array)
+
+
+def _smooth(bits: int) -> npt.NDArray[Any]:
+    """What lossy compression is made for."""
+    rows, columns = np.indices((64, 96))
+    wave = 0.5 + 0.25 * np.sin(rows / 9) + 0.2 * np.cos(columns / 13)
+    return np.rint(wave * ((1 << bits) - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+
+
+@pytest.mark.skipif(not shutil.which("dcmcjpeg"), reason="dcmcjpeg is not installed: no JPEG files can be made")
+@pytest.mark.parametrize(
+    ("option", "bits", "within"),
+    [("+el", 8, 0), ("+el", 12, 0), ("+e1", 12, 0), ("+e1", 16, 0), ("+eb", 8, 3), ("+ee", 8, 3), ("+ee", 12, 40)],
+    ids=lambda value: str(value),
+)
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_radiograph_compressed_as_jpeg_is_shown(
+    photometric: str, option: str, bits: int, within: int, tmp_path: Path, stored: Stored
+) -> None:
+    cells = _smooth(bits)
+    path = write_image(
+        tmp_path / "a.dcm",
+        cells,
+        bits_stored=bits,
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        PhotometricInterpretation=photometric,
+    )
+    made = tmp_path / "b.dcm"
+    command = ["dcmcjpeg", option, "--uid-never", *(["+q", "95"] if within else []), str(path), str(made)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    found, expected = displayed(made, stored), displayed(path, stored)
+    # dcmcjpeg moves the values to begin at zero: display values have no absolute zero
+    np.testing.assert_allclose(found - found.mean(), expected - expected.mean(), atol=within + 0.01)
+
+
+def test_a_signed_radiograph_is_shown(tmp_path: Path, stored: Stored) -> None:
+    cells = cells_of("int16", -2048, 2047)
+    path = write_image(tmp_path / "a.dcm", cells, bits_stored=12, RescaleSlope=None, RescaleIntercept=None)
+    np.testing.assert_array_equal(displayed(path, stored), cells)
+
+
+def test_a_modality_lut_goes_before_a_window(tmp_path: Path, stored: Stored) -> None:
+    table = (4095 * (np.arange(4096) / 4095) ** 2).astype(np.uint16)
+    path = write_image(
+        tmp_path / "a.dcm",
+        cells_of("uint16", 0, 4095),
+        bits_stored=12,
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        ModalityLUTSequence=_lut(0, table),
+        WindowCenter="2000",
+        WindowWidth="3000",
+    )
+    ds = pydicom.dcmread(path)
+    expected = apply_voi_lut(apply_modality_lut(ds.pixel_array, ds), ds)
+    np.testing.assert_allclose(rescaled(displayed(path, stored)), rescaled(expected), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("photometric", "syntax"),
+    [("RGB", "native"), ("YBR_FULL", "native"), ("RGB", "rle"), ("PALETTE COLOR", "native")],
+)
+def test_a_colour_photograph_is_refused_whatever_its_header_claims(
+    photometric: str, syntax: str, tmp_path: Path, stored: Stored
+) -> None:
+    palette = photometric == "PALETTE COLOR"
+    picture = cells_of("uint8", 0, 255, (40, 60))
+    ds = pydicom.dcmread(write_image(tmp_path / "a.dcm", picture))
+    ds.SOPClassUID, ds.Modality = uids.DigitalXRayImageStorageForPresentation, "DX"
+    ds.BodyPartExamined, ds.ViewPosition = "CHEST", "PA"
+    ds.PhotometricInterpretation = photometric
+    if not palette:
+        ds.SamplesPerPixel, ds.PlanarConfiguration = 3, 0
+        ds.PixelData = np.repeat(picture[..., None], 3, axis=2).tobytes()
+    if syntax == "rle":
+        ds.compress(uids.RLELossless, generate_instance_uid=False)
+    ds.save_as(tmp_path / "a.dcm")
+    says = "is not a grey scale" if palette else "in colour, not in grey values"
+    with pytest.raises(SeriesRejected, match=says):
+        displayed(tmp_path / "a.dcm", stored)
+
+
+@pytest.mark.parametrize("syntax", [uids.ExplicitVRLittleEndian, uids.ImplicitVRLittleEndian])
+def test_pixels_without_the_padding_byte_are_read(syntax: str, tmp_path: Path, stored: Stored) -> None:
+    """PS3.5 8.2 wants an even length; films of an odd number of 8-bit pixels come without it."""
+    cells = cells_of("uint8", 0, 255, (33, 47))
+    path = write_image(
+        tmp_path / "a.dcm", cells, syntax=syntax, RescaleSlope=None, RescaleIntercept=None, WindowCenter=None
+    )
+    whole = path.read_bytes()
+    padded, odd = (33 * 47 + 1).to_bytes(4, "little"), (33 * 47).to_bytes(4, "little")
+    assert whole.count(padded) == 1 and whole.endswith(b"\0")
+    path.write_bytes(whole.replace(padded, odd)[:-1])
+    np.testing.assert_array_equal(displayed(path, stored), cells)
 
 
 def test_a_voi_lut_goes_before_a_window(tmp_path: Path, stored: Stored) -> None:
@@ -426,6 +524,38 @@ def test_real_images_give_what_pydicom_gives_or_a_reason(stored: Stored) -> None
         np.testing.assert_allclose(found[seen], reference(path)[seen], atol=1e-2, err_msg=path.name)
         compared += 1
     assert compared > 50 and refused > 100
+
+
+@pytest.mark.skipif(not CORPUS, reason="DICOM_NODE_CORPUS is not set: no real DICOM files")
+def test_every_real_film_is_shown_as_pydicom_shows_it(stored: Stored) -> None:
+    shown = 0
+    for path in sorted(Path(str(CORPUS)).rglob("*")):
+        ds = _header_of(path)
+        if ds is None or ds.get("Modality") not in ("CR", "DX", "MG") or "Rows" not in ds:
+            continue
+        if "fuzz" in str(path) or not _has_pixels(path):
+            continue
+        found = rescaled(displayed(path, stored))
+        whole = pydicom.dcmread(path)
+        expected = rescaled(apply_voi_lut(apply_modality_lut(whole.pixel_array, whole), whole))
+        if whole.PhotometricInterpretation == "MONOCHROME1":
+            expected = 1 - expected
+        np.testing.assert_allclose(found, expected, atol=2e-3, err_msg=path.name)
+        shown += 1
+    assert shown >= 7
+
+
+def _header_of(path: Path) -> Dataset | None:
+    if not path.is_file() or path.stat().st_size < 140:
+        return None
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True)
+    except (pydicom.errors.InvalidDicomError, AttributeError, OSError, ValueError, EOFError):
+        return None
+
+
+def _has_pixels(path: Path) -> bool:
+    return "PixelData" in pydicom.dcmread(path, specific_tags=["PixelData"])
 
 
 def _readable(path: Path, stored: Stored) -> ImageFile | None:

@@ -18,9 +18,20 @@ import psutil
 import pytest
 import yaml
 
-from dicom_node.errors import EngineError, EngineTimeout, EngineUnavailable, LeaseLost, PackageError
+from dicom_node.errors import (
+    EngineError,
+    EngineTimeout,
+    EngineUnavailable,
+    LeaseLost,
+    PackageError,
+)
+from dicom_node.models.grid import ModelGrid
+from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.package import ModelPackage, load_package
-from dicom_node.models.runtime import Answer, Runtime, lend_runtimes, return_runtimes
+from dicom_node.models.runtime import Answer, Limits, Runtime
+from dicom_node.models.runtime_pool import lend_runtimes, return_runtimes
+from dicom_node.models.segment import volume_job
+from dicom_node.models.wire import Array
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,17 +52,28 @@ def nothing() -> None:
     """A heartbeat nobody listens to."""
 
 
-def ask(runtime: Runtime, package: ModelPackage, array: Floats, timeout_s: float = 100.0, **options: Any) -> Answer:
+def ask(runtime: Runtime, package: ModelPackage, array: Array, timeout_s: float = 100.0, **options: Any) -> Answer:
     options.setdefault("heartbeat", nothing)
-    return runtime.infer(package, array, timeout_s=timeout_s, threads=1, **options)
+    manifest = package.manifest
+    if isinstance(manifest, SegmentationManifest):
+        x, y, z = array.shape
+        job = volume_job(manifest, ModelGrid.same((x, y, z), (3.0, 3.0, 3.0)))
+        job["output"]["labels"] = [label | {"keep": "all", "min_ml": 0} for label in job["output"]["labels"]]
+    else:
+        job = {"activation": "sigmoid"}
+    return runtime.infer(package, array, job=job, timeout_s=timeout_s, threads=1, **options)
 
 
-def volume(*shape: int) -> Floats:
-    return np.random.default_rng(sum(shape)).uniform(-1, 1, shape).astype(np.float32)
+def volume(*shape: int) -> npt.NDArray[np.int16]:
+    return np.random.default_rng(sum(shape)).integers(-1000, 1000, shape).astype(np.int16)
+
+
+def images(count: int) -> Floats:
+    return np.random.default_rng(count).uniform(-1, 1, (count, 64, 64)).astype(np.float32)
 
 
 @pytest.mark.parametrize("shape", [(48, 40, 33), (32, 32, 32), (20, 50, 31)], ids=["larger", "equal", "smaller"])
-def test_windows_give_what_monais_sliding_window_inference_gives(
+def test_labels_are_those_of_monais_sliding_window_inference(
     shape: tuple[int, int, int], runtime: Runtime, package: ModelPackage
 ) -> None:
     import torch
@@ -66,15 +88,22 @@ def test_windows_give_what_monais_sliding_window_inference_gives(
     )
     module.eval()
     array = volume(*shape)
+    manifest = package.manifest
+    assert isinstance(manifest, SegmentationManifest) and not isinstance(manifest.input.intensity, tuple)
+    (low, high), (a, b) = manifest.input.intensity.clip, manifest.input.intensity.to
+    values = (torch.from_numpy(array).float().clamp(low, high) - low) / (high - low) * (b - a) + a
     with torch.inference_mode():
         logits = sliding_window_inference(
-            torch.from_numpy(array)[None, None], (32, 32, 32), 2, module, overlap=0.25, mode="gaussian", cval=-1.0
+            values[None, None], (32, 32, 32), 2, module, overlap=0.25, mode="gaussian", cval=a
         )
         assert isinstance(logits, torch.Tensor)
-        expected = torch.softmax(logits[0], dim=0).numpy()
+        first, second = logits[0].topk(2, dim=0).values
+        expected = logits[0].argmax(dim=0).numpy().astype(np.uint8)
     answer = ask(runtime, package, array)
-    np.testing.assert_allclose(answer.output, expected, atol=2e-4)
-    assert answer.device == "cpu" and answer.precision in ("fp32", "bf16")
+    clear = (first - second).numpy() > 1e-2  # where two classes are as good as equal, rounding decides
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(answer.output[clear], expected[clear])
+    assert answer.device == "cpu" and answer.precision in ("fp32", "bf16") and answer.outputs == 4
     assert answer.windows == int(np.prod([1 if n <= 32 else 2 for n in shape]))
 
 
@@ -89,10 +118,10 @@ def test_radiographs_give_what_the_network_gives(runtime: Runtime, cxr_folder: P
     module.load_state_dict(
         {k: v.float() if v.is_floating_point() else v for k, v in load_file(package.weights_path).items()}
     )
-    images = volume(3, 64, 64)
+    three = images(3)
     with torch.inference_mode():
-        expected = torch.sigmoid(module.eval()(torch.from_numpy(images)[:, None])).numpy()
-    np.testing.assert_allclose(ask(runtime, package, images).output, expected, atol=2e-4)
+        expected = torch.sigmoid(module.eval()(torch.from_numpy(three)[:, None])).numpy()
+    np.testing.assert_allclose(ask(runtime, package, three).output, expected, atol=2e-4)
 
 
 def test_the_process_and_its_network_stay(runtime: Runtime, package: ModelPackage) -> None:
@@ -120,19 +149,36 @@ def test_a_child_that_dies_is_reported_and_replaced(runtime: Runtime, package: M
     assert runtime.pid not in (None, victim)
 
 
-def test_a_child_that_hangs_is_killed_in_time_while_the_heart_beats(runtime: Runtime, package: ModelPackage) -> None:
+def test_a_child_that_hangs_is_killed_in_time_while_the_heart_beats(package: ModelPackage) -> None:
+    runtime = Runtime("cpu", limits=Limits(hang_s=2.0))
+    try:
+        ask(runtime, package, volume(32, 32, 32))
+        victim = runtime.pid
+        assert victim is not None
+        os.kill(victim, signal.SIGSTOP)  # alive, silent: the worst kind
+        beats: list[float] = []
+        started = time.monotonic()
+        with pytest.raises(EngineUnavailable, match="no sign of life for 2 s"):
+            ask(runtime, package, volume(32, 32, 32), heartbeat=lambda: beats.append(time.monotonic()))
+        assert 2.0 <= time.monotonic() - started < 10.0
+        assert max(np.diff(beats)) < 1.0
+        assert not psutil.pid_exists(victim)
+        assert runtime.restarts == {"hung": 1}
+        assert ask(runtime, package, volume(32, 32, 32)).output.shape == (32, 32, 32)
+    finally:
+        runtime.close()
+
+
+def test_an_answer_that_does_not_come_in_time_is_not_waited_for(runtime: Runtime, package: ModelPackage) -> None:
     ask(runtime, package, volume(32, 32, 32))
-    victim = runtime.pid
-    assert victim is not None
-    os.kill(victim, signal.SIGSTOP)  # alive, silent: the worst kind
-    beats: list[float] = []
-    started = time.monotonic()
+    child = runtime.pid
+    assert child is not None
+    os.kill(child, signal.SIGSTOP)
     with pytest.raises(EngineTimeout):
-        ask(runtime, package, volume(32, 32, 32), 2.0, heartbeat=lambda: beats.append(time.monotonic()))
-    assert 2.0 <= time.monotonic() - started < 10.0
-    assert max(np.diff(beats)) < 1.0
-    assert not psutil.pid_exists(victim)
-    assert ask(runtime, package, volume(32, 32, 32)).output.shape == (4, 32, 32, 32)
+        ask(runtime, package, volume(32, 32, 32), 0.5)
+    os.kill(child, signal.SIGCONT)
+    assert ask(runtime, package, volume(32, 32, 32)).output.shape == (32, 32, 32)
+    assert runtime.pid == child  # it was only slow
 
 
 def test_work_that_lost_its_lease_is_left_and_its_late_answer_is_nobodys(
@@ -152,10 +198,10 @@ def test_work_that_lost_its_lease_is_left_and_its_late_answer_is_nobodys(
     np.testing.assert_array_equal(ask(runtime, package, volume(33, 32, 32)).output, expected)
 
 
-def test_two_workers_share_one_process_in_turn(runtime: Runtime, package: ModelPackage) -> None:
+def test_several_workers_share_one_process(runtime: Runtime, package: ModelPackage) -> None:
     arrays = [volume(32, 32, 30 + k) for k in range(4)]
     expected = [ask(runtime, package, array).output for array in arrays]
-    found: list[Floats | None] = [None] * 4
+    found: list[Array | None] = [None] * 4
 
     def work(k: int) -> None:
         found[k] = ask(runtime, package, arrays[k]).output

@@ -133,7 +133,7 @@ class CtEngine:
         return EngineResult(
             values=(Findings(sop_instance_uid=image, items=(finding,)),),
             provenance=provenance,
-            stage_seconds={"infer": 0.1},
+            stage_seconds={"forward": 0.1},
         )
 
 

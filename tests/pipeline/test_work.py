@@ -53,7 +53,7 @@ def test_a_job_becomes_seg_and_sr_in_the_catalog_and_in_the_outbox(with_job: Any
     assert with_job.encoders[0].saw == [(1, 0)]  # the one image the finding is on
     assert with_job.encoders[1].saw == [(1, 1)]  # the SR sees the SEG
     assert recorder.named("job_attempted") == [("ct-abdomen", "done")]
-    assert {stage for _, stages in recorder.named("inference") for stage in stages} == {"queue", "infer", "encode"}
+    assert {stage for _, stages in recorder.named("inference") for stage in stages} == {"queue", "forward", "encode"}
 
 
 def test_only_the_kinds_the_rule_asks_for_are_encoded(bench: Any) -> None:

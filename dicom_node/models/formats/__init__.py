@@ -17,7 +17,7 @@ from dicom_node.errors import PackageError
 __all__ = ["FORMATS", "Described", "describe_folder", "file_digest"]
 
 # in the order they are asked; the first that recognises the folder reads it
-FORMATS = ("monai_bundle",)
+FORMATS = ("monai_bundle", "nnunet", "aiaa", "xrv")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,8 @@ def describe_folder(folder: Path) -> Described:
             return described
     raise PackageError(
         f"{folder}: no model package is recognised here; known: a folder with model.yaml, a MONAI bundle "
-        "(configs/metadata.json)"
+        "(configs/metadata.json), a result folder of nnU-Net v2 (plans.json), a model of AIAA (config_aiaa.json), "
+        "weights of torchxrayvision (with their published name, or with xrv.json)"
     )
 
 

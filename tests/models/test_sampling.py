@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from dicom_node.geometry import VolumeGeometry, volume_geometry
 from dicom_node.models.components import pieces
-from dicom_node.models.resample import ModelGrid, first_largest, label_planes, resample
+from dicom_node.models.grid import ModelGrid
+from dicom_node.models.sampling import first_largest, labels_on_source, sample
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,6 +59,11 @@ def world_values(geometry: VolumeGeometry, weights: tuple[float, float, float]) 
     return (positions @ np.array(weights)).astype(np.float32)
 
 
+def sampled_for(volume: npt.NDArray[Any], grid: ModelGrid) -> Floats:
+    sampled: Floats = sample(torch.from_numpy(volume), grid, torch.device("cpu"), -1000.0).numpy()
+    return sampled
+
+
 def random_case(seed: int) -> tuple[VolumeGeometry, tuple[float, float, float]]:
     rng = np.random.default_rng(seed)
     shape = tuple(int(n) for n in rng.integers(9, 40, 3))
@@ -93,7 +100,6 @@ def monai_forward(
     volume: Floats, geometry: VolumeGeometry, orientation: str, spacing: tuple[float, ...]
 ) -> tuple[Any, Any]:
     """MONAI's Spacing on the turned volume: a MetaTensor (1, X, Y, Z), and the transform for its inverse."""
-    import torch
     from monai.data import MetaTensor
     from monai.transforms import Spacing
 
@@ -109,7 +115,7 @@ def test_the_network_sees_what_monai_would_show_it(seed: int, orientation: str) 
     geometry, target = random_case(seed)
     volume = np.random.default_rng(seed).uniform(-1000, 1000, geometry.shape).astype(np.float32)
     grid = ModelGrid.of(geometry, orientation, target)
-    ours = grid.to_model_order(resample(volume, grid))
+    ours = sampled_for(volume, grid).transpose(grid.to_model_order())
     theirs, _ = monai_forward(volume, geometry, orientation, target)
     assert ours.shape == tuple(theirs.shape[1:])
     np.testing.assert_allclose(ours, theirs[0].numpy(), atol=1e-3)
@@ -120,7 +126,7 @@ def test_every_sample_has_the_value_of_its_place_in_the_patient(name: str) -> No
     geometry = geometry_of((20, 31, 27), (3.0, 1.1, 0.9), FRAMES[name])
     volume = world_values(geometry, (1.0, 10.0, 100.0))
     grid = ModelGrid.of(geometry, "RAS", (2.0, 2.5, 4.0))
-    sampled = grid.to_model_order(resample(volume, grid))
+    sampled = sampled_for(volume, grid).transpose(grid.to_model_order())
     # the first sample is the source voxel at the right, anterior, inferior end ... of the turned axes
     directions = np.empty((3, 3))
     start = np.zeros(3)
@@ -143,7 +149,7 @@ def test_int16_and_float32_volumes_give_the_same_samples() -> None:
     geometry, target = random_case(3)
     volume = np.random.default_rng(3).integers(-1024, 3071, geometry.shape).astype(np.int16)
     grid = ModelGrid.of(geometry, "RAS", target)
-    np.testing.assert_array_equal(resample(volume, grid), resample(volume.astype(np.float32), grid))
+    np.testing.assert_array_equal(sampled_for(volume, grid), sampled_for(volume.astype(np.float32), grid))
 
 
 def test_half_samples_round_to_even_as_monai_does() -> None:
@@ -168,12 +174,11 @@ def full_trilinear(probability: Floats, grid: ModelGrid) -> npt.NDArray[np.float
 
 
 def labels_of(probability: Floats, grid: ModelGrid) -> npt.NDArray[np.uint8]:
-    labels = np.zeros(grid.source_shape, np.uint8)
-    for k, plane in enumerate(label_planes(probability, grid)):
-        if plane is not None:
-            assert plane.slice_index == k
-            labels[k, plane.rows, plane.columns] = plane.labels
-    return labels
+    return labels_on_source(lambda k: torch.from_numpy(probability[:, k]), grid, torch.device("cpu"))
+
+
+def in_model_order(classes: Floats, grid: ModelGrid) -> Floats:
+    return classes.transpose(0, *(axis + 1 for axis in grid.to_model_order()))
 
 
 def smooth_probability(shape: tuple[int, ...], classes: int, seed: int, sharpness: float) -> Floats:
@@ -206,13 +211,12 @@ def test_the_way_back_equals_full_trilinear_interpolation_of_every_class(seed: i
 
 
 def test_the_way_back_equals_monais_inverse() -> None:
-    import torch
 
     geometry = geometry_of((30, 64, 64), (2.0, 1.5, 1.5), FRAMES["axial"])
     grid = ModelGrid.of(geometry, "RAS", (4.0, 4.0, 4.0))
     pushed, transform = monai_forward(np.zeros(geometry.shape, np.float32), geometry, "RAS", (4.0, 4.0, 4.0))
     probability = smooth_probability(grid.shape, 4, 1, 40.0)
-    pushed.data = torch.from_numpy(np.ascontiguousarray(grid.to_model_order(probability)))
+    pushed.data = torch.from_numpy(np.ascontiguousarray(in_model_order(probability, grid)))
     axes, flips, _ = turned(geometry, "RAS")
     theirs = transform.inverse(pushed).numpy().argmax(axis=0)
     theirs = np.flip(theirs, flips).transpose(np.argsort(axes))
@@ -226,7 +230,7 @@ def test_labels_come_back_to_the_side_they_are_on() -> None:
     network = np.zeros((2, 20, 20, 10), np.float32)
     network[0] = 1.0
     network[:, 15, 4, 8] = (0.0, 1.0)  # X = 15: towards the patient's right is *low* index in RAS
-    labels = labels_of(np.array(grid.to_source_order(network)), grid)
+    labels = labels_of(np.array(network.transpose(0, *(axis + 1 for axis in grid.to_source_order()))), grid)
     assert np.argwhere(labels).tolist() == [[8, 15, 4]]
     x, y, z = (geometry.affine @ np.array([8, 15, 4, 1.0]))[:3]
     assert (x, y) == pytest.approx((-17.3 + 4 * 4, 41.1 + 15 * 4)) and z == pytest.approx(203.7 + 8 * 4)
@@ -235,13 +239,14 @@ def test_labels_come_back_to_the_side_they_are_on() -> None:
 def test_model_order_and_source_order_are_inverse() -> None:
     for frame in FRAMES.values():
         grid = ModelGrid.of(geometry_of((5, 6, 7), (1.0, 1.0, 1.0), frame), "RAS", (1.0, 1.0, 1.0))
-        array = np.arange(2 * 5 * 6 * 7, dtype=np.float32).reshape(2, 5, 6, 7)
-        np.testing.assert_array_equal(grid.to_source_order(grid.to_model_order(array)), array)
+        array = np.arange(5 * 6 * 7).reshape(5, 6, 7)
+        there = array.transpose(grid.to_model_order())
+        np.testing.assert_array_equal(there.transpose(grid.to_source_order()), array)
 
 
 def test_first_largest_is_argmax() -> None:
     values = np.random.default_rng(0).integers(0, 4, (5, 40, 40)).astype(np.float32)
-    np.testing.assert_array_equal(first_largest(values), values.argmax(axis=0))
+    np.testing.assert_array_equal(first_largest(torch.from_numpy(values)).numpy(), values.argmax(axis=0))
 
 
 # --- pieces

@@ -1,0 +1,237 @@
+"""One life of a runtime process, seen from the work process: several requests on one socket, and is it alive?
+
+A thread of its own reads what the child says, hands answers to those who wait for them and kills a child that has
+work and gives no sign of life. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dicom_node.errors import EngineCrashed, EngineError, EngineUnavailable
+from dicom_node.models.wire import Array, receive, send, shared_array
+
+__all__ = ["Call", "Child", "Limits"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25  # how often silence is looked at, and waiting askers beat
+_STOP_S = 2.0
+_LOAD_FACTOR = 3.0  # loading a network may be silent for so many times longer than a batch of windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of a runtime process. `memory_bytes` of loaded networks, 0: a share of the device.
+
+    `hang_s`: a child that has work and is silent so long is killed. It speaks between batches of windows, so this
+    bounds one batch; a child that found a batch of its network to be slow gets more. `start_s`: until it first says
+    something. `prepared_bytes`: of volumes that are read and not yet finished; urgent ones have as much again.
+    `models_dir`: where the node installs models, in the folder of its data, of which the process can read nothing else
+    (`sandbox`); "" where there is no such data.
+    """
+
+    memory_bytes: int = 0
+    hang_s: float = 120.0
+    start_s: float = 120.0
+    prepared_bytes: int = 2 << 30
+    models_dir: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A request under way. When `done` is set one of `answer` and `failure` is there."""
+
+    identity: int
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: tuple[Mapping[str, Any], Sequence[int]] | None = None
+    failure: EngineError | None = None
+    sent: bool = False
+    left: bool = False  # its asker went away
+
+
+class Child:
+    """A started runtime process. Thread-safe.
+
+    `on_end(reason)` is called once, from the reading thread, when it ended and was not closed: died, hung, device
+    (it said its device is at fault) or nonsense.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        sock: socket.socket,
+        device: str,
+        limits: Limits,
+        on_end: Callable[[str], None],
+    ) -> None:
+        self.device, self.kind = device, ""
+        self._process, self._socket, self._limits, self._on_end = process, sock, limits, on_end
+        self._guard = threading.Lock()
+        self._calls: dict[int, Call] = {}
+        self._serving: frozenset[int] = frozenset()
+        self._reason = ""
+        self._sign, self._patience_s = time.monotonic(), limits.start_s
+        self.models: tuple[tuple[str, str], ...] = ()
+        sock.settimeout(POLL_S)
+        self._reader = threading.Thread(target=self._read, name="runtime-reader", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None when it ended."""
+        return self._process.pid if self.alive and self._process.poll() is None else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._reason and self._reader.is_alive()
+
+    @property
+    def calls(self) -> int:
+        """Requests under way that somebody waits for."""
+        with self._guard:
+            return sum(call.sent and not call.left for call in self._calls.values())
+
+    @property
+    def serving(self) -> frozenset[int]:
+        """The requests it said it works on: several only when they go through the network together."""
+        with self._guard:
+            return self._serving
+
+    # --- asking
+
+    def ask(self, message: Mapping[str, Any], array: Array) -> Call:
+        """Send a request. Raises EngineUnavailable when the child is gone."""
+        call = Call(int(message["id"]))
+        with self._guard:
+            if self._reason:
+                raise EngineUnavailable("the runtime process is gone")
+            if not self._calls and self.kind:  # it had nothing to say before
+                self._sign = time.monotonic()
+            self._calls[call.identity] = call
+        fd = shared_array(array)
+        try:
+            send(self._socket, message, [fd])
+            call.sent = True
+        except OSError as exc:
+            with self._guard:
+                self._calls.pop(call.identity, None)
+            raise EngineUnavailable("the runtime process is gone or takes nothing in") from exc
+        finally:
+            os.close(fd)
+        return call
+
+    def leave(self, call: Call) -> None:
+        """Nobody waits for it any more: the child stops it at its next breath."""
+        with self._guard:
+            call.left = True
+            if call.identity not in self._calls:  # answered meanwhile
+                for fd in call.answer[1] if call.answer else ():
+                    os.close(fd)
+                return
+        with contextlib.suppress(OSError):  # it is gone: the reader sees that
+            send(self._socket, {"cancel": call.identity})
+
+    # --- the reading thread
+
+    def _read(self) -> None:
+        reason = "died"
+        while True:
+            try:
+                received = receive(self._socket)
+            except TimeoutError:
+                if self._silent():
+                    reason = "hung"
+                    break
+                continue
+            except ValueError:
+                reason = "nonsense"
+                break
+            if received is None:
+                break
+            self._take(*received)
+        self._ended(reason)
+
+    def _silent(self) -> bool:
+        with self._guard:
+            return bool(self._calls) and time.monotonic() - self._sign > self._patience_s
+
+    def _take(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
+        with self._guard:
+            self._sign, self._patience_s = time.monotonic(), self._limits.hang_s
+            if "ready" in message:
+                self.kind = str(message["ready"])
+                return
+            if "serving" in message:
+                self._serving = frozenset(message["serving"])
+                self._patience_s = max(self._patience_s, float(message["patience"]))
+                if message["stage"] == "load":
+                    self._patience_s *= _LOAD_FACTOR
+                return
+            call = self._calls.pop(int(message["id"]), None)
+            self._serving -= {int(message["id"])}
+            self.models = tuple((str(model), str(version)) for model, version in message.get("loaded", self.models))
+            if call is None or call.left:
+                for fd in fds:
+                    os.close(fd)
+                return
+            call.answer = message, fds
+            call.done.set()
+
+    def _ended(self, reason: str) -> None:
+        with self._guard:
+            self._reason = self._reason or reason
+            reason = self._reason
+        self._socket.close()
+        status = self._buried()
+        with self._guard:
+            calls, self._calls = list(self._calls.values()), {}
+        if reason != "closed":
+            log.warning("runtime process ended", extra={"device": self.device, "reason": reason, "status": status})
+            self._on_end(reason)
+        for call in calls:
+            call.failure = self._failure(call, reason, status)
+            call.done.set()
+
+    def _buried(self) -> int:
+        """End the process for certain; its exit status."""
+        patience_s = _STOP_S if self._reason == "closed" else 0.5 if self._reason == "died" else 0.0
+        try:
+            return self._process.wait(timeout=patience_s)  # it may have ended by itself: keep its own status
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait(timeout=30.0)
+
+    def _failure(self, call: Call, reason: str, status: int) -> EngineError:
+        how = f"died ({_how(status)})" if reason == "died" else f"ended ({reason})"
+        if reason == "hung":
+            how = f"hung: no sign of life for {self._patience_s:g} s, and was killed"
+        if call.identity in self._serving and reason in ("died", "hung"):
+            return EngineCrashed(f"the runtime process on {self.device!r} {how}")
+        return EngineUnavailable(f"the runtime process on {self.device!r} {how}")
+
+    # --- the end
+
+    def end(self, reason: str) -> None:
+        """Kill it (`closed`: let it end by itself within a moment); returns when it is gone."""
+        with self._guard:
+            self._reason = self._reason or reason
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reading thread, which does the rest
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout=40.0)
+
+
+def _how(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
