@@ -93,10 +93,10 @@ class RunningNode:
         """The process id of that role now."""
         return int(json.loads((self.data_dir / "run" / f"{role}.json").read_text())["pid"])
 
-    def pids(self) -> set[int]:
-        """Every process of the node."""
+    def members(self) -> list[psutil.Process]:
+        """Every process of the node; short-lived ones (a check in a process of its own) may be gone when you look."""
         main = psutil.Process(self.process.pid)
-        return {main.pid, *(child.pid for child in main.children(recursive=True))}
+        return [main, *main.children(recursive=True)]
 
     def command(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `dicom-node WORDS` on this node's settings."""
@@ -204,7 +204,7 @@ def _read_ready_line(node: RunningNode) -> None:
 
 def _put_down(node: RunningNode) -> None:
     try:
-        members = [psutil.Process(pid) for pid in node.pids()] if node.process.poll() is None else []
+        members = node.members() if node.process.poll() is None else []
     except psutil.NoSuchProcess:
         members = []
     try:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,9 +57,9 @@ def test_a_node_starts_answers_counts_and_stops_cleanly(running_node: Start, too
     assert metric(node, "association_reject_total", reason="called_ae") == 1
     assert metric(node, "ledger_imbalance_studies") == 0
     assert metric(node, "workers_alive") == 4  # three, and one for urgent jobs
-    pids = node.pids()
+    members = node.members()
     assert node.stop() == 0
-    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not [member for member in members if member.is_running()]
 
 
 def test_every_killed_process_is_started_again_and_counters_go_on(
@@ -81,7 +80,7 @@ def test_every_killed_process_is_started_again_and_counters_go_on(
 
 def test_nothing_survives_kill_9_of_the_supervisor(running_node: Start, wait_for: WaitFor) -> None:
     node = running_node()
-    members = [psutil.Process(pid) for pid in node.pids()]
+    members = node.members()
     assert len(members) >= 4
     node.process.kill()
     node.process.wait(timeout=10)

@@ -105,7 +105,7 @@ class Sender(threading.Thread):
 def _kill(node: Any, role: str, start: Start, wait_for: WaitFor) -> Any:
     """kill -9 of that process; the node that is ready afterwards."""
     if role == "supervisor":
-        family = [psutil.Process(pid) for pid in node.pids()]
+        family = node.members()
         node.process.kill()
         node.process.wait(timeout=10)
         assert not psutil.wait_procs(family, timeout=20)[1], "a child outlived the supervisor"

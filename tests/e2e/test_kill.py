@@ -1,5 +1,6 @@
 """kill -9 of each process at each stage of a study: nothing lost, nothing twice, and it goes on by itself."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,7 +54,8 @@ def test_a_study_survives_the_death_of_every_process(
     study = send(2)
     wait_for(lambda: any(job.state.value in WORK_STATES for job in ours.jobs(study)), 90, "a lease")
     for child in psutil.Process(node.pid("work")).children(recursive=True):
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
     # the courier dies before or while it delivers
     study = send(3)
@@ -62,7 +64,7 @@ def test_a_study_survives_the_death_of_every_process(
 
     # everything dies at once; nothing of the node is left, and a new start goes on
     study = send(4)
-    family = [psutil.Process(pid) for pid in node.pids()]
+    family = node.members()
     _kill(node.process.pid)
     node.process.wait(timeout=10)
     _, alive = psutil.wait_procs(family, timeout=20)
