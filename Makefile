@@ -53,10 +53,12 @@ bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
 
-bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores
+bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores, serving, decoding
 	$(BIN)/python -W ignore benchmarks/zoo_spleen.py
 	$(BIN)/python -W ignore benchmarks/labels_to_seg.py
 	$(BIN)/python benchmarks/cxr_to_scores.py
+	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/decode.py
 
 clean:           ## remove what was built here; data folders stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-report

@@ -4,13 +4,16 @@
 
 Makes a bundle with the keys of the zoo's spleen_ct_segmentation (UNet 16 to 256, windows of 96^3 with overlap .5,
 1.5 x 1.5 x 2 mm), its weights trained for a few minutes on phantoms and kept in DIR (build/zoo-spleen), and a CT
-series from a phantom. One thread. `F` is the time inside the network; stages are CPU seconds.
+series from a phantom. One thread. `F` is the time inside the network; stages are CPU seconds. Ours runs
+in the environment that the node gives its runtime process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from pydicom.filereader import dcmread, read_file_meta_info
 from dicom_node.demo.phantom_ct import SPLEEN, ct_phantom
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.model import EngineTask, Origin, SeriesHeader, StoredInstance
+from dicom_node.models.runtime import child_environment
 
 NETWORK = {
     "spatial_dims": 3,
@@ -47,8 +51,13 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path("build/zoo-spleen"))
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--ours", nargs=2, metavar=("PRECISION", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.ours:
+        stages, labels = _ours(options.build, options.folder, options.ours[0])
+        np.savez(options.ours[1], labels=labels, stages=json.dumps(stages))
+        return
     make_bundle(options.build)
     if options.train_only:
         return
@@ -204,23 +213,33 @@ INFERENCE: dict[str, Any] = {
 def compare(bundle: Path, folder: Path) -> None:
     """Both pipelines over the same files; prints stages, ratios and how far the labels agree."""
     stock_stages, stock = _stock(bundle, folder)
-    our_stages, ours = _ours(bundle, folder)
+    our_stages, ours = _ours_apart(bundle, folder, "fp32")
     total = [sum(stages.values()) for stages in (stock_stages, our_stages)]
     forward = [stages["F"] for stages in (stock_stages, our_stages)]
     print(f"\n{'CPU seconds, one thread':<34}{'stock MONAI':>14}{'ours':>10}")
     for name in dict.fromkeys((*stock_stages, *our_stages)):
         cells = [f"{stages[name]:.2f}" if name in stages else "-" for stages in (stock_stages, our_stages)]
-        print(f"  {name:<32}{cells[0]:>14}{cells[1]:>10}")
+        ratio = f"{stock_stages[name] / our_stages[name]:8.1f} x" if name in stock_stages and name in our_stages else ""
+        print(f"  {name:<32}{cells[0]:>14}{cells[1]:>10}{ratio}")
     rest = [whole - inside for whole, inside in zip(total, forward, strict=True)]
     for name, (a, b) in {"everything but F": rest, "F": forward, "all": total}.items():
-        print(f"  {name:<32}{a:>14.2f}{b:>10.2f}   {a / b:.1f} x")
-    agree = float((stock == ours).mean())
-    a, b = stock > 0, ours > 0
-    dice = 2 * int((a & b).sum()) / max(int(a.sum()) + int(b.sum()), 1)
+        print(f"  {name:<32}{a:>14.2f}{b:>10.2f}{a / b:8.1f} x")
+    print(f"stock MONAI and ours in fp32: {agreement(stock, ours)}")
+    amx = torch.cpu._is_amx_tile_supported()
+    half_stages, half = _ours_apart(bundle, folder, "bf16")
     print(
-        f"equal voxels {100 * agree:.5f} %, {int((stock != ours).sum())} differ; "
-        f"Dice {dice:.5f}; {int(a.sum())} labelled"
+        f"ours in bf16 ({'AMX' if amx else 'emulated: no AMX here'}), F {half_stages['F']:.2f} s, "
+        f"all {sum(half_stages.values()):.2f} s; fp32 and bf16: {agreement(ours, half)}"
     )
+
+
+def agreement(one: Any, other: Any) -> str:
+    """How far two label volumes agree."""
+    differ = int((one != other).sum())
+    a, b = one > 0, other > 0
+    dice = 2 * int((a & b).sum()) / max(int(a.sum()) + int(b.sum()), 1)
+    equal = 100 * (1 - differ / one.size)
+    return f"{equal:.5f} % of voxels equal, {differ} differ; Dice {dice:.5f}; {int(a.sum())} labelled"
 
 
 class _Inside:
@@ -280,7 +299,17 @@ def _stock(bundle: Path, folder: Path) -> tuple[dict[str, float], Any]:
     return stages, labels if affine[2, 2] > 0 else labels[::-1]
 
 
-def _ours(bundle: Path, folder: Path) -> tuple[dict[str, float], Any]:
+def _ours_apart(bundle: Path, folder: Path, precision: str) -> tuple[dict[str, float], Any]:
+    """`_ours` in a process with the environment of the node's runtime; stock MONAI has that of its users."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary, "ours.npz")
+        given = ["--build", str(bundle), "--folder", str(folder), "--ours", precision, str(out)]
+        subprocess.run([sys.executable, "-W", "ignore", __file__, *given], check=True, env=child_environment())
+        with np.load(out) as found:
+            return json.loads(str(found["stages"])), found["labels"]
+
+
+def _ours(bundle: Path, folder: Path, precision: str) -> tuple[dict[str, float], Any]:
     """The node's own path over the same bundle, in this process so that F can be told apart."""
     from dicom_node.models import forward, segment
     from dicom_node.models.registry import find_package
@@ -289,7 +318,7 @@ def _ours(bundle: Path, folder: Path) -> tuple[dict[str, float], Any]:
     package = find_package(str(bundle))
     manifest = package.manifest
     assert manifest.task == "segmentation"
-    infer = manifest.infer.model_dump(mode="json")
+    infer = manifest.infer.model_dump(mode="json") | {"precision": precision}
     source = manifest.source.model_dump(mode="json")
     network = forward.load_network(str(package.weights_path), source, infer, torch.device("cpu"))
     inside = _Inside(network.module)

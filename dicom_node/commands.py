@@ -19,7 +19,7 @@ from typing import Any
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, load_config
-from dicom_node.errors import ConfigError, NodeError, NotFound
+from dicom_node.errors import ConfigError, IllegalTransition, NodeError, NotFound
 from dicom_node.logs import setup_logging
 from dicom_node.model import Delivery, Job, StudyActivity
 from dicom_node.pulse import fresh, read_pulse
@@ -260,11 +260,17 @@ def deliveries_cancel(arguments: argparse.Namespace) -> int:
 
 
 def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
+    wrong = 0
     with _catalog(offline(arguments)) as catalog:
         for number in arguments.id:
-            verb(catalog)(number)
-            print(done.format(number))
-    return OK
+            try:
+                verb(catalog)(number)
+            except (NotFound, IllegalTransition) as exc:  # the others are no worse for it
+                wrong += 1
+                print(f"dicom-node: {exc}", file=sys.stderr)
+            else:
+                print(done.format(number))
+    return FAILED if wrong else OK
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:

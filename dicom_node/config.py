@@ -65,6 +65,7 @@ def _name(value: str) -> str:
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Name = Annotated[str, AfterValidator(_name)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hip)(:[0-9]{1,3})?)$")]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -156,20 +157,25 @@ class JobSettings(_Settings):
     """Jobs at a time: one is read, one is on the device, one is encoded. Urgent jobs have one more for themselves."""
     lease_s: Seconds = 30.0
     max_attempts: Annotated[int, Field(ge=1)] = 10
-    """Of attempts that may have failed by the job's own fault; an outage of the node's storage and a stop are none."""
+    """Of attempts that may have failed by the job's own fault; where the node's storage, the engine or its package was
+    not to be had, it is none."""
     backoff_s: Seconds = 5.0
     backoff_max_s: Seconds = 600.0
     deadline_s: Seconds = 24 * 3600.0
     """A job that was tried and is not done this long after it was created becomes a dead letter."""
-    devices: tuple[str, ...] = ("auto",)
+    devices: tuple[Device, ...] = ("auto",)
     """`auto`, `cpu`, `cuda`, `cuda:1` ...: one runtime process for each."""
     memory_mb: Annotated[int, Field(ge=0)] = 0
     """Memory of one device for loaded networks; the least recently used go. 0: four fifths of a GPU, half the RAM."""
     prepared_mb: Annotated[int, Field(ge=1)] = 2048
     """Memory for volumes that are read and not yet finished; others wait, urgent ones have as much again."""
+    decoders: Annotated[int, Field(ge=0, le=64)] = 0
+    """Processes that decode compressed pixel data, started when first needed. 0: one for each core, at most 4."""
     hang_s: Annotated[float, Field(ge=5)] = 120.0
     """A runtime process that works and is silent for so long is killed; it speaks between batches of windows, and gets
     more where a batch was found to be slow."""
+    trusted_code: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """SHA-256 of the Python files that model packages of trust `code` may run; with none, no such package runs."""
 
 
 class DeliverySettings(_Settings):

@@ -11,7 +11,7 @@
      ├─ StorageError                bytes or index row could not be made durable    0xA700, retryable
      │   └─ CatalogBusy             the catalog lock was not had in time
      ├─ TranscodeError              an object cannot be re-encoded for this peer
-     ├─ PackageError                a model package is unusable
+     ├─ PackageError                a model package is unusable                     retryable
      ├─ EngineError                 an engine did not answer as promised
      │   ├─ EngineUnavailable       ... but may later                               retryable
      │   ├─ EngineTimeout           ... in time                                     retryable
@@ -99,7 +99,9 @@ class TranscodeError(NodeError):
 
 
 class PackageError(NodeError):
-    """A model package is unusable; the message says which key or file and why."""
+    """A model package is unusable; the message says which key or file and why. Work for it waits for its mending."""
+
+    retryable = True
 
 
 class EngineError(NodeError):

@@ -72,6 +72,9 @@ def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: in
     yield "intake_state", (), 0 if free_above_reserve > 0 else 2
     yield "workers_alive", (), workers_alive
     work = read_pulse(config.data_dir, "work")
+    unusable = work.facts.get("unusable", {}) if work else {}
+    for engine in config.engines:
+        yield "engine_usable", (engine,), float(engine not in unusable)
     for runtime in work.facts.get("runtimes", ()) if work else ():
         yield "runtime_breaker_state", (runtime["device"],), runtime["breaker"]
         for model, version in runtime["models"] if work and work.ok else ():

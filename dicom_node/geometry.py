@@ -46,6 +46,7 @@ _MAX_MISSING_IN_A_ROW = 2
 _MAX_TILT_DEG = 40.0
 _OVERLAP = 0.1  # of the usual slice spacing: images nearer than this are of two stacks
 _FEW_GAPS = 0.25  # of all steps: more than this and the spacing is called irregular
+_CT = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT, Enhanced CT Image Storage
 _DUPLICATE = "identical to another image"
 
 
@@ -282,9 +283,15 @@ def _told_apart(stack: _Stack) -> str:
     return ""
 
 
-def _alternating(stack: _Stack) -> str:
-    """Which attribute says that two stacks are shuffled into one; a stack that ends where the next begins is none."""
-    for index, name in enumerate(DISCRIMINATORS.values()):
+def _alternating(stack: _Stack, *, even: bool) -> str:
+    """Which attribute says that two stacks are shuffled into one; a stack that ends where the next begins is none.
+
+    Even stacks are asked for less: MR takes every other slice in a second acquisition.
+    """
+    ct = stack.planes[0].sop_class_uid in _CT
+    for index, (keyword, name) in enumerate(DISCRIMINATORS.items()):
+        if even and (keyword == "ImageType" or (keyword == "AcquisitionNumber" and not ct)):
+            continue
         told = [plane.told[index] for plane in stack.planes]
         runs = 1 + sum(1 for one, other in pairwise(told) if one != other)
         if runs > len(set(told)):
@@ -295,7 +302,7 @@ def _alternating(stack: _Stack) -> str:
 def _laid(stack: _Stack, left_out: Mapping[str, str], *, repair: bool) -> VolumeGeometry:
     """The grid through the planes of a stack without duplicates."""
     spacing, even, repairs = _spaced(stack.along, repair=repair)
-    if not even and (name := _alternating(stack)):
+    if name := _alternating(stack, even=even):
         raise SeriesRejected(f"two stacks overlap: {name} goes back and forth from slice to slice")
     pixel = stack.planes[0].spacing
     sideways = _sideways(stack)

@@ -317,6 +317,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "intake_state": ("0 open, 2 refusing for lack of space.", ()),
     "workers_alive": ("Workers that gave a sign of life lately.", ()),
     "model_loaded": ("1 for each model whose network is loaded on a device.", ("model", "version", "device")),
+    "engine_usable": ("0: its model package cannot be used, status says why; its jobs wait.", ("engine",)),
     "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),

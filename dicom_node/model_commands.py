@@ -43,7 +43,9 @@ def models_check(arguments: argparse.Namespace) -> int:
 
             print(f"wrote {write_manifest(Path(arguments.name))}; it is read from now on")
         device, run = arguments.device or config.jobs.devices[0], not arguments.no_self_test
-        for heading, text in package_report(arguments.name, device, models_dir(config), run=run):
+        for heading, text in package_report(
+            arguments.name, device, models_dir(config), run=run, trusted_code=_trusted_code(arguments, config)
+        ):
             lines = textwrap.wrap(text, _WIDTH - _HEADING) or [""]
             print(f"{heading + ':':<{_HEADING}}{lines[0]}")
             for line in lines[1:]:
@@ -71,7 +73,9 @@ def models_import(arguments: argparse.Namespace) -> int:
     config = offline(arguments)
 
     def tested(package: ModelPackage) -> None:
-        self_test(package, arguments.device or config.jobs.devices[0])
+        self_test(
+            package, arguments.device or config.jobs.devices[0], _trusted_code(arguments, config), models_dir(config)
+        )
 
     imported = import_package(
         Library(models_dir(config)),
@@ -122,6 +126,11 @@ def models_disable(arguments: argparse.Namespace) -> int:
     disable_model(Library(models_dir(offline(arguments))), arguments.model)
     print(f"{arguments.model}: disabled, from the next job on")
     return OK
+
+
+def _trusted_code(arguments: argparse.Namespace, config: NodeConfig) -> tuple[str, ...]:
+    """Only of a file that was named: the one in the working folder may have come with the package."""
+    return config.jobs.trusted_code if arguments.config else ()
 
 
 def _library(config: NodeConfig) -> Library:

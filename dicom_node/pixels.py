@@ -89,8 +89,9 @@ def read_hounsfield(images: Sequence[ImageFile], heartbeat: Callable[[], None] |
     """Stack single-frame `images` in the given order: (slices, rows, columns) in HU, C-contiguous.
 
     int16 when every slice has slope 1 and an integral intercept (values beyond +-32767 saturate), else float32.
-    Padding becomes `AIR_HU`. `heartbeat` is called after each slice. Raises SeriesRejected: no rescale (the values
-    have no unit), unreadable or contradictory pixel data, sizes that differ, more than `MAX_VOLUME_BYTES`.
+    Padding becomes `AIR_HU`. `heartbeat` is called after each slice and while decoders work. Raises SeriesRejected:
+    no rescale (the values have no unit), unreadable or contradictory pixel data, sizes that differ, more than
+    `MAX_VOLUME_BYTES`; EngineUnavailable when there are no decoders to be had (`decoding`).
     """
     return _volume([Slice.of(image, image.header) for image in images], "hu", heartbeat)
 
@@ -99,13 +100,14 @@ def _volume(slices: Sequence[Slice], values: Literal["hu", "any"], heartbeat: Ca
     if len({slice_.layout.shape for slice_ in slices}) != 1:
         raise SeriesRejected("the images have different Rows x Columns")
     rescales = [_rescale(slice_.header, values) for slice_ in slices]
-    integral = all(_fits_int16(slice_.layout, rescale) for slice_, rescale in zip(slices, rescales, strict=True))
+    read = zip(slices, rescales, strict=True)
+    integral = all(_fits_int16(slice_.layout, rescale, values) for slice_, rescale in read)
     shape = (len(slices), *slices[0].layout.shape)
     if int(np.prod(shape, dtype=np.int64)) * (2 if integral else 4) > MAX_VOLUME_BYTES:
         raise SeriesRejected(f"a volume of {shape[0]} x {shape[1]} x {shape[2]} voxels is too large")
     volume: Volume = np.empty(shape, np.int16) if integral else np.empty(shape, np.float32)
     fill = _int16_slice if integral else _float_slice
-    for k, cells in _in_reading_order(slices):
+    for k, cells in _in_reading_order(slices, heartbeat):
         padded = fill(volume[k], slices[k], rescales[k], cells)
         if padded is not None:
             _pad(volume[k], padded, values)
@@ -114,17 +116,19 @@ def _volume(slices: Sequence[Slice], values: Literal["hu", "any"], heartbeat: Ca
     return volume
 
 
-def _in_reading_order(slices: Sequence[Slice]) -> Iterator[tuple[int, Stored | None]]:
-    """Each slice's index and, for frames that must be decoded, its cells: an image is decoded in one go."""
-    encoded: dict[str, list[int]] = {}
+def _in_reading_order(
+    slices: Sequence[Slice], heartbeat: Callable[[], None] | None
+) -> Iterator[tuple[int, Stored | None]]:
+    """Each slice's index and, where they must be decoded, its cells: those come last, as they are done."""
+    encoded = []
     for k, slice_ in enumerate(slices):
-        if slice_.native or not slice_.image.frames:
+        if slice_.native:
             yield k, None
         else:
-            encoded.setdefault(slice_.image.instance.sop_instance_uid, []).append(k)
-    for indices in encoded.values():
-        indices.sort(key=lambda k: slices[k].frame)
-        yield from zip(indices, decoded(slices[indices[0]].image, [slices[k] for k in indices]), strict=True)
+            encoded.append(k)
+    if encoded:
+        for number, cells in decoded([slices[k] for k in encoded], heartbeat):
+            yield encoded[number], cells
 
 
 def _pad(plane: npt.NDArray[Any], padded: npt.NDArray[np.bool_], values: Literal["hu", "any"]) -> None:
@@ -157,14 +161,18 @@ def _rescale(header: Mapping[str, Any], values: Literal["hu", "any"]) -> _Rescal
     return slope, intercept
 
 
-def _fits_int16(layout: Layout, rescale: _Rescale) -> bool:
-    return (
+def _fits_int16(layout: Layout, rescale: _Rescale, values: Literal["hu", "any"]) -> bool:
+    whole = (
         isinstance(rescale, tuple)
         and layout.allocated <= 16
         and rescale[0] == 1
         and rescale[1].is_integer()
         and abs(rescale[1]) < 32768
     )
+    if not whole or values == "hu":  # no tissue has more than 32767 HU: there they are held
+        return whole
+    assert isinstance(rescale, tuple)
+    return layout.limits[0] + rescale[1] >= -32768 and layout.limits[1] + rescale[1] <= 32767
 
 
 def _int16_slice(
@@ -221,18 +229,19 @@ def _through_lut(values: Stored, item: Dataset, *, signed: bool) -> Stored:
 # --- radiographs -----------------------------------------------------------------------------------------------------
 
 
-def displayed_radiograph(image: ImageFile) -> Plane:
+def displayed_radiograph(image: ImageFile, heartbeat: Callable[[], None] | None = None) -> Plane:
     """What a viewer would show, (rows, columns) float32, bright = dense, in arbitrary linear units.
 
     Modality LUT or rescale, then VOI LUT (its sequence first, else the first window as LINEAR, LINEAR_EXACT or
-    SIGMOID, else none), then MONOCHROME1 or Presentation LUT Shape INVERSE turned round. Padding is black. Raises
-    SeriesRejected for colour, more than 16 bits, and what `read_image` accepts but cannot be decoded.
+    SIGMOID, else none), then MONOCHROME1 or Presentation LUT Shape INVERSE turned round. Padding is black.
+    `heartbeat` is called while a decoder works on it. Raises SeriesRejected for colour, more than 16 bits, and what
+    `read_image` accepts but cannot be decoded; EngineUnavailable as `read_hounsfield`.
     """
     slice_ = Slice.of(image, image.header)
     layout = slice_.layout
     if layout.stored > 16:
         raise SeriesRejected(f"a radiograph of {layout.stored} bits is not read")
-    stored, padded = stored_values(slice_)
+    stored, padded = stored_values(slice_, heartbeat=heartbeat)
     low, high = layout.limits
     # at most 65536 different values: everything is worked out once for each, then looked up
     table = _display_table(np.arange(low, high + 1), image.header, signed=layout.signed)

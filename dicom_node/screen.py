@@ -46,6 +46,12 @@ def _node(facts: NodeFacts) -> list[str]:
         if service is not None and "rules" in service.facts:
             broken = " (the rules on disk are broken: rules check)" if service.facts.get("rules_error") else ""
             lines.append(f"rules       {service.facts['rules']} in force{broken}")
+        work = facts.pulses.get("work")
+        for engine, why in (work.facts.get("unusable", {}) if work else {}).items():
+            lines.append(f"engine      {engine} CANNOT RUN, its jobs wait: {' '.join(why.split())}"[:WIDTH])
+        for runtime in work.facts.get("runtimes", ()) if work else ():
+            if runtime["breaker"]:
+                lines.append(f"device      {runtime['device']} FAILED AGAIN AND AGAIN, the CPU does its work"[:WIDTH])
     if facts.free_bytes <= 0:
         lines.append("disk        BELOW THE RESERVE: nothing is taken in")
     else:

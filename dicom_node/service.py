@@ -135,7 +135,16 @@ class Service:
             wanted = self._config.jobs.workers + 1  # one takes urgent jobs only
             return Check(name="workers", ok=alive > 0, detail=f"{alive} of {wanted}")
 
-        return scp, catalog, disk, workers
+        def engines() -> Check:
+            pulse = read_pulse(self._config.data_dir, "work")
+            unusable = sorted(pulse.facts.get("unusable", {})) if pulse else []
+            resting = [one["device"] for one in pulse.facts.get("runtimes", ()) if one["breaker"]] if pulse else []
+            detail = f"cannot run, see status: {', '.join(unusable)}" if unusable else ""
+            if resting:
+                detail += f"{'; ' if detail else ''}the CPU does the work of {', '.join(resting)}"
+            return Check(name="engines", ok=True, detail=detail)  # images are taken in, kept and sent all the same
+
+        return scp, catalog, disk, workers, engines
 
     def _workers_alive(self) -> int:
         pulse = read_pulse(self._config.data_dir, "work")

@@ -1,8 +1,8 @@
 """One stored image as it lies in its file: its header, and its pixel cells as the integers they stand for.
 
 One pass per file: the header is read with the few attributes that matter, native pixel values go from the file
-straight to where they are wanted, everything else goes through pydicom's decoders. What the values mean is for
-`pixels` to say.
+straight to where they are wanted, everything else goes through decoders in processes of their own (`decoding`). What
+the values mean is for `pixels` to say.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydicom import uid as uids
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import dcmread, read_dataset
-from pydicom.pixels.utils import iter_pixels
+from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 
+from dicom_node.decoder import CELLS_KEPT, UNREADABLE
+from dicom_node.decoder_link import Frames
+from dicom_node.decoding import decoders
 from dicom_node.errors import SeriesRejected
 from dicom_node.frames import IMAGE_TAGS, frame_headers, plain_header
 from dicom_node.model import StoredInstance
@@ -29,16 +30,12 @@ from dicom_node.model import StoredInstance
 __all__ = ["UNREADABLE", "ImageFile", "Layout", "Slice", "Stored", "decoded", "read_image", "stored_values"]
 
 MAX_IMAGE_BYTES = 512 * 1024**2
+_MAX_REQUEST_BYTES, _MAX_REQUEST_FRAMES = 16 * 1024**2, 16  # of one image, decoded in one go
 
 Stored = npt.NDArray[Any]
 
 _FIRST_PIXEL_TAG = 0x7FE00001
 _VR_IN_LENGTH = (b"OW\0\0", b"OB\0\0")  # what an explicit VR looks like where a length is expected: an odd length
-# What pydicom and its decoder plug-ins raise on bytes that are not what the header says.
-UNREADABLE = (
-    *(ArithmeticError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError, NotImplementedError),
-    *(OSError, RuntimeError, TypeError, ValueError, struct.error, zlib.error),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +161,18 @@ class Slice:
     def native(self) -> bool:
         return self.image.pixel_offset is not None
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether cells are as they lie in the file, the value below High Bit; codecs give the value alone."""
+        return self.native or uids.UID(self.image.instance.transfer_syntax_uid) in CELLS_KEPT
 
-def _raw_values(slice_: Slice, out: Stored | None = None) -> Stored:
+
+def _raw_values(slice_: Slice, out: Stored | None, heartbeat: Callable[[], None] | None) -> Stored:
     """The pixel cells as stored, unused bits included: (rows, columns) of the layout's dtype, in `out` where given."""
     image, layout = slice_.image, slice_.layout
     if image.pixel_offset is None:
-        return next(decoded(image, [slice_]))
+        ((_, decoded_plane),) = decoded([slice_], heartbeat)
+        return decoded_plane
     plane = np.empty(layout.shape, layout.dtype) if out is None else out.view(layout.dtype)
     start = slice_.frame * plane.nbytes
     if image.pixel_length < start + plane.nbytes:
@@ -189,37 +192,46 @@ def _raw_values(slice_: Slice, out: Stored | None = None) -> Stored:
     return plane
 
 
-def decoded(image: ImageFile, slices: Sequence[Slice]) -> Iterator[Stored]:
-    """The cells of these frames of an image that is not native, one by one, in their order."""
-    syntax = uids.UID(image.instance.transfer_syntax_uid)
-    try:
-        # pydicom reads a deflated data set only as a whole; `_scan` has bounded what it inflates to
-        deflated = syntax == uids.DeflatedExplicitVRLittleEndian
-        source = dcmread(image.instance.path) if deflated else image.instance.path
-        found = iter_pixels(source, indices=[slice_.frame for slice_ in slices], raw=True)
-        for slice_ in slices:
-            plane = next(found, None)
-            if plane is None:
-                raise SeriesRejected(f"pixel data ({syntax.name}) has fewer frames than the image says")
-            yield _checked(plane, slice_.layout)
-    except BaseException as exc:  # a decoder written in Rust panics past Exception
-        if not isinstance(exc, UNREADABLE) and type(exc).__name__ != "PanicException":
-            raise
-        hint = "; a decoder for it is not installed" if "missing dependencies" in str(exc) else ""
-        raise SeriesRejected(f"pixel data ({syntax.name}) cannot be decoded ({type(exc).__name__}){hint}") from exc
+def decoded(slices: Sequence[Slice], heartbeat: Callable[[], None] | None = None) -> Iterator[tuple[int, Stored]]:
+    """The cells of these slices, none of them native, each with its index, in the order they are done.
+
+    Raises SeriesRejected, EngineUnavailable: `decoding.DecoderPool.decode`.
+    """
+    requests = list(_requests(slices))
+    works = [_frames([slices[k] for k in indices]) for indices in requests]
+    for number, planes in decoders().decode(works, heartbeat):
+        yield from zip(requests[number], planes, strict=True)
 
 
-def _checked(plane: npt.NDArray[Any], layout: Layout) -> Stored:
-    if plane.shape != layout.shape or plane.dtype.kind not in "iu":
-        raise SeriesRejected(f"decoded pixel data has shape {plane.shape}, the header says {layout.shape}")
-    return np.asarray(plane).astype(layout.dtype, copy=False)
+def _requests(slices: Sequence[Slice]) -> Iterator[list[int]]:
+    """Indices that are decoded together: one image, or a few frames of one, for each opening walks through it."""
+    images: dict[str, list[int]] = {}
+    for k, slice_ in enumerate(slices):
+        images.setdefault(slice_.image.instance.sop_instance_uid, []).append(k)
+    for indices in images.values():
+        indices.sort(key=lambda k: slices[k].frame)
+        (rows, columns), allocated = slices[indices[0]].layout.shape, slices[indices[0]].layout.allocated
+        count = min(max(_MAX_REQUEST_BYTES * 8 // (rows * columns * allocated), 1), _MAX_REQUEST_FRAMES)
+        yield from (indices[first : first + count] for first in range(0, len(indices), count))
 
 
-def _clean(plane: Stored, layout: Layout, *, native: bool) -> None:
+def _frames(slices: Sequence[Slice]) -> Frames:
+    instance, layout = slices[0].image.instance, slices[0].layout
+    return Frames(
+        path=instance.path,
+        syntax=instance.transfer_syntax_uid,
+        name=uids.UID(instance.transfer_syntax_uid).name,
+        frames=tuple(slice_.frame for slice_ in slices),
+        shape=layout.shape,
+        dtype=layout.dtype,
+    )
+
+
+def _clean(plane: Stored, layout: Layout, *, as_stored: bool) -> None:
     """Keep Bits Stored bits below High Bit, in place: old overlays live in the others; extend the sign."""
     if layout.stored == layout.allocated:
         return
-    above = layout.allocated - 1 - layout.high if native else layout.allocated - layout.stored
+    above = layout.allocated - 1 - layout.high if as_stored else layout.allocated - layout.stored
     # signed cells shift right arithmetically, unsigned ones logically: one expression does both
     np.left_shift(plane, above, out=plane)
     np.right_shift(plane, layout.allocated - layout.stored, out=plane)
@@ -233,6 +245,8 @@ def _padding(header: Mapping[str, Any], layout: Layout) -> tuple[int, int, int] 
     limit = header.get("PixelPaddingRangeLimit")
     ends = [value, limit if isinstance(limit, int) else value]
     cell = 1 << layout.allocated
+    if layout.signed and layout.allocated > 16:  # the value has 16 bits whatever the cells have
+        ends = [end - 0x10000 if end >= 0x8000 else end for end in ends]
     # written as US or SS as it came: both spellings mean the same bits
     ends = [(end % cell) - (cell if layout.signed and end % cell >= cell // 2 else 0) for end in ends]
     return ends[0], min(ends), max(ends)
@@ -245,16 +259,19 @@ def _padded(plane: Stored, raw_match: Stored | None, padding: tuple[int, int, in
 
 
 def stored_values(
-    slice_: Slice, out: Stored | None = None, cells: Stored | None = None
+    slice_: Slice,
+    out: Stored | None = None,
+    cells: Stored | None = None,
+    heartbeat: Callable[[], None] | None = None,
 ) -> tuple[Stored, npt.NDArray[np.bool_] | None]:
     """Stored values (rows, columns) and where they are padding (None: nowhere declared), of `cells` where decoded."""
     layout = slice_.layout
-    plane = _raw_values(slice_, out) if cells is None else cells
+    plane = _raw_values(slice_, out, heartbeat) if cells is None else cells
     padding = _padding(slice_.header, layout)
     if padding is None:
-        _clean(plane, layout, native=slice_.native)
+        _clean(plane, layout, as_stored=slice_.as_stored)
         return plane, None
     # some scanners declare a padding value outside Bits Stored: it can only be seen before masking
     raw_match = plane == padding[0] if layout.stored < layout.allocated else None
-    _clean(plane, layout, native=slice_.native)
+    _clean(plane, layout, as_stored=slice_.as_stored)
     return plane, _padded(plane, raw_match, padding)

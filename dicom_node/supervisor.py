@@ -191,7 +191,7 @@ class _Supervisor:
             ports=self._ports,
         )
         child.process = subprocess.Popen(
-            [sys.executable, "-m", "dicom_node.process", child.role],
+            [sys.executable, "-P", "-m", "dicom_node.process", child.role],
             stdin=subprocess.PIPE,
             pass_fds=fds,
             env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},

@@ -11,12 +11,13 @@ import threading
 from collections import Counter
 from typing import Any
 
+from dicom_node.decoding import close_decoders, use_decoders
 from dicom_node.errors import LeaseLost, NodeError
 from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.metrics import Metrics
 from dicom_node.model import BootTime, Priority
 from dicom_node.pipeline.headers_of import read_series_header
-from dicom_node.pipeline.work import ENCODE_S, TIMEOUT_S, Worker
+from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
 from dicom_node.wiring import encoders, engines, node_catalog, node_ingest
 
@@ -36,11 +37,13 @@ class Work:
         self._stopping = threading.Event()
         self._catalog = node_catalog(self._config, clock)
         self._engines = engines(self._config)
+        use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")
         self._ended: Counter[tuple[str, str]] = Counter()  # runtimes, as far as counted
         self._worker = self._make_worker()
         # beyond it no job keeps its lease (pipeline.work), so whoever still works on one is stuck
-        self._bound_s = max((one.timeout_s for one in self._config.engines.values()), default=TIMEOUT_S) + ENCODE_S
+        longest_s = max((one.timeout_s for one in self._config.engines.values()), default=TIMEOUT_S)
+        self._bound_s = job_bound_s(longest_s)
         self._busy_since: dict[str, BootTime] = {}
         wanted = [(f"work-{number}", Priority.BACKGROUND) for number in range(self._config.jobs.workers)]
         if wanted:
@@ -104,6 +107,7 @@ class Work:
         wanted, now = len(self._threads), self._clock.boot()
         stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
         facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes()}
+        facts["unusable"] = {name: why for name, one in self._engines.items() if (why := getattr(one, "trouble", ""))}
         if alive < wanted:
             return False, f"{alive} of {wanted}", facts
         return stuck == 0, f"{stuck} of {wanted} stuck in a job" if stuck else "", facts
@@ -128,6 +132,7 @@ class Work:
         self._stopping.set()
         for engine in self._engines.values():
             engine.close()
+        close_decoders()
         for thread in (*self._threads, self._warming):
             if thread.ident is not None:
                 thread.join(timeout=5.0)

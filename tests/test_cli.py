@@ -72,6 +72,12 @@ def test_an_error_is_one_line_and_status_2(
     assert not (here / "nowhere").exists()
 
 
+def test_one_wrong_id_does_not_keep_the_others_from_being_tried(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = said(capsys, "jobs", "retry", "7", "8", "--data-dir", "data")
+    assert (status, out) == (2, "")
+    assert "no job 7" in err and "no job 8" in err
+
+
 def test_an_unforeseen_error_shows_its_place_and_not_its_text(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import dicom_node
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
-    *("planes", "frames", "stored_values"),
+    *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything

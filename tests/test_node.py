@@ -49,7 +49,7 @@ def test_a_node_starts_answers_counts_and_stops_cleanly(running_node: Start, too
     assert node.get("/ping") == (200, '{"status": "ok"}\n')
     status, body = node.get("/ready")
     checks = {check["name"]: check["ok"] for check in json.loads(body)["checks"]}
-    assert (status, checks) == (200, {"scp": True, "catalog": True, "disk": True, "workers": True})
+    assert (status, checks) == (200, {"scp": True, "catalog": True, "disk": True, "workers": True, "engines": True})
     assert metric(node, "dimse_requests_total", service="echo", status_class="success") == 0
     assert echo(tool, node) == 0
     assert echo(tool, node, called="NOBODY") != 0

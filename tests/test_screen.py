@@ -66,6 +66,15 @@ def test_a_healthy_node_on_one_screen() -> None:
     assert len(text.splitlines()) <= 24
 
 
+def test_an_engine_that_cannot_run_and_a_device_that_fails_are_said() -> None:
+    runtimes = [{"device": "cuda:0", "breaker": 1, "models": []}, {"device": "cpu", "breaker": 0, "models": []}]
+    text = screen(
+        pulses={"supervisor": pulse(), "work": pulse(unusable={"chest": "it is\ndisabled"}, runtimes=runtimes)}
+    )
+    assert "engine      chest CANNOT RUN, its jobs wait: it is disabled" in text
+    assert "device      cuda:0 FAILED AGAIN AND AGAIN, the CPU does its work" in text and "device      cpu" not in text
+
+
 def test_a_silent_process_broken_rules_and_a_full_disk_are_said() -> None:
     text = screen(
         alive=frozenset({"service"}),

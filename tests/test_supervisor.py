@@ -19,7 +19,7 @@ from dicom_node.config import JobSettings, NodeConfig, load_config
 from dicom_node.deciding import keep_rules, kept_rules, node_rules
 from dicom_node.errors import ConfigError
 from dicom_node.model import BootTime
-from dicom_node.pipeline.work import ENCODE_S, TIMEOUT_S, Worker
+from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Orders
 from dicom_node.pulse import Pulse, beat, run_folder
 from dicom_node.worker import Work
@@ -143,9 +143,9 @@ def test_a_worker_stuck_in_a_job_longer_than_any_lease_is_not_well(
     work = Work(Orders(config=config, supervisor_pid=os.getpid()), clock)
     try:
         assert inside.acquire(timeout=10.0) and inside.acquire(timeout=10.0)  # and the one for urgent jobs
-        clock.ahead_s = TIMEOUT_S + ENCODE_S - 30.0
+        clock.ahead_s = job_bound_s(TIMEOUT_S) - 30.0
         assert work.health()[0]
-        clock.ahead_s = TIMEOUT_S + ENCODE_S + 1.0
+        clock.ahead_s = job_bound_s(TIMEOUT_S) + 1.0
         ok, detail, facts = work.health()
         assert (ok, detail) == (False, "2 of 2 stuck in a job")
         assert (facts["workers_alive"], facts["workers_stuck"]) == (2, 2)

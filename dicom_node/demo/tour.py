@@ -153,7 +153,7 @@ def _running(folder: Path, settings: Mapping[str, Any], say: Callable[[str], Non
     load_config(config, environ={})
     with (folder / "node.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dicom_node.cli", "serve", "--config", str(config)],
+            [sys.executable, "-P", "-m", "dicom_node.cli", "serve", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -195,7 +195,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 def _dicom_node(*words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "dicom_node.cli", *words],
+        [sys.executable, "-P", "-m", "dicom_node.cli", *words],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

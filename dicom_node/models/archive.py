@@ -45,7 +45,9 @@ def open_archive(path: Path, scratch: Path) -> Path:
         total = sum(entry.file_size for _, entry in entries)
         try:
             if total > shutil.disk_usage(scratch).free:
-                raise PackageError(f"{path}: {total >> 20} MiB unpacked do not fit on the disk of {scratch}")
+                raise PackageError(
+                    f"{path}: unpacked it takes {(total >> 20) + 1} MiB, more than the disk has left for it"
+                )
             folder = Path(tempfile.mkdtemp(prefix="package-", dir=scratch))
         except OSError as exc:
             raise PackageError(f"{scratch}: {exc.strerror}") from exc

@@ -53,7 +53,7 @@ def prepare(manifest: ClassificationManifest, task: EngineTask, heartbeat: Calla
             image = read_image(instance)
             refusal = "; ".join(select_image(manifest.select, image.header).reasons)
             if not refusal:
-                planes[instance.sop_instance_uid] = _input(image, manifest)
+                planes[instance.sop_instance_uid] = _input(image, manifest, heartbeat)
         except SeriesRejected as exc:
             refusal = exc.reason
         if refusal:
@@ -70,10 +70,10 @@ def prepare(manifest: ClassificationManifest, task: EngineTask, heartbeat: Calla
     )
 
 
-def _input(image: ImageFile, manifest: ClassificationManifest) -> Floats:
+def _input(image: ImageFile, manifest: ClassificationManifest, heartbeat: Callable[[], None]) -> Floats:
     try:
         make = prepare_xrv if manifest.input.prepare == "xrv" else prepare_radiograph
-        return make(displayed_radiograph(image), manifest.input.size)
+        return make(displayed_radiograph(image, heartbeat), manifest.input.size)
     except ValueError as exc:
         raise SeriesRejected(f"an image is no usable radiograph: {exc}") from exc
 

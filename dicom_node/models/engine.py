@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,20 +14,23 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dicom_node.config import EngineSettings, JobSettings
-from dicom_node.errors import ConfigError, EngineTimeout
+from dicom_node.errors import ConfigError, EngineCrashed, EngineTimeout, EngineUnavailable, PackageError
 from dicom_node.interfaces import Heartbeat
 from dicom_node.model import EngineResult, EngineTask, Priority
 from dicom_node.models import classify, segment
+from dicom_node.models.breaker import Breaker, BreakerState
 from dicom_node.models.manifest import ClassificationManifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.registry import ModelReference
-from dicom_node.models.runtime import Answer, Limits
+from dicom_node.models.runtime import Answer, DeviceFault, Limits
 from dicom_node.models.runtime_pool import RuntimePool, lend_runtimes, return_runtimes
+from dicom_node.models.trust import require_trusted
 from dicom_node.models.wire import Array
 
 __all__ = ["LocalModelEngine"]
 
 _BEAT_S = 0.5
+_FAILURES, _REST_S = 4, 300.0  # two series that kill it twice each, without one that it could do between
 _START_S = 120.0  # a runtime process loads torch first
 
 
@@ -76,37 +80,87 @@ class LocalModelEngine:
         self._guard = Lock()
         self._model = ModelReference(settings.model, models_dir)
         self._pool: RuntimePool | None = None
+        self._closed = False
+        self._trouble = ""
+        self._breaker = Breaker(failures=_FAILURES, rest_s=_REST_S)
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be used at the moment, as far as is known; "" when it can."""
+        if self._breaker.state is BreakerState.OPEN:
+            return f"its network died or hung {_FAILURES} times in a row; it is tried again within {_REST_S:g} s"
+        return self._trouble
 
     def check(self) -> None:
-        """Read the package anew and check its weights' digest. Raises PackageError."""
-        self._model.anew().check_weights()
+        """Read the package anew, check its files' digests and its trust. Raises PackageError."""
+        package = self._model.anew()
+        require_trusted(package, self._limits.trusted_code)
+        package.check_weights()
 
     def warm_up(self, heartbeat: Heartbeat) -> None:
         """Start the runtimes and load the network in each, so that the first series need not wait for it.
 
         Optional. Raises as `run` does.
         """
-        watch = _Watch(heartbeat, self._settings.timeout_s)
-        with self._model.held() as package:
-            self._runtimes().load(package, timeout_s=watch.remaining(), heartbeat=watch)
+        watch = _Watch(self._unless_closed(heartbeat), self._settings.timeout_s)
+        with self._package() as package:
+            self._runtimes().load(package, timeout_s=watch.work_s, heartbeat=watch.beat)
 
     def run(self, task: EngineTask, heartbeat: Heartbeat) -> EngineResult:
         """Labels and measurements (CT), or findings (radiographs).
 
         Raises EngineRejected or SeriesRejected with the reasons when the package does not take the series,
-        EngineTimeout, EngineUnavailable, EngineCrashed (the runtime died or hung on this series), EngineError,
+        EngineTimeout, EngineUnavailable (also while it rests after too many deaths), EngineCrashed (the runtime died
+        or hung on this series), EngineError,
         PackageError, and whatever `heartbeat` raises.
         """
         timeout_s = min(task.timeout_s, self._settings.timeout_s)
-        watch = _Watch(heartbeat, timeout_s)
-        with self._model.held() as package:  # what is enabled meanwhile is for the next job
+        watch = _Watch(self._unless_closed(heartbeat), timeout_s)
+        with self._package() as package, self._rested():  # what is enabled meanwhile is for the next job
             manifest = package.manifest
             if isinstance(manifest, SegmentationManifest):
                 pool = self._runtimes()
                 memory = pool.urgent_volumes if task.priority is Priority.URGENT else pool.volumes
+                watch.waiting = True
                 with memory.taken(_volume_bytes(task), task.priority.rank, watch):
+                    watch.waiting = False
                     return self._segment(package, manifest, task, watch)
             return self._classify(package, manifest, task, watch)
+
+    @contextmanager
+    def _rested(self) -> Iterator[None]:
+        """A network that dies or hangs on everything must not cost the device its time: it rests."""
+        if not self._breaker.admits():
+            raise EngineUnavailable(f"the engine {self.name} rests: {self.trouble or 'it is being tried'}")
+        try:
+            yield
+        except EngineCrashed:
+            self._breaker.failed()
+            raise
+        except BaseException:
+            self._breaker.dropped()
+            raise
+        self._breaker.succeeded()
+
+    def _unless_closed(self, heartbeat: Heartbeat) -> Callable[[], None]:
+        def beat() -> None:
+            if self._closed:
+                raise EngineUnavailable(f"the engine {self.name} is closed")
+            heartbeat()
+
+        return beat
+
+    @contextmanager
+    def _package(self) -> Iterator[ModelPackage]:
+        trouble = ""
+        try:
+            with self._model.held() as package:
+                yield package
+        except (PackageError, DeviceFault) as exc:
+            trouble = str(exc)
+            raise
+        finally:
+            self._trouble = trouble
 
     def _segment(
         self, package: ModelPackage, manifest: SegmentationManifest, task: EngineTask, watch: _Watch
@@ -149,17 +203,20 @@ class LocalModelEngine:
     def _infer(
         self, package: ModelPackage, array: Array, task: EngineTask, watch: _Watch, job: Mapping[str, Any]
     ) -> Answer:
-        return self._runtimes().infer(
+        answer = self._runtimes().infer(
             package,
             array,
             job=job,
-            timeout_s=min(watch.remaining(), package.manifest.runtime.timeout_s),
-            heartbeat=watch,
+            timeout_s=min(watch.work_s, package.manifest.runtime.timeout_s),
+            wait_s=watch.wait_s,
+            heartbeat=watch.beat,  # the runtime tells its time apart
             threads=self._options.threads,
             priority=task.priority,
             expect=self._coming,
             alone=task.strikes > 0,
         )
+        watch.spent(sum(seconds for stage, seconds in answer.seconds.items() if stage != "wait"))
+        return answer
 
     def facts(self) -> Sequence[Mapping[str, Any]]:
         """How the devices stand that this engine uses, see `RuntimePool.facts`; none before the first run."""
@@ -168,38 +225,64 @@ class LocalModelEngine:
 
     def _runtimes(self) -> RuntimePool:
         with self._guard:
+            if self._closed:
+                raise EngineUnavailable(f"the engine {self.name} is closed")
             if self._pool is None:
                 self._pool = lend_runtimes(self._devices, self._limits)
             return self._pool
 
     def close(self) -> None:
-        """Give the runtimes back; the last engine's return stops them. Idempotent."""
+        """Give the runtimes back; the last engine's return stops them. What waits ends. Idempotent."""
         with self._guard:
+            self._closed = True
             lent, self._pool = self._pool, None
         if lent is not None:
             return_runtimes(self._devices, self._limits)
 
 
 class _Watch:
-    """A heartbeat that long loops may call at every step: passed on twice a second, and the end of the time given."""
+    """A heartbeat that long loops may call at every step: passed on twice a second, and the end of the time given.
+
+    `work_s` and `wait_s` are what is left for work on the series and, as much again, for waiting while `waiting`.
+    """
 
     def __init__(self, heartbeat: Callable[[], None], timeout_s: float) -> None:
         self._heartbeat = heartbeat
-        self._timeout_s = timeout_s
-        self._end = time.monotonic() + timeout_s
-        self._next = 0.0
+        self._timeout_s = self.work_s = self.wait_s = timeout_s
+        self._last = time.monotonic()
+        self._beaten = -math.inf
+        self.waiting = False
 
     def __call__(self) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _BEAT_S
-            self._heartbeat()
-        if now >= self._end:
-            raise EngineTimeout(f"the analysis took longer than {self._timeout_s:g} s")
+        step, self._last = time.monotonic() - self._last, time.monotonic()
+        if self.waiting:
+            self.wait_s -= step
+        else:
+            self.work_s -= step
+        self._pass_on()
+        self._check()
 
-    def remaining(self) -> float:
-        """Seconds left, at least a moment."""
-        return max(self._end - time.monotonic(), 0.001)
+    def beat(self) -> None:
+        """Somebody else takes the time."""
+        self._last = time.monotonic()
+        self._pass_on()
+
+    def spent(self, seconds: float) -> None:
+        """So long somebody else worked."""
+        self._last = time.monotonic()
+        self.work_s -= seconds
+        self._check()
+
+    def _pass_on(self) -> None:
+        if self._last - self._beaten >= _BEAT_S:
+            self._beaten = self._last
+            self._heartbeat()
+
+    def _check(self) -> None:
+        if self.work_s <= 0:
+            raise EngineTimeout(f"the analysis took longer than {self._timeout_s:g} s")
+        if self.wait_s <= 0:
+            raise EngineUnavailable(f"others' work took longer than {self._timeout_s:g} s: this series waits its turn")
 
 
 def _limits(jobs: JobSettings, models_dir: Path | None) -> Limits:
@@ -209,6 +292,7 @@ def _limits(jobs: JobSettings, models_dir: Path | None) -> Limits:
         start_s=max(jobs.hang_s, _START_S),
         prepared_bytes=jobs.prepared_mb << 20,
         models_dir=str(models_dir.absolute()) if models_dir is not None else "",
+        trusted_code=frozenset(jobs.trusted_code),
     )
 
 

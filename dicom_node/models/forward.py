@@ -82,7 +82,7 @@ def run(
 def load_network(weights: str, source: Mapping[str, Any], infer: Mapping[str, Any], device: torch.device) -> Network:
     """The network of the package, on `device`. Raises PackageError: digest, format or weights that do not fit."""
     module = load_module(Path(weights), source, device)
-    if TRUST[source["format"]] == "graph":  # a graph stays as it was saved
+    if TRUST[source["format"]] != "data":  # what the package brings stays as it is
         placed = module.to(device)
         layout = torch.contiguous_format
     else:

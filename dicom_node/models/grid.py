@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,26 @@ class ModelGrid:
     def same(cls, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> ModelGrid:
         """A grid of `shape` that is its own source."""
         return cls(shape, shape, spacing_mm, spacing_mm, (0, 1, 2), (False, False, False))
+
+    def cut(self, box: tuple[slice, slice, slice]) -> ModelGrid:
+        """The grid over the source voxels of `box` alone, from the first of them on, as the network turns them.
+
+        `self` where the box holds all. Shifted slices are cut each in its own plane.
+        """
+        shape = tuple(part.stop - part.start for part in box)
+        if shape == self.source_shape:
+            return self
+        positions = self.positions_mm[box[0]]
+        shifts = self.shifts[box[0]]
+        least = tuple(min(along) for along in zip(*shifts, strict=True))
+        cut = replace(
+            self,
+            source_shape=(shape[0], shape[1], shape[2]),
+            positions_mm=tuple(round(mm - positions[0], 5) for mm in positions),
+            shifts=tuple((round(r - least[0], 4), round(c - least[1], 4)) for r, c in shifts),
+        )
+        x, y, z = ((n - 1) * mm for n, mm in zip(cut.frame, self.source_spacing_mm, strict=True))
+        return replace(cut, shape=_samples((cut.positions_mm[-1] if positions else x, y, z), self.spacing_mm))
 
     def to_message(self) -> dict[str, Any]:
         """As plain values; `from_message` makes the same grid of them."""

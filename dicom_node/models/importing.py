@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from dicom_node.errors import PackageError
-from dicom_node.models.formats import Described, describe_folder, file_digest
+from dicom_node.models.describing import describe_apart
+from dicom_node.models.formats import Described, file_digest
 from dicom_node.models.library import PIN, Library, ModelState, Pin, fsync_folder, is_name, unwritable
 from dicom_node.models.package import MANIFEST, MAX_WEIGHTS_BYTES, ModelPackage, load_package, open_regular
 from dicom_node.models.registry import Opened, embedded_ids, opened
@@ -56,18 +58,28 @@ def import_package(
         package = load_package(staged)
         model_id, version = package.manifest.id, package.manifest.version
         _require_free_name(model_id, version)
-        if not _is_there(library, model_id, version, pin):
+        if _condition(library, model_id, version, pin) != "sound":
             package.check_weights()
             if self_test is not None:
                 self_test(package)
         with library.locked():
-            new = not _is_there(library, model_id, version, pin)
+            condition = _condition(library, model_id, version, pin)
+            if condition == "damaged":  # what is imported is what it was, by its digests
+                with library.reserved(model_id, version):
+                    library.remove(model_id, version)
+            new = condition != "sound"
             if new:
                 library.install(staged, model_id, version)
             known = library.state().of(model_id)
             if enable or (known.enabled is None and library.versions(model_id) == (version,)):
                 known = ModelState(enabled=version, disabled=False if enable else known.disabled)
-                library.decide(model_id, known)
+                try:
+                    library.decide(model_id, known)
+                except PackageError as exc:
+                    raise PackageError(
+                        f"{model_id}@{version} is installed, but could not be enabled ({exc}); then "
+                        f"'dicom-node models enable {model_id}@{version}'"
+                    ) from exc
     return Imported(
         package=library.load(model_id, version),
         pin=library.pin(model_id, version),
@@ -82,7 +94,7 @@ def write_manifest(folder: Path) -> Path:
     For people who must correct what could only be assumed. Raises PackageError, never replacing one.
     """
     path = folder / MANIFEST
-    foreign = describe_folder(folder) if folder.is_dir() and not path.exists() else None
+    foreign = describe_apart(folder) if folder.is_dir() and not path.exists() else None
     if foreign is None:
         raise PackageError(f"{path}: is there already, or no folder; expected the folder of a package without one")
     try:
@@ -111,13 +123,13 @@ def _require_free_name(model_id: str, version: str) -> None:
             raise PackageError(f"{key}: {name!r} begins with a dot; begin with a letter or digit")
 
 
-def _is_there(library: Library, model_id: str, version: str, pin: Pin) -> bool:
-    """Whether this very package is installed. Raises PackageError when another one has its name, or it is damaged."""
+def _condition(library: Library, model_id: str, version: str, pin: Pin) -> Literal["sound", "damaged", "missing"]:
+    """How this very package is installed. Raises PackageError when another one has its name."""
     folder = library.folder(model_id, version)
     if version not in library.versions(model_id):
         if folder.exists():
             raise PackageError(f"{folder}: is in the way and was not installed by this node; move it away")
-        return False
+        return "missing"
     # the weights' digests are part of the configuration
     if library.pin(model_id, version).config_sha256 != pin.config_sha256:
         raise PackageError(
@@ -126,18 +138,15 @@ def _is_there(library: Library, model_id: str, version: str, pin: Pin) -> bool:
         )
     try:
         library.load(model_id, version).check_weights()
-    except PackageError as exc:
-        raise PackageError(
-            f"{model_id}@{version} is installed but damaged ({exc}); "
-            f"'dicom-node models remove {model_id}@{version}' first, then import it again"
-        ) from exc
-    return True
+    except PackageError:
+        return "damaged"
+    return "sound"
 
 
 def _stage(found: Opened, staged: Path, *, tested: bool) -> Pin:
     """Write everything the package needs into `staged`, durable when this returns. Raises PackageError."""
     package, foreign = found.package, found.foreign
-    wanted = {file.path: file.sha256 for file in package.weights_files}
+    wanted = {file.path: file.sha256 for file in package.files}
     names = [*wanted, *((package.manifest.metrics.file,) if package.manifest.metrics else ())]
     names += foreign.files if foreign else ()
     files: dict[str, str] = {}

@@ -144,7 +144,7 @@ class Library:
             *(model_id, version),
             pin.config_sha256,
         )
-        if not same or any(pin.files.get(file.path) != file.sha256 for file in package.weights_files):
+        if not same or any(pin.files.get(file.path) != file.sha256 for file in package.files):
             raise PackageError(
                 f"{folder}: model.yaml is not the imported one (sha256 of its content {package.config_sha256[:16]}..., "
                 f"imported {pin.config_sha256[:16]}...); installed packages are not edited: import the change "

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from dicom_node.models.schema import Block, CodedConcept, Finite, Positive, Slug, StorageClass, Upper
+from dicom_node.models.schema import Block, CodedConcept, Finite, Positive, Slug, StorageClass, Text, Upper
 from dicom_node.models.source import TRUST, Source
 
 __all__ = [
@@ -28,9 +28,9 @@ class IntendedUseBlock(Block):
     """What the model is for; goes into every result."""
 
     status: Literal["demonstration", "research", "clinical"]
-    text: Annotated[str, Field(min_length=1, max_length=200)]
-    regulatory: str = "none"
-    limits: tuple[str, ...] = ()
+    text: Annotated[Text, Field(min_length=1, max_length=200)]
+    regulatory: Text = "none"
+    limits: tuple[Text, ...] = ()
 
 
 class OneOfBlock(Block):
@@ -99,7 +99,9 @@ class RangeBlock(Block):
 class NormalizeBlock(Block):
     """Subtract the mean and divide by the standard deviation: those given, else those of the volume's own values.
 
-    `nonzero`: zeros take no part, neither in the figures nor in the result.
+    `nonzero`: zeros take no part, neither in the figures nor in the result. Where `input.first` is crop, those zeros of
+    the images that lie around what they show; zeros enclosed by other values do take part (nnU-Net's
+    use_mask_for_norm).
     """
 
     nonzero: bool = False
@@ -135,10 +137,19 @@ Intensity = Annotated[
 
 
 class CropBlock(Block):
-    """Cut to the box around the values above `above` (MONAI's CropForeground); `margin` in voxels is kept around."""
+    """Cut to the box around the values above `above` (MONAI's CropForeground), or around all that are not 0 where
+    `nonzero` says so (nnU-Net's crop_to_nonzero); `margin` in voxels is kept around. A volume without any stays whole.
+    """
 
     above: Finite = 0.0
+    nonzero: bool = False
     margin: Annotated[int, Field(ge=0, le=512)] = 0
+
+    @model_validator(mode="after")
+    def _one(self) -> CropBlock:
+        if self.nonzero and "above" in self.model_fields_set:
+            raise ValueError("above: has no meaning where nonzero is true")
+        return self
 
 
 _PATIENT_AXIS = {"R": "x", "L": "x", "A": "y", "P": "y", "S": "z", "I": "z"}
@@ -148,7 +159,11 @@ class VolumeInputBlock(Block):
     """The grid and the values a segmentation network expects.
 
     `values` hu: only images in Hounsfield units are taken; any: the modality's own values after its rescale.
-    `intensity`: one mapping, or steps done in their order after resampling. `crop` comes last.
+    `intensity`: one mapping, or steps done in their order. `first` resample: the volume is resampled, goes through the
+    steps, then is cut to `crop`, as in MONAI's bundles. crop: as in nnU-Net, the images are cut, their stored voxels in
+    the box go through the steps, whose own figures are those of these voxels, then they are resampled, from the box's
+    first voxel on. What is cut away is background. `padding_hu`: what lies beyond the images; null, and the default for
+    any: the volume's own lowest value; the default for hu: -1000.
     """
 
     orientation: Annotated[str, Field(pattern=r"^[RLAPSI]{3}$")] = "RAS"
@@ -157,7 +172,8 @@ class VolumeInputBlock(Block):
     values: Literal["hu", "any"] = "hu"
     intensity: Intensity
     crop: CropBlock | None = None
-    padding_hu: Finite = -1000.0
+    first: Literal["resample", "crop"] = "resample"
+    padding_hu: Finite | None = Field(default_factory=lambda given: -1000.0 if given.get("values") == "hu" else None)
 
     @model_validator(mode="after")
     def _three_axes(self) -> VolumeInputBlock:
@@ -233,18 +249,21 @@ class SegmentBlock(Block):
 class LabelOutput(Block):
     """One class of a segmentation network.
 
-    `keep` and `min_ml` clean up on the network's grid: pieces (6-connected) smaller than `min_ml` are dropped, and all
-    but the largest where `keep` says so. `expected`: without voxels the organ is reported Absent only if every
-    label named there was found, uncut, and the scan covers the whole expected range; else Undetermined. `name` is what
-    people call it ("Left kidney"), where that is not the meaning of the type's code.
+    `keep` and `min_ml` clean up on the network's grid: pieces smaller than `min_ml` are dropped, and all but the
+    largest where `keep` says so (of equally large ones the last, along the network's axes, stays). `connectivity`: two
+    voxels are of one piece where they share a face (1: 6 neighbours), also where only an edge (2: 18) or only a corner
+    (3: 26), as MONAI's KeepLargestConnectedComponent counts. `expected`: without voxels the organ is reported Absent
+    only if every label named there was found, uncut, and the scan covers the whole expected range; else Undetermined.
+    `name` is what people call it ("Left kidney"), where that is not the meaning of the type's code.
     """
 
     index: Annotated[int, Field(ge=1, le=255)]
     key: Slug
-    name: Annotated[str, Field(max_length=64)] = ""
+    name: Annotated[Text, Field(max_length=64)] = ""
     color: tuple[int, int, int] | None = None
     segment: SegmentBlock
     keep: Literal["all", "largest_component"] = "all"
+    connectivity: Literal[1, 2, 3] = 1
     min_ml: Annotated[float, Field(ge=0)] = 0.0
     expected: tuple[ExpectedBlock, ...] = ()
 
@@ -264,6 +283,8 @@ class LabelsBlock(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> LabelsBlock:
+        if self.decide != "argmax" and self.activation == "softmax":
+            raise ValueError("activation: a number in decide needs sigmoid, or none where the network has its own")
         _require_unique("index", [label.index for label in self.labels])
         keys = [label.key for label in self.labels]
         _require_unique("key", keys)
@@ -288,7 +309,7 @@ class FindingOutput(Block):
         tuple[Annotated[int, Field(ge=0, le=4095)], ...], BeforeValidator(_several), Field(max_length=16)
     ] = ()
     key: Slug
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
     code: CodedConcept
     threshold: Annotated[float, Field(ge=0, le=1)]
     assessed: bool = True
@@ -328,21 +349,15 @@ class RuntimeBlock(Block):
 class MetricsBlock(Block):
     """Where the package keeps its measured figures."""
 
-    file: str
-
-
-def _no_code(value: Any) -> Any:
-    if value == "code":
-        raise ValueError("'code' packages run Python of their own; this node does not: export the network instead")
-    return value
+    file: Annotated[str, Field(pattern=r"^[\w][\w./ -]{0,200}$")]
 
 
 class _Manifest(Block):
     schema_version: Literal[1] = Field(alias="schema")
     id: Slug
     version: Slug
-    manufacturer: Annotated[str, Field(min_length=1, max_length=64)] = "unknown"
-    trust: Annotated[Literal["data", "graph"], BeforeValidator(_no_code)] = "data"
+    manufacturer: Annotated[Text, Field(min_length=1, max_length=64)] = "unknown"
+    trust: Literal["data", "graph", "code"] = "data"
     source: Source
     intended_use: IntendedUseBlock
     select: SelectBlock

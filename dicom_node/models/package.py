@@ -21,14 +21,22 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dicom_node.errors import PackageError
 from dicom_node.model import Provenance
 from dicom_node.models.manifest import Manifest
-from dicom_node.models.source import TRUST, FoldFile, NnunetSource
+from dicom_node.models.plain import check_plain, read_yaml
+from dicom_node.models.source import TRUST, FoldFile, NnunetSource, PythonSource
 
-__all__ = ["MANIFEST", "MAX_WEIGHTS_BYTES", "ModelPackage", "load_package", "open_regular", "package_of"]
+__all__ = [
+    "MANIFEST",
+    "MAX_WEIGHTS_BYTES",
+    "ModelPackage",
+    "load_package",
+    "open_regular",
+    "package_of",
+    "read_regular",
+]
 
 MANIFEST = "model.yaml"
 _MAX_MANIFEST_BYTES = 256 * 1024
-_MAX_ALIASES = 32  # aliases of aliases grow exponentially
-_MAX_DEPTH = 16
+_ERRORS_SHOWN = 10
 MAX_WEIGHTS_BYTES = 4 * 1024**3
 
 # what pydantic puts into the place of an error for the member of a union it tried
@@ -55,6 +63,12 @@ class ModelPackage:
         """Every file that holds weights, the first fold first, each with its digest."""
         source = self.manifest.source
         return (source, *source.folds) if isinstance(source, NnunetSource) else (source,)
+
+    @property
+    def files(self) -> tuple[FoldFile, ...]:
+        """Every file that the network is made of, each with its digest: the weights, and code where it has any."""
+        source = self.manifest.source
+        return (*self.weights_files, source.code) if isinstance(source, PythonSource) else self.weights_files
 
     @property
     def weights_sha256(self) -> str:
@@ -85,8 +99,8 @@ class ModelPackage:
         )
 
     def check_weights(self) -> None:
-        """Raise PackageError unless every weights file is there, of sane size, and has the manifest's digest."""
-        for file in self.weights_files:
+        """Raise PackageError unless every file of `files` is there, of sane size, and has the manifest's digest."""
+        for file in self.files:
             self._check_file(file)
 
     def _check_file(self, file: FoldFile) -> None:
@@ -116,6 +130,15 @@ def open_regular(path: Path, max_bytes: int) -> io.FileIO:
     return file
 
 
+def read_regular(path: Path, max_bytes: int = MAX_WEIGHTS_BYTES) -> bytes:
+    """The content of a regular file. Raises PackageError, also when there is none."""
+    try:
+        with open_regular(path, max_bytes) as file:
+            return file.readall()
+    except OSError as exc:
+        raise PackageError(f"{path}: {exc.strerror or type(exc).__name__}") from exc
+
+
 def load_package(folder: Path) -> ModelPackage:
     """Read and check `folder`/model.yaml. Raises PackageError that names the key and what is expected there."""
     path = folder / MANIFEST
@@ -132,6 +155,10 @@ def load_package(folder: Path) -> ModelPackage:
 def package_of(folder: Path, path: Path, content: Any) -> ModelPackage:
     """The package whose model.yaml would hold `content`; `path` is what errors name. Raises PackageError."""
     try:
+        check_plain(content)
+    except ValueError as exc:
+        raise PackageError(f"{path}: {exc}") from exc
+    try:
         manifest = _MANIFEST.validate_python(content)
     except ValidationError as exc:
         raise PackageError(_explain(path, exc)) from exc
@@ -142,13 +169,7 @@ def package_of(folder: Path, path: Path, content: Any) -> ModelPackage:
 
 def _parse(path: Path, text: str) -> Any:
     try:
-        aliases = depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: stops before a bomb is unpacked
-            aliases += isinstance(event, yaml.AliasEvent)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if aliases > _MAX_ALIASES or depth > _MAX_DEPTH:
-                raise PackageError(f"{path}: more than {_MAX_ALIASES} YAML aliases or {_MAX_DEPTH} levels")
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except (yaml.YAMLError, ValueError) as exc:
         raise PackageError(f"{path}: not readable as plain YAML: {exc}") from exc
     if not isinstance(content, dict):
@@ -158,7 +179,8 @@ def _parse(path: Path, text: str) -> Any:
 
 def _explain(path: Path, exc: ValidationError) -> str:
     lines = []
-    for error in exc.errors():
+    errors = exc.errors()
+    for error in errors[:_ERRORS_SHOWN]:
         keys = [str(part) for part in error["loc"] if part not in _TAGS]
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
@@ -166,6 +188,8 @@ def _explain(path: Path, exc: ValidationError) -> str:
         elif error["type"] == "missing":
             message = "is required"
         plain = isinstance(error["input"], str | int | float | bool)
-        shown = f" (got {error['input']!r})" if plain else ""
+        shown = f" (got {error['input']!r:.100})" if plain else ""
         lines.append(f"{'.'.join(keys) or 'task'}: {message}{shown}")
+    if more := len(errors) - len(lines):
+        lines.append(f"and {more} more")
     return f"{path}: " + "; ".join(lines)

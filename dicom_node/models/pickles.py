@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import pickletools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ _MAX_PICKLE_BYTES = 256 * 1024**2
 _MAX_OPERATIONS = 4_000_000
 _MAX_NAMES = 2000  # classes and functions a pickle may name
 _MAX_NAME = 1024
+_MAX_AXES, _MAX_SIZE = 64, 1 << 48  # numbers without end take for ever to multiply
 _OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 # texts with escapes, objects without constructors, registered extensions
 _NEVER_WRITTEN = frozenset({"STRING", "UNICODE", "INST", "OBJ", "PERSID", "EXT1", "EXT2", "EXT4"})
@@ -79,7 +80,9 @@ class TensorData:
         """Raise ValueError unless every value lies within the storage, each byte standing for one value."""
         items = len(self.storage.data) // ITEM_BYTES[self.dtype]
         sizes = (*self.shape, *self.strides, self.offset)
-        if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in sizes):
+        if len(self.shape) != len(self.strides) or len(self.shape) > _MAX_AXES:
+            raise ValueError("a tensor has impossible sizes")
+        if not all(isinstance(n, int) and 0 <= n < _MAX_SIZE for n in sizes):
             raise ValueError("a tensor has impossible sizes")
         count = math.prod(self.shape)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
@@ -143,7 +146,7 @@ class _DType:
     """numpy.dtype of plain numbers."""
 
     def __init__(self, code: Any, *arguments: Any) -> None:
-        self.code = str(code)
+        self.code = code if isinstance(code, str) else ""
         self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
@@ -182,9 +185,9 @@ def _scalar(dtype: Any, data: Any = b"") -> Any:
 
 
 def _encode(text: Any, encoding: Any = "") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
+    if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
         raise ValueError("bytes in an unknown encoding")
-    return str(text).encode("latin1")
+    return text.encode("latin1")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> TensorData:
@@ -195,7 +198,9 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Te
 
 def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any) -> TensorData:
     tensor = _tensor(storage, offset, size, stride)
-    return TensorData(str(dtype), tensor.shape, tensor.strides, tensor.offset, storage)
+    if dtype not in ITEM_BYTES:
+        raise ValueError("a tensor of an unknown type")
+    return TensorData(dtype, tensor.shape, tensor.strides, tensor.offset, storage)
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -203,7 +208,7 @@ def _parameter(data: Any, *rest: Any) -> Any:
 
 
 def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    if function not in _REBUILD.values():
+    if not isinstance(function, _Function):
         raise ValueError("a tensor of an unknown kind")
     return function(*arguments)
 
@@ -235,6 +240,21 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 }
 
 
+class _Function:
+    """One of ours as a pickle gets it: a plain function would let it set attributes, which outlast the file."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        """A pickle may not change it."""
+
+
 class _Reader(pickle.Unpickler):
     """An unpickler that knows our own functions and inert stand-ins, and no other."""
 
@@ -246,7 +266,7 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Our own, a type of numbers by its name, or a stand-in. Never an import."""
         if (found := _KNOWN.get((module, name))) is not None:
-            return found
+            return found if isinstance(found, type) else _Function(found)
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and name in ITEM_BYTES:

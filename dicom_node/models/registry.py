@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -17,7 +17,8 @@ from threading import Lock
 from dicom_node.config import packaged
 from dicom_node.errors import PackageError
 from dicom_node.models.archive import open_archive
-from dicom_node.models.formats import Described, describe_folder
+from dicom_node.models.describing import describe_apart
+from dicom_node.models.formats import Described
 from dicom_node.models.library import Library, Stamp, is_name
 from dicom_node.models.package import MANIFEST, ModelPackage, load_package, package_of
 
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _TRIES, _RETRY_S = 10, 0.02
+_STAMP_FILES, _STAMP_DEPTH = 256, 3
 
 
 def embedded_ids() -> tuple[str, ...]:
@@ -74,7 +76,7 @@ def find_package(model: str, models_dir: Path | None = None) -> ModelPackage:
     installed = ", ".join(library.ids() if library else ()) or "none"
     raise PackageError(
         f"model {model!r} is neither an embedded package ({', '.join(embedded_ids())}), nor an installed one "
-        f"({installed}), nor a folder with a {MANIFEST}"
+        f"({installed}), nor the folder of a package"
     )
 
 
@@ -110,7 +112,7 @@ def open_folder(folder: Path) -> Opened:
         return Opened(package=load_package(folder), foreign=None)
     if not folder.is_dir():
         raise PackageError(f"{folder}: there is no such folder")
-    foreign = describe_folder(folder)
+    foreign = describe_apart(folder)
     return Opened(package=package_of(folder, folder, foreign.manifest), foreign=foreign)
 
 
@@ -156,10 +158,28 @@ def _unpacked(origin: Path, scratch: Path) -> Path:
 # --- what engines hold
 
 
+FolderStamp = tuple[tuple[str, int, int], ...]
+"""Names, times and sizes of a folder's files."""
+
+
+def _folder_stamp(folder: Path) -> FolderStamp:
+    found: list[tuple[str, int, int]] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [] if len(Path(place).relative_to(folder).parts) >= _STAMP_DEPTH else sorted(folders)
+        for name in sorted(names):
+            with suppress(OSError):
+                status = os.stat(os.path.join(place, name))
+                found.append((os.path.join(place, name), status.st_mtime_ns, status.st_size))
+            if len(found) >= _STAMP_FILES:
+                return tuple(found)
+    return tuple(found)
+
+
 class ModelReference:
     """What an engine's `model` means now: it follows the version that is enabled, without a restart. Thread-safe.
 
-    A package in a folder of its own is read once; an embedded or installed one again when `Library.stamp` changes.
+    An embedded or installed package is read again when `Library.stamp` changes, one in a folder of its own when a
+    file there does.
     """
 
     def __init__(self, model: str, models_dir: Path | None = None) -> None:
@@ -167,16 +187,16 @@ class ModelReference:
         self._models_dir = models_dir
         self._library = Library(models_dir) if models_dir is not None else None
         self._guard = Lock()
-        self._known: tuple[Stamp, ModelPackage] | None = None
+        self._known: tuple[tuple[Stamp, FolderStamp], ModelPackage] | None = None
 
     def current(self) -> ModelPackage:
-        """The package; one stat as long as nothing changed. Raises PackageError each time it cannot be used.
+        """The package; a few stats as long as nothing changed. Raises PackageError each time it cannot be used.
 
         Never an older version instead of one that cannot be used.
         """
-        stamp = self._library.stamp() if self._library is not None else (0, 0, 0)
         with self._guard:
-            if self._known is not None and (self._known[0] == stamp or not self._follows(self._known[1])):
+            stamp = self._stamp()
+            if self._known is not None and self._known[0] == stamp:
                 return self._known[1]
             self._known = None
             package = find_package(self._model, self._models_dir)
@@ -208,8 +228,10 @@ class ModelReference:
             self.anew()  # it is being removed
         raise PackageError(f"model {self._model!r}: its folder is being removed; enable another version")
 
-    def _follows(self, package: ModelPackage) -> bool:
-        return self._installed(package) or package.folder.parent == packaged("demo", "weights")
+    def _stamp(self) -> tuple[Stamp, FolderStamp]:
+        folder = Path(self._model)
+        installed = self._library.stamp() if self._library is not None else (0, 0, 0)
+        return installed, _folder_stamp(folder) if self._model and folder.is_dir() else ()
 
     def _installed(self, package: ModelPackage) -> bool:
         return self._library is not None and package.folder.is_relative_to(self._library.root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from dicom_node.models.library import Library, Pin
 from dicom_node.models.manifest import ClassificationManifest, IntensityBlock, Manifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.registry import embedded_ids, embedded_package, find_package, open_folder, opened
-from dicom_node.models.runtime import Runtime
+from dicom_node.models.runtime import Limits, Runtime
 from dicom_node.models.segment import volume_job
+from dicom_node.models.source import PythonSource
 
 __all__ = ["HEADINGS", "SelfTest", "listed_models", "package_report", "self_test"]
 
@@ -29,6 +30,7 @@ _WHOLE = (64, 64, 64)  # what is tried of a network that takes a volume whole
 _TRUST = {
     "data": "data: nothing in the package is executed",
     "graph": "graph: a graph of operations, run only in the contained runtime process",
+    "code": "code: Python of the package, run in the contained runtime process once jobs.trusted_code has its sha256",
 }
 HEADINGS = ("ID", "VERSION", "FORMAT", "TRUST", "TASK", "ENABLED", "STATUS", "WEIGHTS", "ENGINES", "WHERE")
 
@@ -129,7 +131,12 @@ def _is_named(model: str, models_dir: Path | None) -> bool:
 
 
 def package_report(
-    model: str, device: str = "auto", models_dir: Path | None = None, *, run: bool = True
+    model: str,
+    device: str = "auto",
+    models_dir: Path | None = None,
+    *,
+    run: bool = True,
+    trusted_code: Collection[str] = (),
 ) -> Sequence[tuple[str, str]]:
     """(heading, text) lines on the package that `model` names; with `run`, its network runs on an empty input.
 
@@ -143,12 +150,14 @@ def package_report(
         source = manifest.source.format
         lines = [
             ("model", f"{manifest.id} {manifest.version}, {manifest.task}"),
-            ("format", f"{subject.format}, read as data" if subject.format != source else source),
+            ("format", f"{subject.format}, its configuration read as data" if subject.format != source else source),
             ("trust", _TRUST[manifest.trust]),
         ]
         if subject.format != source:
             lines.append(("network", f"kept as {source}"))
         lines += [("weights", f"{file.path}, sha256 {file.sha256[:16]}...") for file in package.weights_files]
+        if isinstance(manifest.source, PythonSource):
+            lines.append(("code", f"{manifest.source.code.path}, sha256 {manifest.source.code.sha256}"))
         if subject.pin:
             lines.append(("installed", f"{package.folder}, self-test at import {subject.pin.self_test}"))
         use = manifest.intended_use
@@ -158,7 +167,7 @@ def package_report(
         lines.append(("tells", _tells(manifest)))
         lines += [("note", note) for note in subject.notes]
         package.check_weights()
-        return [*lines, *(_tested(package, device) if run else [("self-test", "not run")])]
+        return [*lines, *(_tested(package, device, trusted_code, models_dir) if run else [("self-test", "not run")])]
 
 
 def _needs(manifest: Manifest) -> Lines:
@@ -185,7 +194,11 @@ def _volume_needs(manifest: SegmentationManifest) -> Lines:
         "repair": "an irregular stack is repaired, and the result says how",
     }
     units = {"hu": "Hounsfield units only", "any": "the modality's own values"}[wanted.values]
-    crop = f"; cut to what is above {wanted.crop.above:g}, {wanted.crop.margin} voxels around" if wanted.crop else ""
+    crop = ""
+    if wanted.crop is not None:
+        kept = "not 0" if wanted.crop.nonzero else f"above {wanted.crop.above:g}"
+        crop = f"; cut to what is {kept}, {wanted.crop.margin} voxels around"
+    crop += ", before all else; resampled last" if wanted.first == "crop" else ""
     return [
         ("takes", takes),
         ("geometry", f"{', '.join(stack)}; {policy[geometry.regular]}"),
@@ -253,7 +266,12 @@ class SelfTest:
     memory_mib: int
 
 
-def self_test(package: ModelPackage, device: str = "auto") -> SelfTest:
+def self_test(
+    package: ModelPackage,
+    device: str = "auto",
+    trusted_code: Collection[str] = (),
+    models_dir: Path | None = None,
+) -> SelfTest:
     """Load the network in a runtime process of its own and run it twice on an empty input, after its first try there.
 
     Raises PackageError, EngineError and their like when it does not do what the package promises: its outputs too few,
@@ -261,7 +279,9 @@ def self_test(package: ModelPackage, device: str = "auto") -> SelfTest:
     """
     manifest = package.manifest
     array, job = _empty(manifest)
-    runtime = Runtime(device)
+    hidden = str(models_dir.absolute()) if models_dir is not None else ""
+    limits = Limits(trusted_code=frozenset(trusted_code), models_dir=hidden)
+    runtime = Runtime(device, limits=limits)
     try:
         for _ in range(2):  # the first pays for loading
             answer = runtime.infer(
@@ -295,8 +315,8 @@ def _empty(manifest: Manifest) -> tuple[npt.NDArray[np.float32] | npt.NDArray[np
     return np.zeros((x, y, z), np.int16), volume_job(manifest, ModelGrid.same((x, y, z), manifest.input.spacing_mm))
 
 
-def _tested(package: ModelPackage, device: str) -> Lines:
-    manifest, done = package.manifest, self_test(package, device)
+def _tested(package: ModelPackage, device: str, trusted_code: Collection[str], models_dir: Path | None) -> Lines:
+    manifest, done = package.manifest, self_test(package, device, trusted_code, models_dir)
     lines = [("self-test", f"passed: {done.outputs} outputs, all finite ({done.device}, {done.precision})")]
     if isinstance(manifest, SegmentationManifest):
         return lines + _volume_estimates(manifest, done)

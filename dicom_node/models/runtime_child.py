@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     if os.getppid() != parent:  # it ended before the call
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    files = memory_files()
+    files, silence = memory_files(), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     models = arguments[3] if len(arguments) > 3 else ""
     confine(name, Path(models) if models else None)  # before anything starts a thread
     intake = Intake(socket.socket(fileno=fd))
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     server = Server(intake, device, fault, files)
     try:
         intake.answer({"ready": device.type, "fault": fault})
+        os.dup2(silence, 2)  # what a package makes torch say would stand in the node's log, unformed
         server.serve()
     except HungUp:
         pass

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.25  # how often silence is looked at, and waiting askers beat
 _STOP_S = 2.0
+_STOPPED_S = 4 * POLL_S
+_MOST_PATIENCE = 10.0  # times hang_s: what a child may ask for, which knows how long its batches take
 _LOAD_FACTOR = 3.0  # loading a network may be silent for so many times longer than a batch of windows
 
 
@@ -38,7 +40,7 @@ class Limits:
     bounds one batch; a child that found a batch of its network to be slow gets more. `start_s`: until it first says
     something. `prepared_bytes`: of volumes that are read and not yet finished; urgent ones have as much again.
     `models_dir`: where the node installs models, in the folder of its data, of which the process can read nothing else
-    (`sandbox`); "" where there is no such data.
+    (`sandbox`); "" where there is no such data. `trusted_code`: digests of the Python that packages may run.
     """
 
     memory_bytes: int = 0
@@ -46,6 +48,7 @@ class Limits:
     start_s: float = 120.0
     prepared_bytes: int = 2 << 30
     models_dir: str = ""
+    trusted_code: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -120,17 +123,23 @@ class Child:
             if not self._calls and self.kind:  # it had nothing to say before
                 self._sign = time.monotonic()
             self._calls[call.identity] = call
-        fd = shared_array(array)
         try:
-            send(self._socket, message, [fd])
-            call.sent = True
+            self._send(message, array)
         except OSError as exc:
             with self._guard:
                 self._calls.pop(call.identity, None)
-            raise EngineUnavailable("the runtime process is gone or takes nothing in") from exc
+            raise EngineUnavailable(
+                f"the runtime process is gone or the input cannot be handed to it ({exc.strerror or exc})"
+            ) from exc
+        call.sent = True
+        return call
+
+    def _send(self, message: Mapping[str, Any], array: Array) -> None:
+        fd = shared_array(array)
+        try:
+            send(self._socket, message, [fd])
         finally:
             os.close(fd)
-        return call
 
     def leave(self, call: Call) -> None:
         """Nobody waits for it any more: the child stops it at its next breath."""
@@ -146,12 +155,13 @@ class Child:
     # --- the reading thread
 
     def _read(self) -> None:
-        reason = "died"
+        reason, looked = "died", time.monotonic()
         while True:
             try:
                 received = receive(self._socket)
             except TimeoutError:
-                if self._silent():
+                slept_s, looked = time.monotonic() - looked, time.monotonic()
+                if self._silent(slept_s):
                     reason = "hung"
                     break
                 continue
@@ -160,22 +170,46 @@ class Child:
                 break
             if received is None:
                 break
-            self._take(*received)
+            if not self._understood(*received):
+                reason = "nonsense"
+                break
+            looked = time.monotonic()
         self._ended(reason)
 
-    def _silent(self) -> bool:
+    def _silent(self, slept_s: float) -> bool:
         with self._guard:
-            return bool(self._calls) and time.monotonic() - self._sign > self._patience_s
+            if slept_s > _STOPPED_S:  # this process stood still (a stopped machine): the child may have, too
+                self._sign += slept_s
+            patience_s = self._patience_s
+            waited = [call for call in self._calls.values() if call.identity in self._serving]
+            if waited and all(call.left for call in waited):  # nobody wants it: the others need not wait for it
+                patience_s = min(patience_s, self._limits.hang_s)
+            return bool(self._calls) and time.monotonic() - self._sign > patience_s
+
+    def _understood(self, message: Mapping[str, Any], fds: Sequence[int]) -> bool:
+        """Take a message in; False for one that makes no sense, as a package that took the child over may send."""
+        try:
+            self._take(message, fds)
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
+            log.warning(
+                "the runtime process talks nonsense", extra={"device": self.device, "error": type(exc).__name__}
+            )
+            return False
+        return True
 
     def _take(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
         with self._guard:
             self._sign, self._patience_s = time.monotonic(), self._limits.hang_s
+            if "ready" in message or "serving" in message:
+                for fd in fds:
+                    os.close(fd)
             if "ready" in message:
                 self.kind = str(message["ready"])
                 return
             if "serving" in message:
                 self._serving = frozenset(message["serving"])
-                self._patience_s = max(self._patience_s, float(message["patience"]))
+                asked_s = min(float(message["patience"]), _MOST_PATIENCE * self._limits.hang_s)
+                self._patience_s = max(self._patience_s, asked_s)
                 if message["stage"] == "load":
                     self._patience_s *= _LOAD_FACTOR
                 return
@@ -197,7 +231,7 @@ class Child:
         status = self._buried()
         with self._guard:
             calls, self._calls = list(self._calls.values()), {}
-        if reason != "closed":
+        if reason not in ("closed", "stale"):
             log.warning("runtime process ended", extra={"device": self.device, "reason": reason, "status": status})
             self._on_end(reason)
         for call in calls:

@@ -58,7 +58,7 @@ class RuntimePool:
                 self._failed(runtime.device)
             if runtime.kind == "cpu":
                 raise
-            log.warning("work goes to the CPU", extra={"device": runtime.device, "error": type(exc).__name__})
+            log.warning("work goes to the CPU", extra={"device": runtime.device, "error": str(exc)})
             return self._on_cpu(package, array, how)
         except NodeError as exc:
             if not exc.retryable:  # the package or the input is at fault: the device did answer

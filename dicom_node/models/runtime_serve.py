@@ -96,7 +96,10 @@ class Server:
         finally:
             self._turns.pop()
         for request, (answer, array) in zip(requests, answers, strict=True):
-            fds = [] if array is None else [shared_array(array)]
+            try:
+                fds = [] if array is None else [shared_array(array)]
+            except OSError as exc:
+                fds, answer = [], {"kind": "memory", "error": f"no memory for the answer: {exc.strerror}"}
             self._intake.answer({"id": request.identity, "loaded": self._resident.models(), **answer}, fds)
         if self._turns:  # the one that was interrupted goes on
             self._tell()
@@ -193,7 +196,8 @@ class Server:
         except _Fault as exc:
             return {"kind": "device", "error": str(exc)}, None
         except PackageError as exc:
-            return {"kind": "package", "error": str(exc)}, None
+            kind = "unreadable" if isinstance(exc.__cause__, PermissionError) else "package"
+            return {"kind": kind, "error": str(exc)}, None
         except EngineError as exc:
             return {"kind": "engine", "error": str(exc)}, None
         except ImportError as exc:  # some networks of MONAI need more than MONAI itself installs
@@ -202,6 +206,8 @@ class Server:
             # torch and the network speak through these; their text is about shapes and names, not patients
             kind = "memory" if is_out_of_memory(exc) else "device" if _is_device_fault(exc) else "engine"
             return {"kind": kind, "error": f"{type(exc).__name__}: {str(exc)[:500]}"}, None
+        except Exception as exc:  # noqa: BLE001 - edge: the runtime's loop; a network that asserts must not end the others
+            return {"kind": "engine", "error": f"{type(exc).__name__}: {_last_line(exc)}"}, None
 
     def _run(self, message: Mapping[str, Any], array: torch.Tensor, arrived: float) -> Answer:
         if self._fault:
@@ -278,6 +284,11 @@ class Server:
             if not smaller:
                 raise torch.OutOfMemoryError("out of memory on the device, even with one window at a time")
             infer["batch"] = smaller
+
+
+def _last_line(exc: Exception) -> str:
+    """What torch.jit says of an exception in a graph is pages of trace-back; the reason is the last line."""
+    return (str(exc).strip().splitlines() or [""])[-1][:300]
 
 
 def _smaller(batch: int | str, device: torch.device) -> int:

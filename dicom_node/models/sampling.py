@@ -37,6 +37,7 @@ class _Lines:
     lower: Tensor
     upper: Tensor
     weight: Tensor
+    between: bool = True  # False: every sample is one of the neighbours, the lower one
 
     @classmethod
     def at(cls, positions: Vector, count: int, device: torch.device) -> _Lines:
@@ -44,7 +45,8 @@ class _Lines:
         lower = np.clip(np.floor(positions).astype(np.int64), 0, max(count - 2, 0))
         upper = np.minimum(lower + 1, count - 1)
         weight = np.clip(positions - lower, 0, 1).astype(np.float32)
-        return cls(*(torch.from_numpy(values).to(device) for values in (lower, upper, weight)))
+        below, above, share = (torch.from_numpy(values).to(device) for values in (lower, upper, weight))
+        return cls(below, above, share, between=bool(weight.any()))
 
     def cut(self, chosen: slice) -> _Lines:
         """Some of the samples."""
@@ -66,22 +68,34 @@ class _Lines:
 # --- to the network's grid --------------------------------------------------------------------------------------------
 
 
+_Slices = Callable[[list[int]], Tensor]
+
+
 def sample(
-    volume: Tensor, grid: ModelGrid, device: torch.device, outside: float, pulse: Callable[[], None] = _nothing
+    volume: Tensor,
+    grid: ModelGrid,
+    device: torch.device,
+    outside: float,
+    pulse: Callable[[], None] = _nothing,
+    slices: _Slices | None = None,
 ) -> Tensor:
     """`volume` (slice, row, column; int16 or float32) on the network's grid: float32 on `device`, source axis *order*,
     each axis running as the network wants it. `outside` fills what shifted slices leave open in their frame.
+
+    `slices`: what to take for the slices of these indices, in ascending order, on `device`; else they are uploaded as
+    they are stored.
     """
     out = torch.empty(grid.shape, dtype=torch.float32, device=device)
     along = _Lines.at(grid.source_positions(0), len(volume), device)
     below, above = along.lower.tolist(), along.upper.tolist()
     step = _SLICES[device.type]
-    planes = _Sheared(volume, grid, device, outside) if grid.shifts else _Upright(volume, grid, device)
+    slices = slices or _Stored(volume, device)
+    planes = _Sheared(slices, grid, device, outside) if grid.shifts else _Upright(slices, grid, device)
     kept: dict[int, Tensor] = {}
     for start in range(0, len(out), step):
         chosen = slice(start, start + step)
         kept = _kept(kept, sorted({*below[chosen], *above[chosen]}), planes)
-        lower, upper = (_stacked([kept[k] for k in slices[chosen]]) for slices in (below, above))
+        lower, upper = (_stacked([kept[k] for k in neighbours[chosen]]) for neighbours in (below, above))
         torch.lerp(lower, upper, along.weight[chosen, None, None], out=out[chosen])
         pulse()
     return out
@@ -98,26 +112,36 @@ def _stacked(planes: list[Tensor]) -> Tensor:
     return planes[0][None] if len(planes) == 1 else torch.stack(planes)
 
 
+class _Stored:
+    """Slices of the volume as they are stored, on the device."""
+
+    def __init__(self, volume: Tensor, device: torch.device) -> None:
+        self._volume, self._device = volume, device
+
+    def __call__(self, used: list[int]) -> Tensor:
+        first, last = used[0], used[-1]
+        block = self._volume[first : last + 1] if last - first == len(used) - 1 else self._volume[used]
+        return block.to(self._device)
+
+
 class _Upright:
     """Slices of the volume, each on the network's grid within its plane; all lie alike."""
 
-    def __init__(self, volume: Tensor, grid: ModelGrid, device: torch.device) -> None:
-        self._volume, self._device = volume, device
+    def __init__(self, slices: _Slices, grid: ModelGrid, device: torch.device) -> None:
+        self._slices = slices
         self._rows, self._columns = (
             _Lines.at(grid.source_positions(axis), grid.source_shape[axis], device) for axis in (1, 2)
         )
 
     def __call__(self, used: list[int]) -> Tensor:
-        first, last = used[0], used[-1]
-        block = self._volume[first : last + 1] if last - first == len(used) - 1 else self._volume[used]
-        return _in_plane(block.to(self._device), self._rows, self._columns)
+        return _in_plane(self._slices(used), self._rows, self._columns)
 
 
 class _Sheared:
     """The same where each slice is shifted in its own way."""
 
-    def __init__(self, volume: Tensor, grid: ModelGrid, device: torch.device, outside: float) -> None:
-        self._volume, self._grid, self._device, self._outside = volume, grid, device, outside
+    def __init__(self, slices: _Slices, grid: ModelGrid, device: torch.device, outside: float) -> None:
+        self._slices, self._grid, self._device, self._outside = slices, grid, device, outside
 
     def __call__(self, used: list[int]) -> Tensor:
         return torch.cat([self._one(k) for k in used])
@@ -127,7 +151,7 @@ class _Sheared:
         own = [grid.source_positions(axis) - grid.shifts[k][axis - 1] for axis in (1, 2)]
         sizes = grid.source_shape[1:]
         rows, columns = (_Lines.at(p, n, device) for p, n in zip(own, sizes, strict=True))
-        plane = _in_plane(self._volume[k : k + 1].to(device), rows, columns)
+        plane = _in_plane(self._slices([k]), rows, columns)
         for axis, (p, n) in enumerate(zip(own, sizes, strict=True)):
             beyond = torch.from_numpy((p < -0.5) | (p > n - 0.5)).to(device)
             plane.index_fill_(axis + 1, beyond.nonzero()[:, 0], self._outside)
@@ -136,9 +160,11 @@ class _Sheared:
 
 def _in_plane(images: Tensor, rows: _Lines, columns: _Lines) -> Tensor:
     """`images` (slice, row, column), each interpolated at rows and columns."""
-    upper = _taken(images, rows.upper, -2).float()
-    lines = _taken(images, rows.lower, -2).float().lerp_(upper, rows.weight[:, None])
-    return _taken(lines, columns.lower).lerp_(_taken(lines, columns.upper), columns.weight)
+    lines = _taken(images, rows.lower, -2).float()
+    if rows.between:
+        lines.lerp_(_taken(images, rows.upper, -2).float(), rows.weight[:, None])
+    found = _taken(lines, columns.lower)
+    return found.lerp_(_taken(lines, columns.upper), columns.weight) if columns.between else found
 
 
 def _taken(values: Tensor, index: Tensor, axis: int = -1) -> Tensor:

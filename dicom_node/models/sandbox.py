@@ -124,16 +124,16 @@ def confine(device: str = "cpu", models_dir: Path | None = None) -> Confinement:
 
 
 def require_confined(format: str) -> None:
-    """Raise PackageError when a package of this format runs a graph and this process is not confined for it."""
+    """Raise PackageError when a package of this format runs what it brings and this process is not confined for it."""
     if TRUST[format] == "data" or (_state is not None and _state.complete):
         return
     if os.environ.get(UNCONFINED_VARIABLE) == "1":
         return
     lacking = _state.lacking if _state is not None else "it was not tried"
     raise PackageError(
-        f"trust: a graph runs only in a confined process, and this kernel lacks {lacking}; run the node on Linux 5.13 "
-        f"or later with Landlock and seccomp, package the weights as a state dict of a named network, or set "
-        f"{UNCONFINED_VARIABLE}=1 where the package's origin is beyond doubt"
+        f"trust: {TRUST[format]} runs only in a confined process, and this kernel lacks {lacking}; run the node on "
+        f"Linux 5.13 or later with Landlock and seccomp, package the weights as a state dict of a named network, or "
+        f"set {UNCONFINED_VARIABLE}=1 where the package's origin is beyond doubt"
     )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "Positive",
     "Slug",
     "StorageClass",
+    "Text",
     "Upper",
 ]
 
@@ -29,6 +30,22 @@ def _slug(value: str) -> str:
     if not (value and allowed.isascii() and allowed.isalnum() and len(value) <= 64):
         raise ValueError("expected 1 to 64 letters, digits, '-', '_' or '.'")
     return value
+
+
+def _text(value: str) -> str:
+    """One line that a terminal and a DICOM attribute take as it is: PS3.5 6.2 gives the backslash a meaning."""
+    line = " ".join(value.split())
+    if not line.isprintable() or "\\" in line or (not line.isascii() and not _is_writable(line)):
+        raise ValueError("expected text without backslashes and control characters")
+    return line
+
+
+def _is_writable(line: str) -> bool:
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
@@ -55,7 +72,8 @@ def _code(value: Any) -> Any:
     if isinstance(value, list | tuple):
         if len(value) != 3 or not all(isinstance(part, str) and 0 < len(part) <= 64 for part in value):
             raise ValueError("expected [scheme, value, meaning], three texts of at most 64 characters")
-        return Code(scheme=value[0], value=value[1], meaning=value[2])
+        scheme, code, meaning = (_text(part) for part in value)
+        return Code(scheme=scheme, value=code, meaning=meaning)
     return value
 
 
@@ -71,6 +89,7 @@ def _uid_named(keyword: str) -> UID:
     return found if isinstance(found, UID) else UID("")
 
 
+Text = Annotated[str, AfterValidator(_text)]
 Slug = Annotated[str, AfterValidator(_slug)]
 PlainArgs = Annotated[dict[str, Any], AfterValidator(_plain)]
 CodedConcept = Annotated[Code, BeforeValidator(_code)]

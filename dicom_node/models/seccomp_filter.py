@@ -34,7 +34,18 @@ _COMMON = {
     **{"removexattrat": 466, "open_tree_attr": 467, "file_setattr": 469},
 }
 _X86_64 = {
-    **{"open": 2, "ioctl": 16, "shmget": 29, "shmat": 30, "socket": 41, "connect": 42, "accept": 43, "bind": 49},
+    **{
+        "open": 2,
+        "ioctl": 16,
+        "fcntl": 72,
+        "shmget": 29,
+        "shmat": 30,
+        "socket": 41,
+        "socketpair": 53,
+        "connect": 42,
+        "accept": 43,
+        "bind": 49,
+    },
     **{"listen": 50, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "semget": 64, "msgget": 68},
     **{"truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "ptrace": 101},
     **{"syslog": 103, "setuid": 105, "setgid": 106, "setpgid": 109, "setsid": 112, "setreuid": 113, "setregid": 114},
@@ -56,7 +67,7 @@ _X86_64 = {
 }
 _AARCH64 = {
     **{"setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16},
-    **{"lookup_dcookie": 18, "ioctl": 29, "ioprio_set": 30, "mknodat": 33, "umount2": 39, "mount": 40},
+    **{"lookup_dcookie": 18, "fcntl": 25, "ioctl": 29, "ioprio_set": 30, "mknodat": 33, "umount2": 39, "mount": 40},
     **{"pivot_root": 41, "truncate": 45, "chroot": 51, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55},
     **{"openat": 56, "vhangup": 58, "quotactl": 60, "utimensat": 88, "acct": 89, "capget": 90, "capset": 91},
     **{"personality": 92, "unshare": 97, "kexec_load": 104, "init_module": 105, "delete_module": 106},
@@ -66,7 +77,16 @@ _AARCH64 = {
     **{"setresuid": 147, "setresgid": 149, "setfsuid": 151, "setfsgid": 152, "setpgid": 154, "setsid": 157},
     **{"setgroups": 159, "sethostname": 161, "setdomainname": 162, "prctl": 167, "settimeofday": 170},
     **{"adjtimex": 171, "mq_open": 180, "mq_unlink": 181, "msgget": 186, "semget": 190, "shmget": 194, "shmat": 196},
-    **{"socket": 198, "bind": 200, "listen": 201, "accept": 202, "connect": 203, "add_key": 217, "request_key": 218},
+    **{
+        "socket": 198,
+        "socketpair": 199,
+        "bind": 200,
+        "listen": 201,
+        "accept": 202,
+        "connect": 203,
+        "add_key": 217,
+        "request_key": 218,
+    },
     **{"keyctl": 219, "clone": 220, "execve": 221, "swapon": 224, "swapoff": 225, "migrate_pages": 238},
     **{"move_pages": 239, "rt_tgsigqueueinfo": 240, "perf_event_open": 241, "accept4": 242, "prlimit64": 261},
     **{"fanotify_init": 262, "name_to_handle_at": 264, "open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268},
@@ -80,7 +100,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 # read or judged one by one below, or needed: everything else in the tables is refused whatever its arguments
 _JUDGED = frozenset(
-    {"capget", "clone", "clone3", "connect", "ioctl", "kill", "open", "openat", "openat2", "prctl", "prlimit64"}
+    {
+        "capget",
+        "clone",
+        "clone3",
+        "connect",
+        "fcntl",
+        "ioctl",
+        "kill",
+        "open",
+        "openat",
+        "openat2",
+        "prctl",
+        "prlimit64",
+    }
     | {"seccomp", "socket", "tgkill", "truncate"}
 )
 _ANSWERS = {
@@ -97,6 +130,8 @@ _CLONE_THREAD = 0x00010000
 _O_TRUNC = 0o1000
 _PR_SET_PDEATHSIG, _PR_SET_MM = 1, 35
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: type into the terminal the node was started from
+# F_SETOWN, F_SETSIG, F_SETOWN_EX and their controls: a file that becomes ready would send any process a signal
+_OWNER_COMMANDS, _OWNER_CONTROLS = (8, 10, 15), (0x8901, 0x8902, 0x5452)
 
 
 def filter_program(architecture: Architecture, pid: int, *, truncation: bool) -> bytes:
@@ -123,7 +158,8 @@ def filter_program(architecture: Architecture, pid: int, *, truncation: bool) ->
         program += _unless_argument(numbers[name], 0, _EQUAL, [pid])
     program += _unless_argument(numbers["prlimit64"], 0, _EQUAL, [0, pid])
     program += _if_argument(numbers["prctl"], 0, _EQUAL, [_PR_SET_PDEATHSIG, _PR_SET_MM])
-    program += _if_argument(numbers["ioctl"], 1, _EQUAL, list(_TERMINAL_INPUT))
+    program += _if_argument(numbers["ioctl"], 1, _EQUAL, [*_TERMINAL_INPUT, *_OWNER_CONTROLS])
+    program += _if_argument(numbers["fcntl"], 1, _EQUAL, list(_OWNER_COMMANDS))
     if truncation:
         program += [_entry(_EQUAL, numbers["truncate"], 0, 1), _refuse()]
         program += _if_argument(numbers["openat"], 2, _ANY_BIT, [_O_TRUNC])

@@ -27,6 +27,9 @@ __all__ = ["Prepared", "finish", "prepare"]
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
 
+_INPUT = {"intensity", "crop", "first", "padding_hu"}  # what the runtime process needs to know of it
+_CLEANED = {"index", "keep", "connectivity", "min_ml"}  # and of each label
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -70,12 +73,12 @@ def volume_job(manifest: SegmentationManifest, grid: ModelGrid) -> dict[str, Any
     output = manifest.output
     return {
         "grid": grid.to_message(),
-        "input": manifest.input.model_dump(mode="json", by_alias=True, include={"intensity", "crop", "padding_hu"}),
+        "input": manifest.input.model_dump(mode="json", by_alias=True, include=_INPUT),
         "output": {
             "activation": output.activation,
             "decide": output.decide,
             "inverse": output.inverse,
-            "labels": [{"index": o.index, "keep": o.keep, "min_ml": o.min_ml} for o in output.labels],
+            "labels": [label.model_dump(include=_CLEANED) for label in output.labels],
         },
     }
 
@@ -203,7 +206,7 @@ def _measurement(
             segment=segment,
             presence=Presence.PRESENT,
             volume_cm3=tally.cm3(voxel_cm3),
-            mean_hu=tally.hu_sum / tally.voxels,
+            mean_hu=tally.hu_sum / tally.voxels if manifest.input.values == "hu" else None,
             note="reaches the edge of the images: measured on the visible part only" if cut else "",
         )
     doubt = _why_undetermined(label, manifest, prepared, tallies)

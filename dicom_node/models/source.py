@@ -2,7 +2,8 @@
 
 Formats that are data (`TRUST` says so) run nothing of the package: weights are read by restricted readers and fill a
 network built here by name. Formats that are a graph of operations run only inside the runtime process, which may
-reach no network and write no file; their package must say `trust: graph`.
+reach no network and write no file; their package must say `trust: graph`. Python of the package runs there too, and
+only when the node's settings name its digest (`trust: code`, see `trust`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = [
     "NetworkBlock",
     "NnunetSource",
     "OnnxSource",
+    "PythonSource",
     "Source",
     "StateDictSource",
     "TorchScriptSource",
@@ -39,13 +41,14 @@ NETWORKS = frozenset(
 NNUNET_NETWORKS = frozenset({"PlainConvUNet", "ResidualEncoderUNet"})
 
 # what a package in this format must be trusted with
-TRUST: Mapping[str, Literal["data", "graph"]] = {
+TRUST: Mapping[str, Literal["data", "graph", "code"]] = {
     "state_dict": "data",
     "xrv": "data",
     "nnunet": "data",
     "torchscript": "graph",
     "pt2": "graph",
     "onnx": "graph",
+    "python": "code",
 }
 
 
@@ -73,7 +76,7 @@ class FoldFile(Block):
     @model_validator(mode="after")
     def _inside(self) -> FoldFile:
         path = Path(self.path)
-        if path.is_absolute() or ".." in path.parts or path.suffix not in self.suffixes:
+        if path.is_absolute() or ".." in path.parts or not self.path.isprintable() or path.suffix not in self.suffixes:
             wanted = " or ".join(self.suffixes)
             raise ValueError(f"path: expected a {wanted} file inside the package folder")
         return self
@@ -137,7 +140,29 @@ class NnunetSource(FoldFile):
     folds: tuple[FoldFile, ...] = ()
 
 
+class CodeFile(FoldFile):
+    """A lone Python file; what it imports must be installed with the node."""
+
+    suffixes = (".py",)
+
+
+class PythonNetworkBlock(Block):
+    """A class of the package's Python file, a torch.nn.Module, with plain arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]
+    args: PlainArgs = Field(default={})
+
+
+class PythonSource(FoldFile):
+    """Weights by name, as `StateDictSource`, for a network whose class the package's `code` defines."""
+
+    format: Literal["python"]
+    code: CodeFile
+    network: PythonNetworkBlock
+    key: str | None = None
+
+
 Source = Annotated[
-    StateDictSource | TorchScriptSource | ExportedSource | OnnxSource | XrvSource | NnunetSource,
+    StateDictSource | TorchScriptSource | ExportedSource | OnnxSource | XrvSource | NnunetSource | PythonSource,
     Field(discriminator="format"),
 ]

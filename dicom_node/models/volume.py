@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dicom_node.errors import EngineError
-from dicom_node.models.components import pieces
+from dicom_node.models.components import Pieces, pieces
 from dicom_node.models.grid import ModelGrid
-from dicom_node.models.intensity import apply_intensity
+from dicom_node.models.intensity import StoredSlices, apply_intensity
 from dicom_node.models.sampling import first_largest, labels_on_source, sample
 from dicom_node.models.windows import through_windows
 
@@ -59,12 +59,15 @@ def segment_volume(
     """Labels (slice, row, column; uint8) of `volume` (the same; int16 or float32).
 
     `job` has `grid` (ModelGrid.to_message), `input` and `output` (the blocks of the manifest, `labels` with their
-    index, keep and min_ml). Raises EngineError: output not finite, or fewer classes than the labels need.
+    index, keep, connectivity and min_ml). Raises EngineError: output not finite, or fewer classes than the labels need.
     """
     clock = _Clock(device)
-    grid, output = ModelGrid.from_message(job["grid"]), job["output"]
-    values, beyond = network_values(volume, grid, job["input"], device, pulse)
-    box = _foreground(values, job["input"]["crop"])
+    whole, wanted, output = ModelGrid.from_message(job["grid"]), job["input"], job["output"]
+    crop_first = wanted.get("first") == "crop"
+    shown = _foreground(volume, wanted["crop"] if crop_first else None)
+    grid = whole.cut(shown)
+    values, beyond = network_values(volume[shown], grid, wanted, device, pulse)
+    box = _foreground(values, None if crop_first else wanted["crop"])
     clock.lap("prepare")
     beyond = infer["pad_value"] if infer["pad_value"] is not None else beyond
     order = grid.to_model_order()
@@ -74,7 +77,7 @@ def segment_volume(
     del values
     _require_sound(rows, outputs, output)
     clock.lap("forward")
-    labels = labels_of(rows, grid, output, box, pulse)
+    labels = _around(labels_of(rows, grid, output, box, pulse), shown, whole.source_shape)
     clock.lap("finish")
     return Done(output=labels, windows=windows, outputs=max(outputs, 2), seconds=clock.seconds)
 
@@ -111,7 +114,7 @@ def labels_of(
     """Labels (slice, row, column) of the source grid from what the network said of `box`, `network_rows`."""
     order = grid.to_source_order()
     planes = _Planes(rows.permute(0, *(axis + 1 for axis in order)), box, grid.shape, output)
-    planes.clean_up(output["labels"], float(np.prod(grid.spacing_mm)) / 1000.0, pulse)
+    planes.clean_up(output["labels"], grid, pulse)
     labels = labels_on_source(
         planes, grid, rows.device, inverse=output["inverse"], inclusive=planes.inclusive, pulse=pulse
     )
@@ -137,22 +140,46 @@ class _Clock:
 def network_values(
     volume: Tensor, grid: ModelGrid, wanted: Mapping[str, Any], device: torch.device, pulse: Callable[[], None]
 ) -> tuple[Tensor, float]:
-    """What the network is to see, on its grid in source axis order, and the value that lies beyond it."""
-    values = sample(volume, grid, device, wanted["padding_hu"], pulse)
-    return values, apply_intensity(values, wanted["intensity"], wanted["padding_hu"])
+    """What the network is to see, on its grid in source axis order, and the value that lies beyond it.
+
+    Where `wanted` is to be cut first, `volume` and `grid` are those of the box already.
+    """
+    padding = wanted["padding_hu"] if wanted["padding_hu"] is not None else float(volume.min())
+    if wanted.get("first") == "crop":
+        slices = StoredSlices(volume, wanted["intensity"], padding, device, pulse)
+        return sample(volume, grid, device, slices.beyond, pulse, slices), slices.beyond
+    values = sample(volume, grid, device, padding, pulse)
+    return values, apply_intensity(values, wanted["intensity"], padding)
 
 
 def _foreground(values: Tensor, crop: Mapping[str, Any] | None) -> _Box:
-    """The box around the values above the limit (all, where there are none), with its margin."""
+    """The box around the values that count (all, where none do), with its margin."""
     box = [slice(0, n) for n in values.shape]
     if crop is not None:
-        inside = values > crop["above"]
-        for axis in range(3):
-            where = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()[:, 0]
-            if len(where):
-                low, high = int(where[0]) - crop["margin"], int(where[-1]) + 1 + crop["margin"]
-                box[axis] = slice(max(low, 0), min(high, values.shape[axis]))
+        within = values
+        for axis, length in enumerate(values.shape):
+            # from either end, so that what is full costs its six faces
+            planes = within.movedim(axis, 0)
+            low = next((k for k in range(length) if _counts(planes[k], crop)), None)
+            if low is None:
+                break
+            high = next(k for k in reversed(range(length)) if _counts(planes[k], crop))
+            within = within.narrow(axis, low, high + 1 - low)
+            box[axis] = slice(max(low - crop["margin"], 0), min(high + 1 + crop["margin"], length))
     return box[0], box[1], box[2]
+
+
+def _counts(plane: Tensor, crop: Mapping[str, Any]) -> bool:
+    return bool((plane != 0 if crop.get("nonzero") else plane > crop["above"]).any())
+
+
+def _around(labels: npt.NDArray[np.uint8], box: _Box, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """`labels` of `box` in a volume of `shape`, background around them."""
+    if labels.shape == shape:
+        return labels
+    whole = np.zeros(shape, np.uint8)
+    whole[box] = labels
+    return whole
 
 
 def _ordered(box: _Box, axes: Sequence[int]) -> _Box:
@@ -238,31 +265,36 @@ class _Planes:
             return [-float(self._decide) if self.inclusive else -1.0]
         return [math.inf if self._raw else 1.0, *[0.0] * (len(self._rows) - 1)]
 
-    def clean_up(self, labels: Sequence[Mapping[str, Any]], voxel_ml: float, pulse: Callable[[], None]) -> None:
-        """From now on unwanted pieces of each label, judged on the network's grid, are background."""
-        wanted = [label for label in labels if label["keep"] != "all" or label["min_ml"] > 0]
-        if not wanted:
+    def clean_up(self, labels: Sequence[Mapping[str, Any]], grid: ModelGrid, pulse: Callable[[], None]) -> None:
+        """From now on unwanted pieces of each label, judged on the network's `grid`, are background.
+
+        Of equally large pieces the last along the network's axes is the largest: MONAI turns a sorted list round.
+        """
+        cleaned = [label for label in labels if label["keep"] != "all" or label["min_ml"] > 0]
+        if not cleaned:
             return
         coarse = np.empty(self._shape, np.uint8)
         for k in range(len(coarse)):
-            coarse[k] = first_largest(self(k), self.inclusive).cpu().numpy()
-        dropped = np.zeros(self._shape, np.bool_)
-        for label in wanted:
             pulse()
-            dropped.reshape(-1)[_unwanted(coarse == label["index"], label, voxel_ml)] = True
-        self._dropped = torch.from_numpy(dropped).to(self._rows.device)
+            coarse[k] = first_largest(self(k), self.inclusive).cpu().numpy()
+        seen = coarse.transpose(grid.to_model_order())
+        voxel_ml = float(np.prod(grid.spacing_mm)) / 1000.0
+        dropped = np.zeros(seen.shape, np.bool_)
+        for connectivity in sorted({label["connectivity"] for label in cleaned}):
+            alike = [label for label in cleaned if label["connectivity"] == connectivity]
+            found = pieces(seen, [label["index"] for label in alike], connectivity, pulse)
+            dropped |= found.mask(_unwanted(found, alike, voxel_ml))
+        turned = np.ascontiguousarray(dropped.transpose(grid.to_source_order()))
+        self._dropped = torch.from_numpy(turned).to(self._rows.device)
 
 
-def _unwanted(mask: npt.NDArray[np.bool_], label: Mapping[str, Any], voxel_ml: float) -> npt.NDArray[np.intp]:
-    """Flat indices of the pieces of `mask` that the label does not keep."""
-    voxels, piece = pieces(mask)
-    if voxels.size == 0:
-        return voxels
-    small = np.bincount(piece) * voxel_ml < label["min_ml"]
-    if label["keep"] == "largest_component":
-        small[1:] = True
-    found: npt.NDArray[np.intp] = voxels[small[piece]]
-    return found
+def _unwanted(found: Pieces, labels: Sequence[Mapping[str, Any]], voxel_ml: float) -> npt.NDArray[np.bool_]:
+    """For each piece whether its label does not keep it."""
+    least, one = np.zeros(256), np.zeros(256, np.bool_)
+    for label in labels:
+        least[label["index"]], one[label["index"]] = label["min_ml"], label["keep"] == "largest_component"
+    dropped: npt.NDArray[np.bool_] = found.sizes * voxel_ml < least[found.labels]
+    return dropped | (one[found.labels] & ~found.largest())
 
 
 def _only_named(labels: npt.NDArray[np.uint8], named: Sequence[Mapping[str, Any]], outputs: int) -> None:

@@ -7,6 +7,7 @@ torch.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import mmap
@@ -31,8 +32,9 @@ _TYPES = ("float32", "int16", "uint8")
 
 def shared_array(array: Array) -> int:
     """A descriptor of a memory file that holds `array` in C order. The caller closes it."""
-    fd = os.memfd_create("dicom-node-array", os.MFD_CLOEXEC)
+    fd = os.memfd_create("dicom-node-array", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, max(array.nbytes, 1))
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     target = np.frombuffer(mmap.mmap(fd, max(array.nbytes, 1)), array.dtype, array.size)
     target.reshape(array.shape)[...] = array
     return fd
@@ -43,13 +45,15 @@ def received_array(fd: int, shape: Sequence[Any], dtype: Any = "float32") -> Arr
 
     Mapped, not copied.
 
-    Raises ValueError when shape or type are none or the memory file is smaller than it says.
+    Raises ValueError when shape or type are none or the memory file is smaller than it says, OSError when it is none.
     """
     try:
         if not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"{shape!r} is no shape")
         if dtype not in _TYPES:
             raise ValueError(f"{dtype!r} is no type of an array")
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("the memory file could be cut while it is read")  # which would kill the reader
         size, each = math.prod(shape), np.dtype(dtype).itemsize
         if size * each > min(os.fstat(fd).st_size, _MAX_ARRAY_BYTES):
             raise ValueError(f"the memory file is too small for shape {tuple(shape)}")
@@ -93,8 +97,8 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
             message = json.loads(received_array(fds.pop(0), [message], "uint8").tobytes())
         if not isinstance(message, dict):
             raise ValueError("a message is no object")
-    except ValueError:
+    except (ValueError, RecursionError) as exc:
         for fd in fds:
             os.close(fd)
-        raise
+        raise ValueError(str(exc)) from exc
     return message, fds

@@ -28,7 +28,7 @@ class Observer(Protocol):
         ...
 
     def inference(self, engine: str, stage_seconds: Mapping[str, float]) -> None:
-        """The stages of one analysis: queue, load, prepare, infer, finish, encode."""
+        """The stages of one analysis: queue, wait, load, prepare, forward, finish, encode."""
         ...
 
     def turnaround(self, engine: str, priority: str, seconds: float) -> None:

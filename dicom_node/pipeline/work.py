@@ -29,8 +29,10 @@ from dicom_node.errors import (
     EngineCrashed,
     EngineError,
     EngineRejected,
+    EngineUnavailable,
     LeaseLost,
     NodeError,
+    PackageError,
     StorageError,
 )
 from dicom_node.interfaces import Clock, Engine, JobQueue, ResultEncoder
@@ -60,6 +62,11 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 600.0  # of an engine whose configuration names none
 MAX_STRIKES = 2
 ENCODE_S = 300.0  # on top of the engine's own time, for encoding and archiving
+
+
+def job_bound_s(timeout_s: float) -> float:
+    """How long one attempt may take: the engine's own time, as much again waiting for others' work, and the writing."""
+    return 2 * timeout_s + ENCODE_S
 
 
 class Stage(Protocol):
@@ -159,7 +166,9 @@ class Worker:
             self._queue.retry_job_later(job, "interrupted: the node was stopped", 0.0, outage=True)
             log.info("job interrupted", extra=_fields(job))
             return "retry"
-        outage, strike = isinstance(exc, StorageError), isinstance(exc, EngineCrashed)
+        strike = isinstance(exc, EngineCrashed)
+        # not the job's fault; and nobody should have to revive each job that came while a package was being mended
+        outage = isinstance(exc, StorageError | PackageError | EngineUnavailable) and not strike
         if strike and job.strikes + 1 >= MAX_STRIKES:
             why = f"what runs the engine died or hung {MAX_STRIKES} times on this series; not tried again: {error}"
             return self._give_up(job, "poison", why, exc)
@@ -204,7 +213,7 @@ class Worker:
         keeper = LeaseKeeper(
             lambda: self._queue.extend_job(job, self._settings.lease_s),
             lease_s=self._settings.lease_s,
-            bound_s=timeout_s + ENCODE_S,
+            bound_s=job_bound_s(timeout_s),
             clock=self._clock,
         )
         with keeper:

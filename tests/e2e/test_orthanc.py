@@ -43,7 +43,7 @@ def test_results_reach_an_orthanc_that_was_down_and_hold_up_nobody_meanwhile(
 
     wait_for(lambda: ours.at_rest(film.study_instance_uid), 90, f"the live destination; log:\n{node.tail()}")
     wait_for(lambda: ours.catalog.queue.stuck(), 90, "the down one to be shown as stuck")
-    assert any("orthanc" in one.name for one in ours.catalog.queue.stuck())
+    assert any("orthanc" in one.name for one in ours.catalog.queue.stuck()), ours.catalog.queue.stuck()
     wait_for(lambda: 'circuit_state{destination="orthanc"} 1.0' in node.get("/metrics")[1], 30, "the breaker to open")
     metrics = node.get("/metrics")[1]
     assert 'circuit_state{destination="PACS"} 0.0' in metrics and "dicom_node_undelivered_bytes 0.0" not in metrics

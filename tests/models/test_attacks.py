@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from dicom_node.demo.packages import ct_package
-from dicom_node.errors import EngineError, PackageError
+from dicom_node.errors import EngineError, EngineTimeout, EngineUnavailable, PackageError
 from dicom_node.models.grid import ModelGrid
 from dicom_node.models.loaders import load_module
 from dicom_node.models.package import load_package
@@ -518,6 +518,18 @@ class Loops(torch.nn.Module):
         return x
 
 
+class Asserts(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[2] % 2 == 1, "only odd sizes"
+        return x
+
+
+class Warns(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        warnings.warn('{"level": "ERROR", "message": "forged"}')  # noqa: B028
+        return torch.cat([x, x, x, x], 1)
+
+
 class Swallows(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, x, x, x], 1) + torch.ones([10000000, 1000000]).sum()
@@ -548,11 +560,16 @@ def run(runtime: Runtime, tmp_path: Path, write_package: Any) -> Callable[..., A
     """Run a saved graph as a segmentation package."""
 
     def asked(
-        content: bytes, format: str = "torchscript", name: str = "n.ts", folder: str = "", by: Runtime = runtime
+        content: bytes,
+        format: str = "torchscript",
+        name: str = "n.ts",
+        folder: str = "",
+        by: Runtime = runtime,
+        timeout_s: float = 40.0,
     ) -> Any:
         digest = hashlib.sha256(content).hexdigest()
         place = tmp_path / folder / digest[:8]
-        place.mkdir(exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(content)
         manifest = ct_package(digest)
         manifest.update(trust="graph", source={"format": format, "path": name, "sha256": digest})
@@ -560,7 +577,7 @@ def run(runtime: Runtime, tmp_path: Path, write_package: Any) -> Callable[..., A
         package = load_package(write_package(place, manifest))
         job = volume_job(package.manifest, ModelGrid.same((SIDE, SIDE, SIDE), (3.0, 3.0, 3.0)))  # type: ignore[arg-type]
         array = np.zeros((SIDE, SIDE, SIDE), np.int16)
-        return by.infer(package, array, job=job, timeout_s=40.0, heartbeat=lambda: None, threads=1)
+        return by.infer(package, array, job=job, timeout_s=timeout_s, heartbeat=lambda: None, threads=1)
 
     return asked
 
@@ -595,7 +612,25 @@ def test_a_network_that_never_ends_is_killed_and_the_next_one_runs(run: Callable
     with pytest.raises(EngineError):
         run(_scripted(Loops()))
     assert time.monotonic() - started < 35
+    run(_scripted(Honest()))
+    with pytest.raises(EngineTimeout, match=r"worked on it for 0\.5 s"):
+        run(_scripted(Loops()), folder="again", timeout_s=0.5)
+    with pytest.raises(EngineUnavailable, match="hung"):  # nobody waits for it any more, and it is in the way
+        run(_scripted(Honest()), folder="innocent")
     assert run(_scripted(Honest())).output.shape == (SIDE, SIDE, SIDE)
+
+
+def test_a_network_that_asserts_is_told_by_its_last_line_and_ends_nothing(
+    run: Callable[..., Any], runtime: Runtime, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(_scripted(Honest()))
+    before = runtime.pid
+    with pytest.raises(EngineError, match="AssertionError: only odd sizes") as raised:
+        run(_scripted(Asserts()))
+    assert "\n" not in str(raised.value)
+    run(_scripted(Warns()))
+    assert runtime.pid == before
+    assert "forged" not in capfd.readouterr().err
 
 
 def test_a_network_that_wants_terabytes(run: Callable[..., Any]) -> None:

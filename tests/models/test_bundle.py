@@ -188,7 +188,7 @@ def test_the_description_says_what_the_configuration_says(tmp_path: Path) -> Non
 def test_the_report_on_a_bundle_tells_what_it_takes_and_that_its_network_runs(tmp_path: Path) -> None:
     report = package_report(str(put(tmp_path / "bundle")), "cpu")
     told = dict(report)
-    assert told["format"] == "monai_bundle, read as data"
+    assert told["format"] == "monai_bundle, its configuration read as data"
     assert told["tells"] == "1: Spleen, 2: left thingummy"
     assert "resampled to 3x3x4 mm" in told["takes"]
     assert told["self-test"].startswith("passed: 3 outputs, all finite (cpu")

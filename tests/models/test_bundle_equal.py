@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ CASES: dict[str, Case] = {
         WINDOWS,
         [ARGMAX, LARGEST, NEAREST],
     ),
+    "the largest pieces as MONAI takes them unasked": (
+        {"_target_": "UNet", **UNET},
+        3,
+        [RANGE | {"clip": True}],
+        WINDOWS,
+        [ARGMAX, LARGEST | {"connectivity": None}, NEAREST],
+    ),
     "the whole volume at once": (
         {"_target_": "BasicUNet", "features": [4, 4, 8, 8, 16, 4]},
         3,
@@ -160,7 +168,11 @@ def stock_answer(bundle: Path, series: Path) -> tuple[ConfigParser, dict[str, An
 
 
 class Largest:
-    """The largest piece of each label by a flood through faces: skimage, which MONAI's takes, is not here."""
+    """The largest piece of each label by a flood fill: skimage, which MONAI's takes, is not here."""
+
+    def __init__(self, stock: KeepLargestConnectedComponentd) -> None:
+        shared = stock.converter.connectivity or 3
+        self._steps = [step for step in product((-1, 0, 1), repeat=3) if 0 < np.abs(step).sum() <= shared]
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         labels = np.array(data["pred"][0])
@@ -170,8 +182,8 @@ class Largest:
             while left:
                 piece = [left.pop()]
                 for voxel in piece:
-                    for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1), (2, 1), (2, -1)):
-                        near = (*voxel[:axis], voxel[axis] + step, *voxel[axis + 1 :])
+                    for step in self._steps:
+                        near = tuple(a + b for a, b in zip(voxel, step, strict=True))
                         if near in left:
                             left.remove(near)
                             piece.append(near)
@@ -190,7 +202,7 @@ def by_monai(bundle: Path, series: Path) -> Any:
         if isinstance(step, Invertd):
             after.append(Invertd("pred", prepared, orig_keys="image", nearest_interp=step.nearest_interp[0]))
         else:
-            after.append(Largest() if isinstance(step, KeepLargestConnectedComponentd) else step)
+            after.append(Largest(step) if isinstance(step, KeepLargestConnectedComponentd) else step)
     labels = np.asarray(Compose(after)(data)["pred"][0]).round().astype(np.uint8).transpose(2, 1, 0)
     ascending = LoadImaged("image", reader="PydicomReader")({"image": str(series)})["image"].affine[2, 2] > 0
     return labels if ascending else labels[::-1]

@@ -13,7 +13,9 @@ import torch
 from dicom_node.errors import PackageError
 from dicom_node.models.archive import open_archive
 from dicom_node.models.formats import Described, describe_folder
+from dicom_node.models.grid import ModelGrid
 from dicom_node.models.package import ModelPackage, package_of
+from dicom_node.models.segment import volume_job
 
 LOADED = {"_target_": "LoadImaged", "keys": "@image_key"}
 ORIENTED = {"_target_": "Orientationd", "keys": "@image_key", "axcodes": "RAS"}
@@ -317,6 +319,39 @@ def test_the_largest_piece_is_kept_of_the_labels_that_say_so(after: list[Any], t
     assert [label["keep"] for label in labels] == ["largest_component"] * 2
 
 
+@pytest.mark.parametrize(
+    ("given", "connectivity", "shared"),
+    [
+        ({}, 3, "a face, an edge or a corner;"),
+        ({"connectivity": None}, 3, "a face, an edge or a corner;"),
+        ({"connectivity": 3}, 3, "a face, an edge or a corner;"),
+        ({"connectivity": 2}, 2, "a face or an edge;"),
+        ({"connectivity": 1}, 1, "a face;"),
+    ],
+)
+def test_what_makes_a_piece_is_what_monai_takes_and_is_told(
+    given: dict[str, Any], connectivity: int, shared: str, tmp_path: Path
+) -> None:
+    for name, after, late in (
+        ("on the network's grid", [ARGMAX, LARGEST | given, NEAREST], False),
+        ("after", [SOFTMAX, INVERTED, ARGMAX, LARGEST | given], True),
+        ("at the end", [ARGMAX, NEAREST, LARGEST | given], True),
+    ):
+        found, package = described(put(tmp_path / name, bundle(after=after)))
+        assert [label.connectivity for label in package.manifest.output.labels] == [connectivity, 1]
+        (note,) = [note for note in found.notes if "largest piece" in note]
+        assert shared in note and ("MONAI does that on the grid of the images" in note) is late
+        job = volume_job(package.manifest, ModelGrid.same((4, 4, 4), (1.0,) * 3))
+        assert [label["connectivity"] for label in job["output"]["labels"]] == [connectivity, 1]
+
+
+def test_pieces_of_one_label_are_its_own_however_that_is_spelled(tmp_path: Path) -> None:
+    as_one = {"independent": False}
+    for n, more in enumerate([as_one, as_one | {"applied_labels": 1}, {"is_onehot": False}]):
+        labels = manifest_of(tmp_path / str(n), largest(**more))["output"]["labels"]
+        assert [label.get("keep") for label in labels] == ["largest_component", None]
+
+
 def test_a_magnetic_resonance_bundle_takes_series_of_its_modality_and_their_own_values(tmp_path: Path) -> None:
     found, package = described(put(tmp_path / "mr", intensity({"_target_": "ScaleIntensityd"}), magnetic("MR")))
     assert found.manifest["select"]["modality"] == ["MR"]
@@ -453,6 +488,11 @@ def last(*steps: Any) -> dict[str, Any]:
     return bundle(after=list(steps))
 
 
+def largest(**arguments: Any) -> dict[str, Any]:
+    """A configuration that keeps the largest pieces with these arguments."""
+    return last(ARGMAX, LARGEST | arguments, NEAREST)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a scale before the spacing": (first(LOADED, ORIENTED, RANGED, SPACED), "ScaleIntensityRanged: .* order"),
     "a spacing before the orientation": (first(LOADED, SPACED, ORIENTED, RANGED), "Orientationd: .* order"),
@@ -509,7 +549,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         last(SOFTMAX, INVERTED | {"transform": "@inferer"}, ARGMAX),
         "only '@preprocessing'",
     ),
-    "several pieces": (last(ARGMAX, LARGEST | {"num_components": 2}, NEAREST), "one piece of each"),
+    "several pieces": (largest(num_components=2), "num_components: .*: is run with one piece of each"),
+    "a channel for each label": (largest(is_onehot=True), "is_onehot: .*: is run on the numbers"),
+    "labels as one": (largest(independent=False, applied_labels=[1, 2]), "independent: .*: is run for each label"),
+    "all labels as one": (largest(independent=False, applied_labels=None), "independent: .*: is run for each label"),
+    "a connectivity of nothing": (largest(connectivity=0), "connectivity: .*: expected 1, 2 or 3"),
+    "a connectivity of four dimensions": (largest(connectivity=4), "connectivity: .*: expected 1, 2 or 3"),
+    "a connectivity by yes": (largest(connectivity=True), "connectivity: .*: expected 1, 2 or 3"),
+    "pieces of labels by name": (largest(applied_labels="1"), "applied_labels: .*: expected the numbers"),
+    "another argument of pieces": (largest(min_size=3), "min_size: KeepLargestConnectedComponentd is not run"),
     "holes filled": (last(SOFTMAX, INVERTED, ARGMAX, {"_target_": "FillHolesd", "keys": "pred"}), "FillHolesd"),
     "the piece of a label nobody names": (last(ARGMAX, LARGEST | {"applied_labels": [9]}, NEAREST), "every label"),
     "a threshold for three classes": (last(SIGMOID, INVERTED, HALF), "does not go with how they are decided"),

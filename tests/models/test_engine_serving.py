@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import pytest
 
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.demo.phantom_dicom import write_ct_series, write_cxr
-from dicom_node.errors import EngineCrashed, EngineTimeout
+from dicom_node.errors import EngineCrashed, EngineUnavailable
 from dicom_node.model import EngineTask, LabelVolume, Priority
 from dicom_node.models import segment
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.runtime import Runtime
+from dicom_node.models.runtime_pool import RuntimePool
 
 Task = Callable[..., EngineTask]
 
@@ -75,7 +76,8 @@ def stopped(runtime: Runtime) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # its end came first
+            os.kill(pid, signal.SIGCONT)
 
 
 def warm(engine: LocalModelEngine) -> Runtime:
@@ -133,7 +135,7 @@ def test_no_more_is_read_ahead_than_there_is_memory_for(
         second = threads.submit(engine.run, task_for(series[1]), nothing)
         until(lambda: len(volumes._waiting) == 1, "the second waits for memory")
         assert len(read) == 1 and volumes.taken_bytes == 24 * 128 * 128 * 2
-        with pytest.raises(EngineTimeout):  # and no longer than it may
+        with pytest.raises(EngineUnavailable, match="waits its turn"):  # and no longer than it may
             engine.run(task_for(series[1], timeout_s=0.3), nothing)
         urgent = threads.submit(engine.run, replace(task_for(series[1]), priority=Priority.URGENT), nothing)
         until(lambda: runtime.calls == 2, "the urgent one waits for nobody")
@@ -187,3 +189,73 @@ def test_a_series_that_breaks_the_runtime_is_told_by_its_error(
     assert device["device"] == "cpu" and device["restarts"] == {"died": 1} and device["breaker"] == 0
     engine.run(task_for(series[1]), nothing)
     assert engine.facts()[0]["models"] == [["demo-ct-abdomen", "1.0.0"]]
+
+
+def test_an_engine_whose_network_dies_on_everything_rests_and_says_so(
+    made: Callable[..., LocalModelEngine],
+    ct_folder: Path,
+    series: list[list[Path]],
+    task_for: Task,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = made(ct_folder)
+    engine.run(task_for(series[0]), nothing)
+    asked: list[int] = []
+
+    def dies(*arguments: Any, **named: Any) -> None:
+        asked.append(1)
+        raise EngineCrashed("the runtime process died")
+
+    infer = RuntimePool.infer
+    monkeypatch.setattr(RuntimePool, "infer", dies)
+    for _ in range(4):
+        with pytest.raises(EngineCrashed):
+            engine.run(task_for(series[0]), nothing)
+    assert "died or hung 4 times in a row" in engine.trouble
+    with pytest.raises(EngineUnavailable, match="rests") as raised:
+        engine.run(task_for(series[0]), nothing)
+    assert not isinstance(raised.value, EngineCrashed) and len(asked) == 4
+    monkeypatch.setattr(RuntimePool, "infer", infer)
+    engine._breaker._until = 0.0  # its rest is over
+    engine.run(task_for(series[0]), nothing)
+    assert engine.trouble == ""
+
+
+def test_a_closed_engine_starts_nothing_any_more(
+    made: Callable[..., LocalModelEngine],
+    ct_folder: Path,
+    series: list[list[Path]],
+    task_for: Task,
+    threads: ThreadPoolExecutor,
+) -> None:
+    engine = made(ct_folder, prepared_mb=1)
+    runtime, volumes = warm(engine), engine._runtimes().volumes
+    with stopped(runtime):
+        first = threads.submit(engine.run, task_for(series[0]), nothing)
+        until(lambda: runtime.calls == 1, "the first study is on the device")
+        second = threads.submit(engine.run, task_for(series[1]), nothing)
+        until(lambda: len(volumes._waiting) == 1, "the second waits for memory")
+        engine.close()
+    for waited in (first, second):
+        with pytest.raises(EngineUnavailable):
+            waited.result(30)
+    assert runtime.pid is None and engine.facts() == ()
+
+
+def test_time_that_others_take_is_not_the_series_own(
+    made: Callable[..., LocalModelEngine],
+    ct_folder: Path,
+    series: list[list[Path]],
+    task_for: Task,
+    threads: ThreadPoolExecutor,
+) -> None:
+    engine = made(ct_folder)
+    runtime = warm(engine)
+    child = runtime._child
+    assert child is not None
+    with stopped(runtime):  # it says nothing of serving this one: it is busy with others
+        asked = threads.submit(engine.run, task_for(series[0], timeout_s=4.0), nothing)
+        until(lambda: runtime.calls == 1, "it is asked")
+        with pytest.raises(EngineUnavailable, match="busy with other work"):
+            asked.result(30)
+    assert engine.run(task_for(series[0]), nothing).values

@@ -267,6 +267,12 @@ HOSTILE: list[tuple[str, Callable[[list[Image]], None], str, Refused | Repaired]
         Refused("two stacks overlap: Acquisition Number goes back and forth"),
     ),
     (
+        "two acquisitions, half a slice beside each other",
+        _second_stack(1.25, AcquisitionNumber="2"),
+        "two stacks overlap: Acquisition Number goes back and forth",
+        Refused("two stacks overlap: Acquisition Number goes back and forth"),
+    ),
+    (
         "two acquisitions, one above the other",
         _two_acquisitions,
         "irregular spacing",

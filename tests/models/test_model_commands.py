@@ -84,7 +84,7 @@ def test_from_import_to_removal(here: Path, capsys: pytest.CaptureFixture[str]) 
         (["import", "nowhere"], "no such folder or file"),
         (["import", "empty"], "no model package is recognised"),
         (["import", "one/weights.safetensors"], "one/weights.safetensors: no model package is recognised"),
-        (["check", "nowhere"], "nor a folder with a model.yaml"),
+        (["check", "nowhere"], "nor the folder of a package"),
         (["remove", "spleen"], "no model was installed there; name the node's folder with --data-dir"),
         (["enable", "spleen"], "no model 'spleen' is installed"),
         (["disable", "spleen"], "no model 'spleen' is installed"),

@@ -1,12 +1,14 @@
 """nnU-Net v2 result folders give what their own arithmetic gives, fold by fold, on the images' own grid."""
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -16,13 +18,20 @@ from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.errors import PackageError
 from dicom_node.model import EngineTask, LabelVolume
+from dicom_node.models.components import holes
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
+from dicom_node.models.grid import ModelGrid
 from dicom_node.models.loaders import load_module
 from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.nnunet_nets import build_network, used_weights
 from dicom_node.models.registry import find_package
+from dicom_node.models.report import package_report
+from dicom_node.models.segment import volume_job
+from dicom_node.models.volume import Done, segment_volume
 from dicom_node.models.windows import through_windows
+
+Array = npt.NDArray[Any]
 
 FIGURES = {"mean": 20.0, "std": 150.0, "percentile_00_5": -200.0, "percentile_99_5": 300.0, "median": 10.0}
 SHARED = {
@@ -73,7 +82,10 @@ def plans(kind: str = "PlainConvUNet", arguments: dict[str, Any] = PLAIN, **chan
 
 def dataset(**changed: Any) -> dict[str, Any]:
     labels = {"background": 0, "liver": 1, "odd thing": 2, "ignore": 3}
-    return {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 3, "file_ending": ".nii.gz", **changed}
+    return {
+        **{"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 3, "file_ending": ".nii.gz"},
+        **{"orientation": "LPS", **changed},
+    }
 
 
 def weights_of(seed: int, plan: dict[str, Any], classes: int = 3) -> dict[str, Tensor]:
@@ -125,6 +137,172 @@ def put(
         torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
         every.append(weights)
     return every
+
+
+# --- nnU-Net's preprocessing, in its own order: cut, normalise, resample ----------------------------------------------
+
+
+def shown_of(volume: Array) -> npt.NDArray[np.bool_]:
+    """What is not 0, holes filled: all that zeros do not flood from the border, voxel after voxel."""
+    empty = np.pad(volume == 0, 1, constant_values=True)
+    flooded = np.zeros_like(empty)
+    flooded[0, 0, 0] = True
+    while True:
+        grown = flooded.copy()
+        for axis in range(3):
+            for step in (1, -1):
+                grown |= np.roll(flooded, step, axis)
+        grown &= empty
+        if np.array_equal(grown, flooded):
+            return ~flooded[1:-1, 1:-1, 1:-1]
+        flooded = grown
+
+
+def prepared_by_hand(volume: Array, scheme: str, masked: bool) -> tuple[Array, tuple[slice, ...]]:
+    """The normalised values in the box around what is not 0, and the box."""
+    shown = shown_of(volume)
+    box = tuple(slice(int(at.min()), int(at.max()) + 1) for at in np.nonzero(shown))
+    values, shown = volume[box].astype(np.float32), shown[box]
+    if scheme == "ZScoreNormalization":
+        inside = values[shown] if masked else values
+        changed = (values - inside.mean()) / inside.std()
+        values = np.where(shown, changed, values) if masked else changed
+    elif scheme == "RescaleTo01Normalization":
+        values = (values - values.min()) / (values.max() - values.min())
+    elif scheme == "CTNormalization":
+        values = (np.clip(values, -200, 300) - 20) / 150
+    return values.astype(np.float32), box
+
+
+def mr_volume(kind: type[np.generic]) -> Array:
+    """Tissue in margins of exact zeros, with a hole, a tunnel from the outside to the middle and zeros at an edge."""
+    rng = np.random.default_rng(3)
+    volume = np.zeros((20, 44, 40), np.float64)
+    volume[3:16, 7:40, 5:36] = 300 + rng.normal(0, 60, (13, 33, 31)).round()
+    volume[8:11, 20:25, 14:20] = 0  # enclosed
+    volume[8:10, 30, 5:30] = 0  # open at one end
+    volume[3:5, 7:12, 5:9] = 0  # a corner of the box
+    volume[3, 20, 20], volume[15, 39, 30] = -40, 7  # the box's own ends
+    return volume.astype(kind)
+
+
+class Watched:
+    """Class 1 wherever it is asked; keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[Array] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.seen += [one.numpy().copy() for one in batch[:, 0]]
+        return torch.cat([torch.zeros_like(batch), torch.ones_like(batch), -torch.ones_like(batch)], 1)
+
+    def batch_size(self, infer: Any, count: int) -> int:
+        return 1
+
+
+SCHEMES = {
+    "z-score": ("ZScoreNormalization", False),
+    "z-score of what is shown": ("ZScoreNormalization", True),
+    "lowest to highest": ("RescaleTo01Normalization", False),
+    "figures of the training": ("CTNormalization", False),
+    "as they are": ("NoNormalization", False),
+}
+
+
+def watched(
+    folder: Path, scheme: str, masked: bool, volume: Array, grid: ModelGrid, window: list[int] | None
+) -> tuple[Watched, Done]:
+    """What a network of this normalisation sees of `volume`, and its answer."""
+    plan = plans()
+    plan["configurations"]["3d_fullres"] |= {"normalization_schemes": [scheme], "use_mask_for_norm": [masked]}
+    put(folder, plan, dataset(channel_names={"0": "T1"}), mirror=None)
+    manifest = find_package(str(folder)).manifest
+    assert isinstance(manifest, SegmentationManifest)
+    network, infer = Watched(), {**manifest.infer.model_dump(mode="json"), "window": window}
+    given = torch.from_numpy(volume.copy())
+    done = segment_volume(network, given, infer, volume_job(manifest, grid), torch.device("cpu"), lambda: None)
+    np.testing.assert_array_equal(given.numpy(), volume)  # it is measured afterwards
+    return network, done
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.float32])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_windows_see_what_nnunet_makes_of_the_images_and_lie_where_it_lays_them(
+    name: str, kind: type[np.generic], tmp_path: Path
+) -> None:
+    """On the images' own grid, columns turned round and rows before slices: only order, figures and places count."""
+    scheme, masked = SCHEMES[name]
+    volume, spacing, window = mr_volume(kind), (5.0, 9.0, 8.0), (16, 8, 16)
+    grid = ModelGrid(volume.shape, volume.shape, spacing, spacing, (1, 0, 2), (False, False, True))  # type: ignore[arg-type]
+    network, done = watched(tmp_path, scheme, masked, volume, grid, list(window))
+
+    values, box = prepared_by_hand(volume, scheme, masked)
+    assert [(part.start, part.stop) for part in box] == [(3, 16), (7, 40), (5, 36)]
+    turned = values[:, :, ::-1].transpose(1, 0, 2)  # (33, 13, 31)
+    places = itertools.product((0, 6, 11, 17), (0, 2, 5), (0, 8, 15))  # k * (n - w) / steps, rounded
+    expected = [turned[x : x + 16, y : y + 8, z : z + 16] for x, y, z in places]
+    assert len(network.seen) == done.windows == 36
+    for seen, one in zip(network.seen, expected, strict=True):
+        np.testing.assert_allclose(seen, one, atol=1e-5, rtol=1e-5)
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[box] = 1  # the network says 1 wherever it looks: outside of the box it does not
+    np.testing.assert_array_equal(done.output, labels)
+    if scheme == "ZScoreNormalization" and not masked:
+        assert abs(values.mean()) < 1e-4 and abs(values.std() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_values_are_normalised_before_they_are_resampled(name: str, tmp_path: Path) -> None:
+    """Linear interpolation of what nnU-Net resamples: from the box's first voxel on, along an axis turned round too."""
+    scheme, masked = SCHEMES[name]
+    volume, spacing, wanted = mr_volume(np.int16), (5.0, 9.0, 8.0), (4.0, 10.0, 9.0)
+    shape = ModelGrid.shape_of(volume.shape, spacing, wanted)  # type: ignore[arg-type]
+    grid = ModelGrid(volume.shape, shape, spacing, wanted, (0, 1, 2), (True, False, False))  # type: ignore[arg-type]
+    network, done = watched(tmp_path, scheme, masked, volume, grid, None)
+    values, box = prepared_by_hand(volume, scheme, masked)
+    expected = values[::-1]
+    for axis, (mm, other) in enumerate(zip(spacing, wanted, strict=True)):
+        length = (values.shape[axis] - 1) * mm
+        at = np.minimum(np.arange(round(length / other + 1)) * other, length) / mm
+        expected = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, expected)
+    (seen,) = network.seen
+    assert seen.shape == expected.shape == (16, 30, 28)
+    np.testing.assert_allclose(seen, expected, atol=2e-4 if scheme != "NoNormalization" else 1e-2)
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[box] = 1
+    np.testing.assert_array_equal(done.output, labels)
+
+
+def test_a_lone_voxel_is_a_box_of_its_own_and_the_report_says_what_is_cut(tmp_path: Path) -> None:
+    volume = np.zeros((8, 16, 16), np.int16)
+    volume[5, 3, 15] = 70
+    grid = ModelGrid(*((8, 16, 16), (15, 16, 16), (5.0, 9.0, 8.0), (2.5, 9.0, 8.0), (0, 1, 2), (False,) * 3))
+    network, done = watched(tmp_path, "CTNormalization", False, volume, grid, [8, 8, 8])
+    (seen,) = network.seen
+    assert np.count_nonzero(seen) == 1 and seen[3, 3, 3] == pytest.approx(50 / 150)  # in the middle of its window
+    assert done.output.sum() == done.output[5, 3, 15] == 1
+    said = dict(package_report(str(tmp_path), run=False))["values"]
+    assert said.endswith("cut to what is not 0, 0 voxels around, before all else; resampled last")
+
+
+def test_images_without_margins_and_images_of_nothing_stay_whole(tmp_path: Path) -> None:
+    grid = ModelGrid.same((8, 16, 16), (5.0, 9.0, 8.0))
+    full = np.full((8, 16, 16), -1000, np.int16)
+    full[2:6, 4:12, 4:12] = 40
+    for number, (volume, seen) in enumerate(((full, (full.clip(-200) - 20) / 150), (full * 0, full * 0 - 20 / 150))):
+        network, done = watched(tmp_path / str(number), "CTNormalization", False, volume, grid, [8, 16, 16])
+        np.testing.assert_allclose(network.seen[0], seen, atol=1e-5)
+        assert (done.output == 1).all()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_holes_are_what_a_flood_from_the_border_does_not_reach(share: float) -> None:
+    for seed, shape in enumerate(((1, 1, 1), (3, 4, 1), (5, 6, 7), (12, 9, 11))):
+        mask = np.random.default_rng(seed).random(shape) < share
+        flooded = ~shown_of(mask[...].astype(np.int16))
+        expected = np.flatnonzero(~mask & ~flooded)
+        np.testing.assert_array_equal(holes(shape, iter(~mask)), expected)
+    assert expected.size or share < 0.5
 
 
 # --- the networks, computed from the names of their weights -----------------------------------------------------------
@@ -275,11 +453,38 @@ def test_windows_lie_and_weigh_as_nnunets_do() -> None:
 def test_axes_follow_the_reader_and_the_transposition(
     reader: str, order: list[int], orientation: str, tmp_path: Path
 ) -> None:
-    put(tmp_path, plans(image_reader_writer=reader, transpose_forward=order), dataset())
+    plan, data = plans(image_reader_writer=reader, transpose_forward=order), dataset(orientation=None)
+    put(tmp_path, plan, data, mirror=(0, 1, 2))
     described = describe_folder(tmp_path)
     assert described.manifest["input"]["orientation"] == orientation
     assert described.manifest["input"]["spacing_mm"] == [5.0, 9.0, 8.0]  # in the network's order already
     assert any("does not record" in note for note in described.notes) is not reader.endswith("WithReorient")
+
+
+@pytest.mark.parametrize(
+    ("reader", "order", "mirror", "runs"),
+    [
+        ("SimpleITKIO", [0, 1, 2], (1, 2), True),
+        ("SimpleITKIO", [0, 1, 2], (0, 2), False),
+        ("NibabelIO", [0, 1, 2], (0, 1), False),
+        ("NibabelIO", [0, 1, 2], None, False),
+        ("SimpleITKIO", [1, 0, 2], (0, 2), True),  # the network's first axis is the reader's second
+        ("SimpleITKIO", [1, 0, 2], (1, 2), False),
+        ("SimpleITKIOWithReorient", [0, 1, 2], None, True),
+        ("NibabelIOWithReorient", [0, 1, 2], (0,), True),
+    ],
+)
+def test_sides_are_not_guessed_for_a_network_that_can_tell_them(
+    reader: str, order: list[int], mirror: Any, runs: bool, tmp_path: Path
+) -> None:
+    """Trained on slices mirrored both ways it cannot tell; otherwise the files' axes must be known."""
+    plan = plans(image_reader_writer=reader, transpose_forward=order)
+    put(tmp_path, plan, dataset(orientation=None), mirror=mirror)
+    if not runs:
+        with pytest.raises(PackageError, match=r'would swap sides; put .* such as "orientation": "RAS"'):
+            describe_folder(tmp_path)
+        (tmp_path / "dataset.json").write_text(json.dumps(dataset(orientation="LPS")), encoding="utf-8")
+    assert set(describe_folder(tmp_path).manifest["input"]["orientation"]) in ({*"SPL"}, {*"SAR"})
 
 
 def test_the_person_who_trained_it_may_say_how_the_files_ran(tmp_path: Path) -> None:
@@ -305,6 +510,7 @@ def test_plans_and_checkpoint_become_the_manifest(tmp_path: Path) -> None:
     assert manifest.infer.window == (16, 32, 40) and manifest.infer.mirror == (0, 1, 2)
     assert (manifest.infer.overlap, manifest.infer.edge, manifest.infer.pad_value) == (0.5, "constant", 0.0)
     assert manifest.infer.blend == "nnunet"
+    assert manifest.input.first == "crop" and manifest.input.crop is not None and manifest.input.crop.nonzero
     steps = [step.model_dump(exclude_unset=True) for step in manifest.input.intensity]  # type: ignore[union-attr]
     assert steps == [{"clip": (-200.0, 300.0)}, {"normalize": {"mean": 20.0, "std": 150.0}}]
     assert [(label.index, label.segment.type.meaning) for label in manifest.output.labels] == [

@@ -20,7 +20,15 @@ from pydicom.sequence import Sequence
 
 from dicom_node.errors import SeriesRejected
 from dicom_node.model import StoredInstance
-from dicom_node.pixels import AIR_HU, ImageFile, displayed_radiograph, read_hounsfield, read_image
+from dicom_node.pixels import (
+    AIR_HU,
+    ImageFile,
+    displayed_radiograph,
+    read_hounsfield,
+    read_image,
+    read_volume,
+    series_geometry,
+)
 
 Stored = Callable[[Path], StoredInstance]
 
@@ -154,9 +162,10 @@ def test_signed_values_of_twelve_bits_are_sign_extended(tmp_path: Path, stored: 
     np.testing.assert_array_equal(hounsfield(path, stored), values.astype(np.int32) - 1024)
 
 
-def test_values_in_the_upper_bits_are_shifted_down(tmp_path: Path, stored: Stored) -> None:
+@pytest.mark.parametrize("name", ["explicit", "big endian", "deflated", "rle"])
+def test_values_in_the_upper_bits_are_shifted_down(name: str, tmp_path: Path, stored: Stored) -> None:
     values = cells_of("uint16", 0, 4095)
-    path = write_image(tmp_path / "a.dcm", values << 4, bits_stored=12, high_bit=15)
+    path = write_image(tmp_path / "a.dcm", values << 4, bits_stored=12, high_bit=15, syntax=SYNTAXES[name])
     np.testing.assert_array_equal(hounsfield(path, stored), values.astype(np.int32) - 1024)
 
 
@@ -165,6 +174,26 @@ def test_what_does_not_fit_sixteen_bits_saturates_and_never_wraps(tmp_path: Path
     np.testing.assert_array_equal(hounsfield(path, stored), np.minimum(reference(path), 32767))
     path = write_image(tmp_path / "b.dcm", cells_of("int16", -32768, 32767), RescaleIntercept="-1024")
     np.testing.assert_array_equal(hounsfield(path, stored), np.maximum(reference(path), -32768))
+
+
+def test_values_that_are_no_hounsfield_units_never_saturate(tmp_path: Path, stored: Stored) -> None:
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    paths = [
+        write_image(
+            tmp_path / f"{k}.dcm",
+            ramp,
+            RescaleSlope=None,
+            RescaleIntercept=None,
+            ImagePositionPatient=[0, 0, k],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            PixelSpacing=[1, 1],
+            FrameOfReferenceUID="1.2.3",
+        )
+        for k in range(3)
+    ]
+    images = [read_image(stored(path)) for path in paths]
+    volume = read_volume(images, series_geometry(images), values="any")
+    np.testing.assert_array_equal(volume, np.stack([ramp] * 3))
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_scripted_network_with_its_configuration_inside_is_installed_as_a_grap
     assert (imported.pin.format, imported.package.manifest.trust) == ("monai_bundle", "graph")
     assert not import_package(installed, path, self_test=None).new
     told = dict(package_report("one-file", "cpu", installed.root))
-    assert told["format"] == "monai_bundle, read as data" and told["network"] == "kept as torchscript"
+    assert told["format"] == "monai_bundle, its configuration read as data" and told["network"] == "kept as torchscript"
     assert told["trust"] == "graph: a graph of operations, run only in the contained runtime process"
     assert told["self-test"].startswith("passed: 3 outputs")
     lone = tmp_path / "lone"
@@ -278,7 +278,9 @@ def test_a_folder_that_vanishes_behind_the_back_of_an_engine_is_told(
         pass
 
 
-def test_a_package_in_its_own_folder_is_read_once(installed: Library, version: Callable[..., Path]) -> None:
+def test_a_package_in_its_own_folder_is_read_again_when_a_file_there_changes(
+    installed: Library, version: Callable[..., Path]
+) -> None:
     import_package(installed, version(1), self_test=None)
     folder = version(2)
     reference = ModelReference(str(folder), installed.root)
@@ -286,8 +288,15 @@ def test_a_package_in_its_own_folder_is_read_once(installed: Library, version: C
     manifest = (folder / "model.yaml").read_text()
     (folder / "model.yaml").write_text(manifest.replace("2.0.0", "2.0.1"))
     disable_model(installed, "chest")  # of the id, not of the folder
+    assert reference.current().manifest.version == "2.0.1"
+    assert reference.current() is reference.current()
+    (folder / WEIGHTS_FILE).write_bytes(b"replaced")
+    assert reference.current().manifest.version == "2.0.1"
+    (folder / "model.yaml").unlink()
+    with pytest.raises(PackageError, match="no model package is recognised"):
+        reference.current()
+    (folder / "model.yaml").write_text(manifest)
     assert reference.current().manifest.version == "2.0.0"
-    assert reference.anew().manifest.version == "2.0.1"
 
 
 def test_an_installed_id_comes_before_a_folder_of_that_name(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from dicom_node.errors import EngineCrashed, EngineUnavailable
+from dicom_node.models import runtime_link
 from dicom_node.models.runtime_link import Child, Limits
 from dicom_node.models.wire import receive, send
 
@@ -76,3 +79,89 @@ def test_one_whose_batches_are_slow_is_given_more_time(silent: tuple[Child, sock
     assert child.pid is not None and psutil.pid_exists(child.pid)
     send(theirs, {"serving": [1], "stage": "forward", "patience": 0.0})
     assert call.done.wait(10) and ends == ["hung"]
+
+
+def test_one_that_works_on_what_nobody_wants_any_more_gets_no_more_time_than_usual(
+    silent: tuple[Child, socket.socket, list[str]],
+) -> None:
+    child, theirs, ends = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+    unwanted, waiting = child.ask({"id": 1}, ONE), child.ask({"id": 2}, ONE)
+    send(theirs, {"serving": [1], "stage": "forward", "patience": 1e300})
+    assert not waiting.done.wait(1.2)
+    child.leave(unwanted)
+    assert waiting.done.wait(3) and ends == ["hung"]
+    assert isinstance(waiting.failure, EngineUnavailable) and not isinstance(waiting.failure, EngineCrashed)
+
+
+def test_no_child_gets_all_the_time_it_asks_for(silent: tuple[Child, socket.socket, list[str]]) -> None:
+    child, theirs, _ = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+    call = child.ask({"id": 1}, ONE)
+    send(theirs, {"serving": [1], "stage": "forward", "patience": 1e300})
+    assert call.done.wait(10) and isinstance(call.failure, EngineCrashed)
+
+
+def test_a_machine_that_stood_still_is_no_hang(
+    silent: tuple[Child, socket.socket, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, theirs, ends = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+    call = child.ask({"id": 1}, ONE)
+    send(theirs, {"serving": [1], "stage": "forward", "patience": 3.0})
+
+    class Later:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+        def monotonic(self) -> float:
+            return time.monotonic() + 1000
+
+    monkeypatch.setattr(runtime_link, "time", Later())
+    assert not call.done.wait(1.5) and not ends
+    send(theirs, {"id": 1, "kind": "engine", "error": "no"})
+    assert call.done.wait(5) and call.failure is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{}, {"id": "x"}, {"id": 1e999}, {"serving": [[1]], "stage": "load", "patience": 1}, {"serving": 3}, {"id": []}],
+)
+def test_nonsense_ends_the_child_and_tells_who_waits(
+    silent: tuple[Child, socket.socket, list[str]], message: dict[str, Any]
+) -> None:
+    child, theirs, ends = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+    call = child.ask({"id": 1}, ONE)
+    send(theirs, message)
+    assert call.done.wait(5) and isinstance(call.failure, EngineUnavailable)
+    assert ends == ["nonsense"] and child.pid is None
+
+
+def test_descriptors_nobody_asked_for_are_closed(silent: tuple[Child, socket.socket, list[str]]) -> None:
+    child, theirs, _ = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+    call = child.ask({"id": 1}, ONE)
+    before = len(os.listdir("/proc/self/fd"))
+    with open(os.devnull) as null:
+        for _ in range(20):
+            send(theirs, {"serving": [1], "stage": "forward", "patience": 1.0}, [null.fileno()])
+        send(theirs, {"id": 1, "kind": "engine", "error": "no"})
+        assert call.done.wait(5)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_an_input_that_cannot_be_handed_over_leaves_nothing_behind(
+    silent: tuple[Child, socket.socket, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, theirs, ends = silent
+    send(theirs, {"ready": "cpu", "fault": ""})
+
+    def full(array: Any) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(runtime_link, "shared_array", full)
+    with pytest.raises(EngineUnavailable, match="Too many open files"):
+        child.ask({"id": 1}, ONE)
+    child._reader.join(1.2)
+    assert child.alive and not ends and child.calls == 0

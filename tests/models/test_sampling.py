@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dicom_node.geometry import VolumeGeometry, volume_geometry
-from dicom_node.models.components import pieces
 from dicom_node.models.grid import ModelGrid
 from dicom_node.models.sampling import first_largest, labels_on_source, sample
 
@@ -247,43 +246,3 @@ def test_model_order_and_source_order_are_inverse() -> None:
 def test_first_largest_is_argmax() -> None:
     values = np.random.default_rng(0).integers(0, 4, (5, 40, 40)).astype(np.float32)
     np.testing.assert_array_equal(first_largest(torch.from_numpy(values)).numpy(), values.argmax(axis=0))
-
-
-# --- pieces
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
-def test_pieces_are_those_that_a_flood_fill_finds(seed: int, share: float) -> None:
-    mask = np.random.default_rng(seed).random((9, 11, 13)) < share
-    voxels, piece = pieces(mask)
-    sizes = np.bincount(piece)
-    assert (np.diff(sizes) <= 0).all(), "largest first"
-    expected = _flooded(mask)
-    found = np.zeros(mask.shape, int)
-    found.reshape(-1)[voxels] = piece + 1
-    pairs = {(int(a), int(b)) for a, b in zip(expected[mask], found[mask], strict=True)}
-    assert len(pairs) == expected.max() == len(sizes)
-
-
-def _flooded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
-    numbers = np.zeros(mask.shape, np.intp)
-    for start in np.argwhere(mask):
-        if numbers[tuple(start)]:
-            continue
-        number, heap = numbers.max() + 1, [tuple(start)]
-        while heap:
-            at = heap.pop()
-            if min(at) < 0 or any(a >= n for a, n in zip(at, mask.shape, strict=True)):
-                continue
-            if mask[at] and not numbers[at]:
-                numbers[at] = number
-                heap += [
-                    tuple(at[a] + (step if a == axis else 0) for a in range(3)) for axis in range(3) for step in (-1, 1)
-                ]
-    return numbers
-
-
-def test_nothing_has_no_pieces() -> None:
-    voxels, piece = pieces(np.zeros((3, 3, 3), bool))
-    assert voxels.size == piece.size == 0

@@ -57,6 +57,8 @@ attempt("inet", lambda: socket.socket())
 attempt("udp", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
 attempt("unix", lambda: socket.socket(socket.AF_UNIX))
 attempt("netlink", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))
+attempt("socket pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+attempt("signal by a file", lambda: __import__("fcntl").fcntl(0, 8, parent))
 attempt("fork", lambda: os.fork())
 attempt("vfork", lambda: subprocess.run(["true"]))
 attempt("exec", lambda: os.execv("/bin/true", ["true"]))
@@ -141,7 +143,21 @@ def test_a_confined_process_says_so(found: dict[str, Any]) -> None:
     "attempt",
     [
         *("create", "overwrite", "append", "truncate", "unlink", "rename", "link", "chmod", "utime", "mkdir", "fifo"),
-        *("xattr", "inet", "udp", "unix", "netlink", "fork", "vfork", "exec", "kill", "kill all", "environment"),
+        *(
+            "xattr",
+            "inet",
+            "udp",
+            "unix",
+            "netlink",
+            "socket pair",
+            "signal by a file",
+            "fork",
+            "vfork",
+            "exec",
+            "kill",
+            "kill all",
+            "environment",
+        ),
         *("memory of others", "chroot", "priority", "setuid", "unshare", "trace", "terabytes", "create in a thread"),
     ],
 )
@@ -301,6 +317,8 @@ def test_the_filter_judges_calls_by_their_arguments(machine: str) -> None:
     assert answer("prlimit64", 0) == answer("prlimit64", 4242) == allow and answer("prlimit64", 1) == refuse
     assert answer("prctl", 15) == allow and answer("prctl", 1) == refuse  # its name; not to outlive its parent
     assert answer("ioctl", 3, 0xC0104600) == allow and answer("ioctl", 0, 0x5412) == refuse
+    assert answer("ioctl", 0, 0x8901) == answer("fcntl", 0, 8) == answer("fcntl", 0, 10) == refuse
+    assert answer("fcntl", 0, 1033) == allow and answer("socketpair") == refuse  # seals of memory files
     assert answer("openat", 0, 0, 0) == allow and answer("openat", 0, 0, 0o1000) == refuse
     assert answer("socket") == 0x50061 and answer("connect") == 0x5006F  # no such family, nobody there
     for name in ("listen", "bind", "execve", "ptrace", "io_uring_setup", "bpf", "mount", "process_vm_writev"):

@@ -28,6 +28,7 @@ from monai.transforms import (
 from dicom_node.errors import EngineError
 from dicom_node.models.forward import Network, run
 from dicom_node.models.grid import ModelGrid
+from dicom_node.models.manifest import VolumeInputBlock
 from dicom_node.models.sampling import sample
 
 Labels = npt.NDArray[np.uint8]
@@ -235,7 +236,7 @@ def test_every_piece_of_work_asks_whether_there_is_something_more_urgent() -> No
     job = {
         "grid": GRID.to_message(),
         "input": INPUT,
-        "output": {**OUTPUT, "labels": [{"index": 1, "keep": "largest_component", "min_ml": 0.1}]},
+        "output": {**OUTPUT, "labels": [{"index": 1, "keep": "largest_component", "connectivity": 1, "min_ml": 0.1}]},
     }
     run(network(3), "segmentation", torch.from_numpy(image()), INFER, job, pulse=lambda: asked.append(1))
     windows = np.prod([-(-n // 12) for n in GRID.shape])
@@ -284,6 +285,85 @@ def test_shifted_slices_are_sampled_where_they_lie_and_their_labels_come_back_th
         else:
             far = np.abs(volume.numpy() - 7.0) > 0.6
             np.testing.assert_array_equal(done.output[far], (volume.numpy() > 7.0)[far])
+
+
+TILTED = ModelGrid(
+    *((7, 12, 10), (7, 16, 10), (2.0, 1.0, 1.0), (2.0, 1.0, 1.0), (0, 1, 2), (True, False, True)),
+    positions_mm=(0.0, 2.0, 4.0, 8.0, 10.0, 12.0, 14.0),  # one is missing
+    shifts=tuple((0.5 * k, 0.0) for k in (0, 1, 2, 4, 5, 6, 7)),
+)
+
+
+def input_of(**keys: Any) -> dict[str, Any]:
+    block = VolumeInputBlock.model_validate({"spacing_mm": (1, 1, 1), "intensity": [], **keys})
+    return block.model_dump(mode="json", by_alias=True)
+
+
+@pytest.mark.parametrize("limit", [28.0, -5.0])
+def test_images_are_cut_before_all_else_where_the_package_says_so(limit: float) -> None:
+    """Uneven slices in a tilted frame: what is cut away is background, what is kept does not move."""
+    grid = replace(TILTED, shape=(8, 16, 10))
+    assert grid.frame == (7, 16, 10)
+    cut = grid.cut((slice(2, 6), slice(3, 12), slice(1, 8)))
+    assert (cut.source_shape, cut.frame, cut.shape) == ((4, 9, 7), (4, 11, 7), (5, 11, 7))
+    assert cut.positions_mm == (0.0, 4.0, 6.0, 8.0) and [r for r, _ in cut.shifts] == [0.0, 1.0, 1.5, 2.0]
+    rows = torch.arange(12.0)[None, :, None] + torch.tensor([r for r, _ in grid.shifts])[:, None, None]
+    volume = (rows + 20).expand(7, 12, 10).contiguous()
+    volume[:2], volume[6:], volume[:, :3], volume[:, :, :1], volume[:, :, 8:] = 0, 0, 0, 0, 0
+    wanted = input_of(first="crop", crop={"nonzero": True}, values="any", padding_hu=0.0)
+    net = Network(_Above(limit), torch.device("cpu"), torch.contiguous_format, "fp32")
+    job = {
+        "grid": grid.to_message(),
+        "input": wanted,
+        "output": {**OUTPUT, "activation": "none", "labels": [{"index": 1, "keep": "all", "min_ml": 0.0}]},
+    }
+    done = run(net, "segmentation", volume, {**INFER, "window": None}, job, pulse=lambda: None)
+    expected = volume.numpy() > max(limit, 0)
+    clear = np.abs(volume.numpy() - limit) > 0.01
+    np.testing.assert_array_equal(done.output[clear], expected[clear])
+    assert 0.1 < done.output.mean() < 0.4
+
+
+@pytest.mark.parametrize("first", ["resample", "crop"])
+@pytest.mark.parametrize(("padding", "low"), [({}, 0.0), ({"padding_hu": -200.0}, 0.5)])
+def test_open_corners_of_a_tilted_stack_do_not_squeeze_the_tissue(
+    padding: dict[str, float], low: float, first: str
+) -> None:
+    """Of an MR they are filled with its own lowest value, unless the package says with what."""
+    seen: list[torch.Tensor] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            seen.append(batch)
+            return torch.cat([batch, -batch], 1)
+
+    grid = replace(TILTED, shape=(8, 16, 10))
+    volume = torch.linspace(100, 400, 7 * 12 * 10).reshape(7, 12, 10).round().to(torch.int16)
+    net = Network(Watched(), torch.device("cpu"), torch.contiguous_format, "fp32")
+    for steps, values in (([{"minmax": {}}], "any"), ([], "hu")):
+        job = {
+            "grid": grid.to_message(),
+            "input": input_of(first=first, values=values, intensity=steps, **padding),
+            "output": {**OUTPUT, "activation": "none", "labels": [{"index": 1, "keep": "all", "min_ml": 0.0}]},
+        }
+        run(net, "segmentation", volume, {**INFER, "window": None}, job, pulse=lambda: None)
+    image, hounsfield = seen
+    corner = image[0, 0, 0, 0, 0]  # the last slice, where its frame begins
+    tissue = image[hounsfield >= 100]
+    fixed = "padding_hu" in padding
+    if first == "resample":  # figures of all that the network sees
+        assert (float(corner), float(tissue.min())) == pytest.approx((0.0, low), abs=0.01)
+    else:  # of the images themselves
+        assert (float(corner), float(tissue.min())) == pytest.approx((-1.0 if fixed else 0.0, 0.0), abs=0.01)
+    assert float(tissue.max()) == pytest.approx(1.0, abs=0.01)
+    assert float(hounsfield.min()) == (-200.0 if fixed else -1000.0)  # air, of a CT
+
+
+def test_a_crop_is_told_in_one_way() -> None:
+    with pytest.raises(ValueError, match="has no meaning where nonzero is true"):
+        input_of(crop={"nonzero": True, "above": 1.0})
+    with pytest.raises(ValueError, match="first"):
+        input_of(first="normalise")
 
 
 class _Above(torch.nn.Module):

@@ -483,7 +483,6 @@ def test_mr_without_rescale_keeps_its_stored_values(tmp_path: Path, world_series
     for path in world.paths:
         _as_mr(path, bare)
     images, volume = _read_any(world.paths, stored)
-    assert volume.dtype == np.int16
     for image, plane in zip(images, volume, strict=True):
         np.testing.assert_array_equal(plane, pydicom.dcmread(image.instance.path).pixel_array)
 

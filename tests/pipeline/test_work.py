@@ -21,6 +21,7 @@ from dicom_node.errors import (
     EngineTimeout,
     EngineUnavailable,
     LeaseLost,
+    PackageError,
     SeriesRejected,
     StorageError,
 )
@@ -118,7 +119,22 @@ def test_a_refusal_is_filtered_with_its_reason_not_failed(with_job: Any, error: 
     assert with_job.queue.snapshot()["ledger"]["reasons"] == {"rejected by the engine": 1}
 
 
-@pytest.mark.parametrize("error", [EngineUnavailable("busy"), EngineTimeout("late"), RuntimeError("Canary^Jane")])
+@pytest.mark.parametrize("error", [EngineUnavailable("busy"), PackageError("chest is disabled"), StorageError("full")])
+def test_what_is_not_the_jobs_fault_is_tried_until_the_deadline(
+    with_job: Any, kit: ModuleType, error: Exception
+) -> None:
+    with_job.engine.answers += [error] * 8
+    worker = with_job.worker(max_attempts=3, backoff_s=10, backoff_max_s=20)
+    for _ in range(8):
+        assert worker.run_once("w")
+        job = with_job.queue.job(with_job.job_id)
+        assert (job.state, job.error) == (JobState.PENDING, str(error))
+        with_job.clock.sleep(20)
+    assert worker.run_once("w")
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+@pytest.mark.parametrize("error", [EngineTimeout("late"), RuntimeError("Canary^Jane")])
 def test_what_may_pass_is_tried_again_with_growing_delays_then_given_up(
     with_job: Any, kit: ModuleType, error: Exception
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node.errors import PackageError
+from dicom_node.models.package import MAX_WEIGHTS_BYTES, open_regular
 
 __all__ = ["FORMATS", "Described", "describe_folder", "file_digest"]
 
@@ -50,7 +51,7 @@ def describe_folder(folder: Path) -> Described:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file. Raises PackageError when it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, MAX_WEIGHTS_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
         raise PackageError(f"{path}: {exc.strerror}") from exc

@@ -296,7 +296,7 @@ def _labels(path: Path, content: Mapping[str, Any], decision: Decision, notes: l
     labels, private = [], []
     for index, name in enumerate(names, start=1):
         label, own = label_output(index, name)
-        labels.append(label | {"keep": "largest_component"} if index in kept else label)
+        labels.append(label | decision.piece() if index in kept else label)
         if own:
             private.append(name[:64])
     if private:

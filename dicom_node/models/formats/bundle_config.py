@@ -19,12 +19,13 @@ from typing import Any
 import yaml
 
 from dicom_node.errors import PackageError
+from dicom_node.models.package import read_regular
+from dicom_node.models.plain import check_plain, read_yaml
 
 __all__ = ["MAX_CONFIG_BYTES", "Config", "mapping_of", "read_mapping"]
 
 MAX_CONFIG_BYTES = 1024**2
 _MAX_DEPTH = 32
-_MAX_ALIASES = 32
 _MAX_STEPS = 20_000  # values looked at, all together: references to references grow exponentially
 _MAX_LENGTH = 1024
 _MAX_NUMBER = 2**53
@@ -32,33 +33,29 @@ _MAX_NUMBER = 2**53
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The keys and values of a json or yaml file. Raises PackageError: absurd size, tags, no mapping at the top."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise PackageError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB")
-        return mapping_of(path, path.read_bytes())
-    except OSError as exc:
-        raise PackageError(f"{path}: {exc.strerror}") from exc
+    return mapping_of(path, read_regular(path, MAX_CONFIG_BYTES))
+
+
+def _first_line(exc: Exception) -> str:
+    if isinstance(exc, RecursionError):
+        return "nested without end"
+    return (str(exc).splitlines() or [""])[0][:200] or type(exc).__name__
 
 
 def mapping_of(path: Path, content: bytes) -> dict[str, Any]:
     """The keys and values in `content`, json or yaml by the suffix of `path`, which is what errors name."""
     try:
         text = content.decode("utf-8")
-        found = json.loads(text) if path.suffix == ".json" else _yaml(path, text)
+        found = json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except (ValueError, RecursionError, yaml.YAMLError) as exc:
-        raise PackageError(f"{path}: not readable as plain {path.suffix[1:]}: {type(exc).__name__}") from exc
+        raise PackageError(f"{path}: not readable as plain {path.suffix[1:]}: {_first_line(exc)}") from exc
+    try:
+        check_plain(found)
+    except ValueError as exc:
+        raise PackageError(f"{path}: {exc}") from exc
     if not isinstance(found, dict):
         raise PackageError(f"{path}: expected keys and values at the top")
     return found
-
-
-def _yaml(path: Path, text: str) -> Any:
-    aliases = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # lazily: stops before a bomb is unpacked
-        aliases += isinstance(event, yaml.AliasEvent)
-        if aliases > _MAX_ALIASES:
-            raise PackageError(f"{path}: more than {_MAX_ALIASES} YAML aliases")
-    return yaml.safe_load(text)
 
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {

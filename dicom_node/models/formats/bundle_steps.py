@@ -24,6 +24,7 @@ _MACHINERY = {
 _READING = {"LoadImaged", "EnsureChannelFirstd", "AddChanneld", "AsChannelFirstd"}
 _TYPES = {"EnsureTyped", "ToTensord", "CastToTyped", "ToDeviced", "ToNumpyd"}
 _WRITING = {"SaveImaged", "DeleteItemsd", "Identityd", "SimulateDelayd"}
+_AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
 _FLOATS = (None, "float", "float32", "float64", "torch.float32", "torch.float", "np.float32", "numpy.float32")
 
 
@@ -184,6 +185,8 @@ def _take(step: _Step, found: _Input, old_crop: bool) -> None:
         axes = step.one("axcodes")
         if not isinstance(axes, str):
             raise step.refuse("expected axcodes such as RAS")
+        if step.arguments.get("labels") not in (None, _AXES):  # others give the letters of axcodes other meanings
+            raise step.config.refuse(f"{step.where}#labels", "only L/R, P/A, I/S are run")
         found.orientation = axes
     elif step.name == "Spacingd" and not (found.spacing or before):
         found.spacing = _spacing(step)
@@ -305,15 +308,26 @@ def infer_block(config: Config) -> dict[str, Any]:
 
 # --- what its answer means -------------------------------------------------------------------------------------------
 
+# what voxels of one piece share, by the connectivity
+_SHARED = {1: "a face", 2: "a face or an edge", 3: "a face, an edge or a corner"}
+
 
 @dataclass(slots=True)
 class Decision:
-    """How voxels get their labels. `largest`: labels of which one piece is kept; None: of all, () of none."""
+    """How voxels get their labels. `largest`: labels of which one piece is kept; None: of all, () of none.
+
+    `connectivity`: of a piece's voxels, as in the manifest.
+    """
 
     activation: str = "none"
     decide: str | float = ""
     inverse: str = ""
     largest: tuple[int, ...] | None = ()
+    connectivity: int = 3
+
+    def piece(self) -> dict[str, Any]:
+        """What the manifest says of a label of which one piece is kept."""
+        return {"keep": "largest_component", "connectivity": self.connectivity}
 
 
 def output_decision(config: Config, notes: list[str]) -> Decision:
@@ -330,7 +344,10 @@ def output_decision(config: Config, notes: list[str]) -> Decision:
             "postprocessing", f"expected an AsDiscreted and an Invertd, got {', '.join(order) or 'nothing'}"
         )
     if "largest" in order:
-        notes.append("the largest piece is looked for on the network's grid; pieces that only share an edge are two")
+        told = f"only the largest piece of a label is kept: voxels that share {_SHARED[found.connectivity]}"
+        late = order.index("largest") > order.index("invert")
+        elsewhere = ", though MONAI does that on the grid of the images" if late else ""
+        notes.append(f"{told}; looked for on the network's grid{elsewhere}")
     return found
 
 
@@ -381,15 +398,27 @@ def _discrete(step: _Step, found: Decision) -> str:
 
 
 def _keep_largest(step: _Step, found: Decision) -> str:
+    """MONAI's own: see monai.transforms.KeepLargestConnectedComponent. One channel holds the numbers of labels here."""
     step.only("applied_labels", "is_onehot", "independent", "connectivity", "num_components")
-    if step.one("num_components", 1) != 1 or step.flag("is_onehot") or not step.flag("independent", True):
-        raise step.refuse("is run for each label on its own, one piece of each")
+
+    def refuse(key: str, why: str) -> Exception:
+        return step.config.refuse(f"{step.where}#{key}", f"{step.name}: {why}")
+
+    connectivity = step.arguments.get("connectivity")
+    if connectivity is not None and (type(connectivity) is not int or connectivity not in _SHARED):
+        raise refuse("connectivity", "expected 1, 2 or 3")
+    found.connectivity = connectivity or 3
+    pieces = step.arguments.get("num_components", 1)
+    if type(pieces) is not int or pieces != 1:
+        raise refuse("num_components", "is run with one piece of each label")
+    if step.flag("is_onehot"):
+        raise refuse("is_onehot", "is run on the numbers of labels, not on a channel for each")
     labels = step.arguments.get("applied_labels")
-    if labels is None:
-        found.largest = None
-    else:
-        listed = labels if isinstance(labels, list) else [labels]
-        if not listed or not all(type(label) is int for label in listed):
-            raise step.config.refuse(f"{step.where}#applied_labels", "expected the numbers of labels")
-        found.largest = tuple(listed)
+    found.largest = None
+    if labels is not None:
+        found.largest = tuple(labels) if isinstance(labels, list) else (labels,)
+        if not found.largest or not all(type(label) is int for label in found.largest):
+            raise refuse("applied_labels", "expected the numbers of labels")
+    if not step.flag("independent", True) and (found.largest is None or len(set(found.largest)) > 1):
+        raise refuse("independent", "is run for each label on its own, not on several as one")
     return "largest"

@@ -19,6 +19,7 @@ def label_output(index: int, name: str) -> tuple[dict[str, Any], bool]:
 
     A name the table does not have is never given a guessed code: it keeps its own text under a private scheme.
     """
+    name = "".join(letter if letter.isprintable() and letter != "\\" else " " for letter in name)
     known = label_codes(name)
     plain = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
     key = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in plain).strip("-")[:48]

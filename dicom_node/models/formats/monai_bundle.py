@@ -17,6 +17,7 @@ from dicom_node.models.formats import Described, file_digest
 from dicom_node.models.formats.bundle_config import MAX_CONFIG_BYTES, Config, mapping_of, read_mapping
 from dicom_node.models.formats.bundle_steps import Decision, infer_block, input_block, output_decision
 from dicom_node.models.formats.labels import label_output
+from dicom_node.models.package import read_regular
 from dicom_node.models.source import NETWORKS, TRUST
 from dicom_node.models.torch_files import read_pickled
 
@@ -185,10 +186,7 @@ def _checkpoint_key(config: Config, weights: Path) -> str | None:
     keys = [str(key) for key, value in named.items() if "network" in str(value)] if isinstance(named, Mapping) else []
     if len(keys) != 1 or keys[0] == "model" or weights.suffix == ".safetensors":
         return None
-    try:
-        found = read_pickled(weights.read_bytes(), str(weights))
-    except OSError as exc:
-        raise PackageError(f"{weights}: {exc.strerror}") from exc
+    found = read_pickled(read_regular(weights), str(weights))
     return keys[0] if isinstance(found, dict) and isinstance(found.get(keys[0]), dict) else None
 
 
@@ -288,7 +286,7 @@ def _labels(metadata: Mapping[str, Any], decision: Decision, notes: list[str]) -
     private = []
     for index, name in named.items():
         label, unknown = label_output(index, name)
-        labels.append(label | {"keep": "largest_component"} if index in keep else label)
+        labels.append(label | decision.piece() if index in keep else label)
         if unknown:
             private.append(name)
     if private:

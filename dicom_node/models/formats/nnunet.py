@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dicom_node.errors import PackageError
 from dicom_node.models.formats import Described, file_digest
 from dicom_node.models.formats.labels import label_output
+from dicom_node.models.package import read_regular
 from dicom_node.models.source import NNUNET_NETWORKS
 from dicom_node.models.torch_files import read_pickled
 
@@ -55,6 +56,7 @@ def describe(folder: Path) -> Described:
     notes: list[str] = []
     modality, values = _modality(dataset)
     labels, classes = _labels(dataset, notes)
+    mirror = checkpoint["mirror"]
     source: dict[str, Any] = {
         "format": "nnunet",
         "path": folds[0],
@@ -75,10 +77,11 @@ def describe(folder: Path) -> Described:
         "intended_use": {"status": "research", "text": _text(dataset)},
         "select": {"modality": [modality], "sop_class": sop_class},
         "input": {
-            **_grid(plans, configuration, where, _axes(folder, plans, dataset, where, notes)),
+            **_grid(plans, configuration, where, _axes(folder, plans, dataset, mirror, where, notes)),
             "values": values,
+            "first": "crop",
+            "crop": {"nonzero": True},
             "intensity": _intensity(plans, configuration, where, notes),
-            "padding_hu": -1000.0 if values == "hu" else 0.0,
         },
         "infer": {
             "window": window,
@@ -86,28 +89,22 @@ def describe(folder: Path) -> Described:
             "blend": "nnunet",
             "edge": "constant",
             "pad_value": 0.0,
-            "mirror": checkpoint["mirror"],
+            "mirror": mirror,
         },
         # as nnU-Net does: logits are interpolated back to the images' grid, then the largest counts
         "output": {"activation": "none", "inverse": "probability", "labels": labels},
     }
+    notes.append(f"{len(folds)} fold(s) of {checkpoint['trainer']}; mirrored along axes {mirror or 'none'}")
     notes.append(
-        f"{len(folds)} fold(s) of {checkpoint['trainer']}; mirrored along axes {checkpoint['mirror'] or 'none'}"
-    )
-    notes.append(
-        "nnU-Net resamples with third-order splines, before that it normalises; here resampling is linear and comes "
-        "first: borders of organs may differ by a voxel"
+        "images are cut to what is not 0, normalised, then resampled, as nnU-Net does; it resamples with third-order "
+        "splines, here it is linear: borders of organs may differ by a voxel"
     )
     return Described(format="nnunet", manifest=manifest, files=(_PLANS, _DATASET, *folds), notes=tuple(notes))
 
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise PackageError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise PackageError(f"{path}: {exc.strerror}") from exc
+        content = json.loads(read_regular(path, _MAX_JSON_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise PackageError(f"{path}: is no JSON: {type(exc).__name__}") from exc
     if not isinstance(content, dict):
@@ -155,10 +152,7 @@ def _folds(folder: Path) -> list[str]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its training: configuration, trainer, mirroring axes."""
-    try:
-        content = read_pickled(path.read_bytes(), str(path))
-    except OSError as exc:
-        raise PackageError(f"{path}: {exc.strerror}") from exc
+    content = read_pickled(read_regular(path), str(path))
     if not isinstance(content, dict) or not isinstance(content.get("network_weights"), dict):
         raise PackageError(f"{path}: is no checkpoint of nnU-Net v2: it has no network_weights")
     arguments = content.get("init_args")
@@ -249,11 +243,19 @@ def _older_arguments(configuration: Mapping[str, Any], where: str) -> dict[str, 
         raise PackageError(f"{where}: has no architecture that is understood ({type(exc).__name__}: {exc})") from exc
 
 
-def _axes(folder: Path, plans: Mapping[str, Any], dataset: Mapping[str, Any], where: str, notes: list[str]) -> str:
+def _axes(
+    folder: Path,
+    plans: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    mirror: Sequence[int],
+    where: str,
+    notes: list[str],
+) -> str:
     """Which way the axes (z, y, x) of the arrays ran that the reader gave to the training.
 
     nnU-Net does not record it. A reader that reorients settles it; else `orientation` of dataset.json, a key of ours
-    with the directions of the files' axes (x, y, z), such as RAS; else it is taken to be DICOM's own.
+    with the directions of the files' axes (x, y, z), such as RAS. Without, it is taken to be DICOM's own where the
+    network was trained on slices mirrored both ways and so cannot tell; else it is refused: sides might be swapped.
     """
     reader = str(plans.get("image_reader_writer"))
     if reader not in _READERS:
@@ -262,6 +264,13 @@ def _axes(folder: Path, plans: Mapping[str, Any], dataset: Mapping[str, Any], wh
     if reader.endswith("WithReorient"):
         return _READERS[reader]
     if told is None:
+        # the network's axes that run within the slices, y and x of the reader's
+        if not {axis for axis, array in enumerate(_order(plans, where)) if array} <= set(mirror):
+            raise PackageError(
+                f"{folder / _DATASET}: nnU-Net does not record which way the axes of the training files ran, and this "
+                "network, not mirrored along both axes of the slices, may tell left from right: the wrong guess would "
+                'swap sides; put the directions of the files\' axes (x, y, z) there, such as "orientation": "RAS"'
+            )
         notes.append(
             "nnU-Net does not record which way the axes of the training files ran: taken as DICOM's own (LPS); for "
             'files in RAS put "orientation": "RAS" into dataset.json'
@@ -273,11 +282,17 @@ def _axes(folder: Path, plans: Mapping[str, Any], dataset: Mapping[str, Any], wh
     return told[::-1]
 
 
-def _grid(plans: Mapping[str, Any], configuration: Mapping[str, Any], where: str, axes: str) -> dict[str, Any]:
-    """Orientation and spacing in the network's axis order, which is the reader's after `transpose_forward`."""
+def _order(plans: Mapping[str, Any], where: str) -> list[int]:
+    """Which axis (z, y, x) of the reader's arrays each axis of the network is."""
     order = plans.get("transpose_forward")
     if not isinstance(order, list) or sorted(order, key=str) != [0, 1, 2]:
         raise PackageError(f"{where}: transpose_forward: expected an order of three axes")
+    return order
+
+
+def _grid(plans: Mapping[str, Any], configuration: Mapping[str, Any], where: str, axes: str) -> dict[str, Any]:
+    """Orientation and spacing in the network's axis order, which is the reader's after `transpose_forward`."""
+    order = _order(plans, where)
     spacing = configuration.get("spacing")
     if not _is_sizes(spacing, float):
         raise PackageError(f"{where}: spacing: expected three positive sizes in mm")
@@ -303,8 +318,10 @@ def _intensity(
         return [{"clip": [low, high]}, {"normalize": {"mean": mean, "std": max(std, 1e-8)}}]
     if scheme == "ZScoreNormalization":
         masked = configuration.get("use_mask_for_norm")
-        notes.append("intensities are scaled by the figures of each series' own values, of all its voxels")
-        return [{"normalize": {"nonzero": isinstance(masked, list) and masked[:1] == [True]}}]
+        own = isinstance(masked, list) and masked[:1] == [True]
+        around = ", the zeros around them aside" if own else ""
+        notes.append(f"intensities are scaled by the figures of each series' own values{around}")
+        return [{"normalize": {"nonzero": own}}]
     if scheme == "RescaleTo01Normalization":
         return [{"minmax": {"to": [0.0, 1.0]}}]
     if scheme == "NoNormalization":

@@ -16,6 +16,7 @@ from typing import Any
 
 from dicom_node.errors import PackageError
 from dicom_node.models.formats import Described, file_digest
+from dicom_node.models.package import read_regular
 from dicom_node.models.pickles import TensorData
 from dicom_node.models.torch_files import read_pickled
 
@@ -171,10 +172,7 @@ def _identity(weights: Path) -> str:
 
 
 def _read(weights: Path) -> Any:
-    try:
-        return read_pickled(weights.read_bytes(), str(weights))
-    except OSError as exc:
-        raise PackageError(f"{weights}: {exc.strerror}") from exc
+    return read_pickled(read_regular(weights), str(weights))
 
 
 def _is_whole_module(content: Any) -> bool:
@@ -202,11 +200,7 @@ def _outputs(folder: Path, weights: Path) -> _Outputs:
 
 def _from_names(path: Path) -> _Outputs:
     try:
-        if path.stat().st_size > 64 * 1024:
-            raise PackageError(f"{path}: larger than 64 KiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise PackageError(f"{path}: {exc.strerror}") from exc
+        content = json.loads(read_regular(path, 64 * 1024).decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise PackageError(f"{path}: is no JSON: {type(exc).__name__}") from exc
     if not isinstance(content, dict) or not content.keys() <= {"labels", "op_threshs"} or "labels" not in content:

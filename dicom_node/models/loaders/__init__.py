@@ -2,7 +2,8 @@
 
 Runs in the runtime process only; a module maps a float batch (batch, channel, ...) to logits. The digest is checked
 on the very bytes that are loaded. What a loader of a `data` format returns was built here by name; what a loader of a
-`graph` format returns runs operations the package chose, and is loaded only in a confined process (`sandbox`).
+`graph` or `code` format returns runs operations the package chose, and is loaded only in a confined process
+(`sandbox`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _MAX_BATCH = 256
 _MAX_DEPTH = 32
 _FATAL_ONLY = 4  # errors come back as exceptions
-_MISSING = "ONNX networks need onnxruntime: pip install dicom-node[onnx]"
+_MISSING = "ONNX networks need onnx and onnxruntime: pip install dicom-node[onnx]"
 
 
 class _OnnxNetwork(torch.nn.Module):

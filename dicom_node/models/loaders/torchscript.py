@@ -47,7 +47,10 @@ class _Scripted(torch.nn.Module):
             return first_tensor(self.inner(batch))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as exc:  # pages of trace-back into the archive; the reason is the last line
+        except (
+            RuntimeError,
+            torch.jit.Error,
+        ) as exc:  # pages of trace-back into the archive, the reason is the last line
             lines = str(exc).strip().splitlines()
             raise RuntimeError(lines[-1] if lines else "the network failed") from exc
 
@@ -62,7 +65,7 @@ def load(path: Path, source: Mapping[str, Any], device: torch.device) -> torch.n
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
             module: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, AttributeError, LookupError, TypeError) as exc:
+    except (RuntimeError, ValueError, AttributeError, LookupError, TypeError, torch.jit.Error) as exc:
         raise PackageError(f"{path}: is no network saved by torch.jit.save: {str(exc)[:300]}") from exc
     try:
         return _Scripted(module.eval().float()).requires_grad_(False)
