@@ -121,7 +121,9 @@ def _answer(request: Mapping[str, Any], slot: mmap.mmap) -> dict[str, Any]:
 
 def _bound(memory_bytes: int, cpu_s: float) -> None:
     """No more memory, and an end by the kernel (SIGPROF) when so much computing was not enough."""
-    resource.setrlimit(resource.RLIMIT_AS, (min(memory_bytes, _MAX_MEMORY), _MAX_MEMORY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = _MAX_MEMORY if hard == resource.RLIM_INFINITY else min(_MAX_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (min(memory_bytes, most), most))
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
 
 

@@ -74,12 +74,17 @@ class DecoderLimits:
         return self.cpu_s + 2 * work.nbytes / (1 << 20)
 
 
-class DecoderGone(Exception):
-    """The process ended; the message says how. `blame`: certainly by what it decoded; `ready`: it had started."""
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
-    def __init__(self, how: str, *, blame: bool = False, ready: bool = True) -> None:
+
+class DecoderGone(Exception):
+    """The process ended; the message says how. `blame`: certainly by what it decoded; `crashed`: probably so, not by
+    somebody who killed it; `ready`: it had started.
+    """
+
+    def __init__(self, how: str, *, blame: bool = False, crashed: bool = False, ready: bool = True) -> None:
         super().__init__(how)
-        self.blame, self.ready = blame, ready
+        self.blame, self.crashed, self.ready = blame, crashed or blame, ready
 
 
 class Decoder:
@@ -87,7 +92,10 @@ class Decoder:
 
     def __init__(self, limits: DecoderLimits) -> None:
         self._limits = limits
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as exc:
+            raise EngineUnavailable(f"a decoder process cannot be started ({exc.strerror})") from exc
         with theirs:
             try:
                 self.process = subprocess.Popen(
@@ -163,13 +171,14 @@ class Decoder:
         if not sound:
             raise self._gone("talked nonsense", blame=True)
         work, self._work = self._work, None
+        slot = self._slot
+        if slot is not None and len(slot) > KEPT_BYTES:  # as the process does, whatever it says
+            self._slot = None
         if "why" in message:
             raise SeriesRejected(str(message["why"])[:_MAX_REASON])
-        assert work is not None and self._slot is not None
+        assert work is not None and slot is not None
         shape = (len(work.frames), *work.shape)
-        cells = np.frombuffer(self._slot, work.dtype, work.nbytes // work.dtype.itemsize).reshape(shape).copy()
-        if len(self._slot) > KEPT_BYTES:
-            self._slot = None
+        cells = np.frombuffer(slot, work.dtype, work.nbytes // work.dtype.itemsize).reshape(shape).copy()
         return cells
 
     def quiet(self) -> bool:
@@ -209,12 +218,12 @@ class Decoder:
     def _gone(self, how: str = "", *, blame: bool = False) -> DecoderGone:
         status = self.bury(_LAST_WORD_S if not how else 0.0)
         if how:
-            return DecoderGone(how, blame=blame, ready=self._ready)
+            return DecoderGone(how, blame=blame, crashed=True, ready=self._ready)
         if status == -signal.SIGPROF:
             assert self._work is not None
             return DecoderGone(f"was not done after {self._limits.cpu_of(self._work):g} s", blame=True)
         died = f"died ({signal.strsignal(-status)})" if status < 0 else f"ended (exit status {status})"
-        return DecoderGone(died, ready=self._ready)
+        return DecoderGone(died, ready=self._ready, crashed=-status in _CRASHES)
 
     def bury(self, patience_s: float = 0.0) -> int:
         """End it for certain, after `patience_s` in which it may end by itself; its exit status. Idempotent."""

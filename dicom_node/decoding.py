@@ -132,8 +132,10 @@ class DecoderPool:
         if not gone.ready:
             raise EngineUnavailable(f"a decoder process does not start: it {gone}")
         asker.deaths[k] += 1
-        if gone.blame or asker.deaths[k] >= _TRIES:
+        if gone.blame or (gone.crashed and asker.deaths[k] >= _TRIES):
             raise SeriesRejected(f"pixel data ({asker.works[k].name}) cannot be decoded: the decoder {gone}")
+        if asker.deaths[k] >= _TRIES:  # somebody ends them, such as a system out of memory: not the image's fault
+            raise EngineUnavailable(f"decoder processes do not live: one {gone}")
         asker.pending.appendleft(k)
 
     def _leave(self, asker: _Asker) -> None:

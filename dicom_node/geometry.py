@@ -47,6 +47,7 @@ _MAX_TILT_DEG = 40.0
 _OVERLAP = 0.1  # of the usual slice spacing: images nearer than this are of two stacks
 _FEW_GAPS = 0.25  # of all steps: more than this and the spacing is called irregular
 _CT = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT, Enhanced CT Image Storage
+_SAME_ECHO = 0.02  # relative
 _DUPLICATE = "identical to another image"
 
 
@@ -286,17 +287,34 @@ def _told_apart(stack: _Stack) -> str:
 def _alternating(stack: _Stack, *, even: bool) -> str:
     """Which attribute says that two stacks are shuffled into one; a stack that ends where the next begins is none.
 
-    Even stacks are asked for less: MR takes every other slice in a second acquisition.
+    Even stacks are asked for less: MR takes every other slice in a second acquisition, and where two acquisitions of
+    a CT meet a slice may lie beyond the join.
     """
     ct = stack.planes[0].sop_class_uid in _CT
     for index, (keyword, name) in enumerate(DISCRIMINATORS.items()):
         if even and (keyword == "ImageType" or (keyword == "AcquisitionNumber" and not ct)):
             continue
         told = [plane.told[index] for plane in stack.planes]
+        if keyword == "EchoTime":
+            told = _grouped(told)
         runs = 1 + sum(1 for one, other in pairwise(told) if one != other)
-        if runs > len(set(told)):
+        if runs > len(set(told)) * (3 if even else 1):
             return name
     return ""
+
+
+def _grouped(times: Sequence[str]) -> list[str]:
+    """Echo times that differ in their last digits are the same one."""
+    try:
+        values = [float(time) for time in times]
+    except ValueError:
+        return list(times)
+    groups: dict[float, str] = {}
+    number, last = 0, -math.inf
+    for value in sorted(set(values)):
+        number += value > last + _SAME_ECHO * abs(value)
+        groups[value], last = str(number), value
+    return [groups[value] for value in values]
 
 
 def _laid(stack: _Stack, left_out: Mapping[str, str], *, repair: bool) -> VolumeGeometry:

@@ -6,7 +6,6 @@ Pure. `geometry` makes volumes of planes; nothing here compares two of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,14 +78,6 @@ def excluded(image: Mapping[str, Any], kinds: frozenset[str]) -> str:
     return f"Image Type {sorted(found)[0]}" if found else ""
 
 
-def _told(keyword: str, value: Any) -> str:
-    """The value as it is compared: echo times that differ in their last digits are the same one."""
-    if keyword == "EchoTime":
-        with suppress(TypeError, ValueError):
-            return f"{float(value):.2g}"
-    return str(value)
-
-
 def identity_of(image: Mapping[str, Any]) -> Identity:
     """Which image or frame the mapping describes."""
     return str(image.get("SOPInstanceUID", "")), int(image.get("FrameNumber", 0))
@@ -118,9 +109,7 @@ def plane_of(image: Mapping[str, Any]) -> Plane:
         orientation=orientation,
         spacing=spacing,
         size=size,
-        told=tuple(
-            "\\".join(_told(keyword, value) for value in _listed(image.get(keyword))) for keyword in DISCRIMINATORS
-        ),
+        told=tuple("\\".join(str(value) for value in _listed(image.get(keyword))) for keyword in DISCRIMINATORS),
     )
 
 

@@ -91,6 +91,10 @@ class LocalModelEngine:
             return f"its network died or hung {_FAILURES} times in a row; it is tried again within {_REST_S:g} s"
         return self._trouble
 
+    def gauges(self) -> Mapping[str, float]:
+        """`breaker_state`, as in `BreakerState`."""
+        return {"breaker_state": float(self._breaker.state.value)}
+
     def check(self) -> None:
         """Read the package anew, check its files' digests and its trust. Raises PackageError."""
         package = self._model.anew()

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _TRIES, _RETRY_S = 10, 0.02
+_REFUSED_S = 15.0
 _STAMP_FILES, _STAMP_DEPTH = 256, 3
 
 
@@ -188,6 +189,7 @@ class ModelReference:
         self._library = Library(models_dir) if models_dir is not None else None
         self._guard = Lock()
         self._known: tuple[tuple[Stamp, FolderStamp], ModelPackage] | None = None
+        self._refused: tuple[tuple[Stamp, FolderStamp], PackageError, float] | None = None
 
     def current(self) -> ModelPackage:
         """The package; a few stats as long as nothing changed. Raises PackageError each time it cannot be used.
@@ -199,14 +201,22 @@ class ModelReference:
             if self._known is not None and self._known[0] == stamp:
                 return self._known[1]
             self._known = None
-            package = find_package(self._model, self._models_dir)
+            refused, self._refused = self._refused, None
+            if refused is not None and refused[0] == stamp and time.monotonic() < refused[2]:
+                self._refused = refused
+                raise PackageError(str(refused[1])) from refused[1]
+            try:
+                package = find_package(self._model, self._models_dir)
+            except PackageError as exc:  # a queue of jobs must not read a broken package once each
+                self._refused = stamp, exc, time.monotonic() + _REFUSED_S
+                raise
             self._known = stamp, package  # the stamp from before: what changed meanwhile is seen the next time
             return package
 
     def anew(self) -> ModelPackage:
         """The package read again from its files. Raises PackageError."""
         with self._guard:
-            self._known = None
+            self._known = self._refused = None
         return self.current()
 
     @contextmanager

@@ -27,7 +27,7 @@ from dicom_node.errors import EngineError, EngineTimeout, EngineUnavailable, Pac
 from dicom_node.model import Priority
 from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.package import ModelPackage
-from dicom_node.models.runtime_link import POLL_S, Call, Child, Limits
+from dicom_node.models.runtime_link import POLL_S, Call, Child, DeviceFault, Limits
 from dicom_node.models.trust import require_trusted
 from dicom_node.models.wire import Array, received_array
 
@@ -36,12 +36,11 @@ __all__ = ["Answer", "DeviceFault", "Limits", "OutOfMemory", "Runtime", "child_e
 log = logging.getLogger(__name__)
 
 
+_UNREADABLE_KEPT = 64
+
+
 class OutOfMemory(EngineError):
     """The device has not enough memory for this input, even for one window at a time."""
-
-
-class DeviceFault(EngineUnavailable):
-    """The device cannot be used, whatever is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,7 @@ class Runtime:
         self._kind = ""
         self._numbers = itertools.count(1)
         self._closed = False
+        self._unreadable: set[str] = set()  # what a new child did not help with
 
     @property
     def pid(self) -> int | None:
@@ -214,7 +214,7 @@ class Runtime:
             kind, error = message.get("kind"), str(message["error"])
             if kind == "device":  # a context that failed once answers nothing any more
                 child.end("device")
-            if kind == "unreadable":  # what it may read was decided when it started: a folder that is newer is not seen
+            if kind == "unreadable" and self._may_be_stale(error) and not child.calls:
                 child.end("stale")
             kinds: Mapping[Any, Callable[[str], Exception]] = {
                 "package": PackageError,
@@ -238,6 +238,14 @@ class Runtime:
         except (KeyError, IndexError, TypeError, ValueError, OSError) as exc:
             child.end("nonsense")
             raise EngineError("the runtime answered nonsense") from exc
+
+    def _may_be_stale(self, error: str) -> bool:
+        """What a child may read was decided when it started, so a newer folder is not seen: worth one new child."""
+        new = error not in self._unreadable
+        if len(self._unreadable) < _UNREADABLE_KEPT:
+            self._unreadable.add(error)
+            return new
+        return False
 
     # --- the child
 

@@ -21,7 +21,7 @@ from typing import Any
 from dicom_node.errors import EngineCrashed, EngineError, EngineUnavailable
 from dicom_node.models.wire import Array, receive, send, shared_array
 
-__all__ = ["Call", "Child", "Limits"]
+__all__ = ["Call", "Child", "DeviceFault", "Limits"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ _STOP_S = 2.0
 _STOPPED_S = 4 * POLL_S
 _MOST_PATIENCE = 10.0  # times hang_s: what a child may ask for, which knows how long its batches take
 _LOAD_FACTOR = 3.0  # loading a network may be silent for so many times longer than a batch of windows
+
+
+class DeviceFault(EngineUnavailable):
+    """The device cannot be used, whatever is asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,7 @@ class Child:
         call = Call(int(message["id"]))
         with self._guard:
             if self._reason:
-                raise EngineUnavailable("the runtime process is gone")
+                raise self._gone()
             if not self._calls and self.kind:  # it had nothing to say before
                 self._sign = time.monotonic()
             self._calls[call.identity] = call
@@ -128,11 +132,16 @@ class Child:
         except OSError as exc:
             with self._guard:
                 self._calls.pop(call.identity, None)
-            raise EngineUnavailable(
-                f"the runtime process is gone or the input cannot be handed to it ({exc.strerror or exc})"
-            ) from exc
+            if self._reason:
+                raise self._gone() from exc
+            raise EngineUnavailable(f"the input cannot be handed to the runtime ({exc.strerror or exc})") from exc
         call.sent = True
         return call
+
+    def _gone(self) -> EngineUnavailable:
+        if not self.kind and self._reason in ("died", "hung"):
+            return DeviceFault(f"the runtime process on {self.device!r} {self._reason} before it was ready")
+        return EngineUnavailable("the runtime process is gone")
 
     def _send(self, message: Mapping[str, Any], array: Array) -> None:
         fd = shared_array(array)
@@ -251,7 +260,9 @@ class Child:
         how = f"died ({_how(status)})" if reason == "died" else f"ended ({reason})"
         if reason == "hung":
             how = f"hung: no sign of life for {self._patience_s:g} s, and was killed"
-        if call.identity in self._serving and reason in ("died", "hung"):
+        if not self.kind and reason in ("died", "hung"):  # it never began
+            return DeviceFault(f"the runtime process on {self.device!r} {how} before it was ready")
+        if call.identity in self._serving and reason in ("died", "hung", "nonsense"):
             return EngineCrashed(f"the runtime process on {self.device!r} {how}")
         return EngineUnavailable(f"the runtime process on {self.device!r} {how}")
 

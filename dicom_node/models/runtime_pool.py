@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from dicom_node.models.runtime import Answer, DeviceFault, Limits, OutOfMemory, 
 from dicom_node.models.wire import Array
 
 __all__ = ["RuntimePool", "lend_runtimes", "return_runtimes"]
+
+_LEAST_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class RuntimePool:
         runtime = self._chosen()
         if runtime is None:
             return self._on_cpu(package, array, how)
-        breaker = self._breakers[runtime.device]
+        breaker, began = self._breakers[runtime.device], time.monotonic()
         try:
             answer = runtime.infer(package, array, **how)
         except (OutOfMemory, DeviceFault) as exc:
@@ -59,7 +62,8 @@ class RuntimePool:
             if runtime.kind == "cpu":
                 raise
             log.warning("work goes to the CPU", extra={"device": runtime.device, "error": str(exc)})
-            return self._on_cpu(package, array, how)
+            spent_s = time.monotonic() - began
+            return self._on_cpu(package, array, {**how, "timeout_s": max(how["timeout_s"] - spent_s, _LEAST_S)})
         except NodeError as exc:
             if not exc.retryable:  # the package or the input is at fault: the device did answer
                 breaker.succeeded()

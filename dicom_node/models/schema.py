@@ -22,6 +22,7 @@ __all__ = [
     "StorageClass",
     "Text",
     "Upper",
+    "is_plain",
 ]
 
 
@@ -35,17 +36,14 @@ def _slug(value: str) -> str:
 def _text(value: str) -> str:
     """One line that a terminal and a DICOM attribute take as it is: PS3.5 6.2 gives the backslash a meaning."""
     line = " ".join(value.split())
-    if not line.isprintable() or "\\" in line or (not line.isascii() and not _is_writable(line)):
+    if not all(is_plain(letter) for letter in line):
         raise ValueError("expected text without backslashes and control characters")
     return line
 
 
-def _is_writable(line: str) -> bool:
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
+def is_plain(letter: str) -> bool:
+    """Whether a letter may stand in a text that people and DICOM attributes are shown. Persian needs the joiners."""
+    return (letter.isprintable() and letter != "\\") or letter in "\u200c\u200d"
 
 
 def _plain(value: Any) -> Any:

@@ -21,5 +21,6 @@ def require_trusted(package: ModelPackage, trusted_code: Collection[str]) -> Non
         return
     raise PackageError(
         f"trust: {package.manifest.id} {package.manifest.version} runs Python of its own ({source.code.path}), and "
-        f"its sha256 is not in jobs.trusted_code; read that file, then add {source.code.sha256} to trust exactly it"
+        f"its sha256 is not in jobs.trusted_code; read that file, then add {source.code.sha256} to trust exactly "
+        "it (and name the settings with --config)"
     )

@@ -273,13 +273,13 @@ def test_a_stream_that_takes_too_long_ends_its_decoder_and_is_refused(
 # --- processes that die or hang
 
 
-def ended(pool: DecoderPool) -> Callable[[], None]:
-    """A heartbeat that kills the decoders that are at work, each once it has started."""
+def ended(pool: DecoderPool, by: signal.Signals) -> Callable[[], None]:
+    """A heartbeat that ends the decoders that are at work, each once it has started."""
 
     def beat() -> None:
         for decoder in pool._all:
             if decoder._ready:
-                decoder.process.kill()
+                decoder.process.send_signal(by)
 
     return beat
 
@@ -302,9 +302,39 @@ def test_an_image_that_kills_two_decoders_is_refused_and_the_pool_heals(
     sound: Path, stuck: Path, make_pool: MakePool
 ) -> None:
     pool = make_pool(2)
-    with pytest.raises(SeriesRejected, match=r"JPEG 2000.*cannot be decoded: the decoder died \(Killed\)"):
-        list(pool.decode([work(stuck), work(sound)], ended(pool)))
+    with pytest.raises(SeriesRejected, match=r"JPEG 2000.*cannot be decoded: the decoder died \(Segmentation fault\)"):
+        list(pool.decode([work(stuck), work(sound)], ended(pool, signal.SIGSEGV)))
+    with pytest.raises(EngineUnavailable, match=r"decoder processes do not live: one died \(Killed\)"):
+        list(pool.decode([work(stuck), work(sound)], ended(pool, signal.SIGKILL)))  # as by a system out of memory
     np.testing.assert_array_equal(one(pool, work(sound))[0], cells_of(1))
+
+
+def test_large_images_that_cannot_be_decoded_leave_their_decoders_fit(
+    tmp_path: Path, sound: Path, make_pool: MakePool
+) -> None:
+    pool = make_pool()
+    large = tmp_path / "large.dcm"
+    large.write_bytes(sound.read_bytes()[:-40])
+    for _ in range(2):
+        with pytest.raises(SeriesRejected):
+            one(pool, work(large, shape=(4200, 4200)))
+        np.testing.assert_array_equal(one(pool, work(sound))[0], cells_of(1))
+
+
+def test_decoders_live_with_the_limits_of_the_node(sound: Path) -> None:
+    code = (
+        "import resource, sys, numpy as np\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "from dicom_node.decoder_link import Frames\n"
+        "from dicom_node.decoding import DecoderPool\n"
+        "pool = DecoderPool(1)\n"
+        f"given = dict(path=sys.argv[1], syntax={str(J2K)!r}, name='J', frames=(0,), shape=(48, 64))\n"
+        "asked = Frames(**given, dtype=np.dtype('<u2'))\n"
+        "print(len(list(pool.decode([asked]))))\n"
+        "pool.close()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sound)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_a_decoder_that_hangs_is_ended_and_its_image_refused(sound: Path, stuck: Path, make_pool: MakePool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.demo.phantom_dicom import write_ct_series, write_cxr
-from dicom_node.errors import EngineCrashed, EngineUnavailable
+from dicom_node.errors import EngineCrashed, EngineUnavailable, PackageError
 from dicom_node.model import EngineTask, LabelVolume, Priority
 from dicom_node.models import segment
 from dicom_node.models.engine import LocalModelEngine
@@ -259,3 +260,48 @@ def test_time_that_others_take_is_not_the_series_own(
         with pytest.raises(EngineUnavailable, match="busy with other work"):
             asked.result(30)
     assert engine.run(task_for(series[0]), nothing).values
+
+
+def test_a_runtime_that_cannot_start_is_told_as_trouble(
+    made: Callable[..., LocalModelEngine],
+    ct_folder: Path,
+    series: list[list[Path]],
+    task_for: Task,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = made(ct_folder)
+    with monkeypatch.context() as broken:
+        broken.setattr("dicom_node.models.runtime.sys.executable", "/bin/false")
+        with pytest.raises(EngineUnavailable, match="before it was ready"):
+            engine.run(task_for(series[0]), nothing)
+        assert "before it was ready" in engine.trouble
+    assert engine.run(task_for(series[0]), nothing).values and engine.trouble == ""
+
+
+def test_a_package_nobody_may_read_costs_the_others_nothing(
+    made: Callable[..., LocalModelEngine], ct_folder: Path, series: list[list[Path]], task_for: Task, tmp_path: Path
+) -> None:
+    hidden = tmp_path / "data" / "archive" / "package"  # where no package may read
+    hidden.parent.mkdir(parents=True)
+    (tmp_path / "data" / "models").mkdir()
+    engines = [
+        LocalModelEngine(
+            name,
+            EngineSettings(model=str(folder), options={"threads": 1}),
+            devices=("cpu",),
+            models_dir=tmp_path / "data" / "models",
+        )
+        for name, folder in (("sound", ct_folder), ("hidden", shutil.copytree(ct_folder, hidden)))
+    ]
+    try:
+        engines[0].run(task_for(series[0]), nothing)
+        pids = []
+        for _ in range(3):
+            with pytest.raises(PackageError, match=r"Permission denied|not permitted"):
+                engines[1].run(task_for(series[0]), nothing)
+            engines[0].run(task_for(series[0]), nothing)
+            pids.append(warm(engines[0]).pid)
+        assert len(set(pids)) == 1  # one new process was worth a try, the others were not
+    finally:
+        for engine in engines:
+            engine.close()

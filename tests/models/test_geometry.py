@@ -488,6 +488,39 @@ def test_what_tells_two_stacks_of_a_series_apart_is_named_but_its_value_is_not(
         volume_geometry(images)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "values", "refused"),
+    [
+        ("EchoTime", ("2.449", "2.451"), False),  # the same echo, spelled twice
+        ("EchoTime", ("99.4", "99.6"), False),
+        ("EchoTime", ("10", "10.0"), False),
+        ("EchoTime", ("98", "104"), True),
+        ("TemporalPositionIdentifier", ("1", "2"), True),
+        ("AcquisitionNumber", ("1", "2"), True),
+    ],
+)
+def test_an_even_stack_of_two_that_alternate_is_refused(keyword: str, values: tuple[str, str], refused: bool) -> None:
+    images = series()
+    for image in images:
+        image[keyword] = values[_place(image) % 2]
+    if refused:
+        with pytest.raises(SeriesRejected, match="two stacks overlap"):
+            volume_geometry(images)
+    else:
+        assert volume_geometry(images).regular
+
+
+def _place(image: Image) -> int:
+    return int(str(image["SOPInstanceUID"]).rsplit(".", 1)[-1])
+
+
+def test_a_slice_beyond_the_join_of_two_acquisitions_is_no_second_stack() -> None:
+    images = series()
+    for image in images:
+        image["AcquisitionNumber"] = "1" if _place(image) < 9 or _place(image) == 10 else "2"
+    assert volume_geometry(images).regular
+
+
 def test_an_empty_series_is_refused() -> None:
     with pytest.raises(SeriesRejected, match="too few slices: 0"):
         volume_geometry([])

@@ -132,10 +132,21 @@ def test_nonsense_ends_the_child_and_tells_who_waits(
 ) -> None:
     child, theirs, ends = silent
     send(theirs, {"ready": "cpu", "fault": ""})
-    call = child.ask({"id": 1}, ONE)
+    serving, waiting = child.ask({"id": 1}, ONE), child.ask({"id": 2}, ONE)
+    send(theirs, {"serving": [1], "stage": "load", "patience": 1})
     send(theirs, message)
-    assert call.done.wait(5) and isinstance(call.failure, EngineUnavailable)
+    assert serving.done.wait(5) and isinstance(serving.failure, EngineCrashed)  # its package may have made it
+    assert waiting.done.wait(5) and not isinstance(waiting.failure, EngineCrashed)
     assert ends == ["nonsense"] and child.pid is None
+
+
+def test_one_that_dies_before_it_is_ready_is_the_devices_fault(
+    silent: tuple[Child, socket.socket, list[str]],
+) -> None:
+    child, theirs, ends = silent
+    call = child.ask({"id": 1}, ONE)
+    theirs.close()
+    assert call.done.wait(5) and isinstance(call.failure, runtime_link.DeviceFault) and ends == ["died"]
 
 
 def test_descriptors_nobody_asked_for_are_closed(silent: tuple[Child, socket.socket, list[str]]) -> None:

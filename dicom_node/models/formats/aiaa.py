@@ -17,7 +17,7 @@ from dicom_node.models.archive import is_torchscript
 from dicom_node.models.formats import Described, file_digest
 from dicom_node.models.formats.bundle_config import Config, read_mapping
 from dicom_node.models.formats.bundle_steps import Decision, infer_block, input_block, output_decision
-from dicom_node.models.formats.labels import label_output
+from dicom_node.models.formats.labels import label_output, shown
 from dicom_node.models.source import NETWORKS, TRUST
 
 __all__ = ["describe", "detect"]
@@ -69,7 +69,7 @@ def describe(folder: Path) -> Described:
         "trust": TRUST[source["format"]],
         "source": source,
         "intended_use": {"status": "research", "text": f"Research use only. {_line(content.get('description'))}"[:200]},
-        "select": {"modality": [modality], "sop_class": [f"{modality}ImageStorage"]},
+        "select": {"modality": [modality], "sop_class": [f"{modality}ImageStorage", f"Enhanced{modality}ImageStorage"]},
         "input": _input(config, modality, notes),
         "infer": infer_block(config),
         "output": {
@@ -90,7 +90,7 @@ def _slug(text: str) -> str:
 
 
 def _line(value: Any) -> str:
-    return " ".join(str(value or "").split())
+    return shown(str(value or ""))
 
 
 def _check_kind(path: Path, content: Mapping[str, Any]) -> None:

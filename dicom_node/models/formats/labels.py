@@ -7,8 +7,9 @@ from typing import Any
 
 from dicom_node.anatomy_codes import label_codes
 from dicom_node.model import Code
+from dicom_node.models.schema import is_plain
 
-__all__ = ["label_output"]
+__all__ = ["label_output", "shown"]
 
 _CATEGORY = ["SCT", "91723000", "Anatomical Structure"]
 _PRIVATE = "99DICOMNODE"
@@ -19,20 +20,25 @@ def label_output(index: int, name: str) -> tuple[dict[str, Any], bool]:
 
     A name the table does not have is never given a guessed code: it keeps its own text under a private scheme.
     """
-    name = "".join(letter if letter.isprintable() and letter != "\\" else " " for letter in name)
+    name = shown(name)
     known = label_codes(name)
     plain = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
     key = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in plain).strip("-")[:48]
-    shown = " ".join(name.replace("_", " ").split())[:64] or f"class {index}"
+    told = " ".join(name.replace("_", " ").split())[:64] or f"class {index}"
     if known is None:
         digest = hashlib.sha256(plain.encode()).hexdigest()[:12].upper()
-        segment: dict[str, Any] = {"category": _CATEGORY, "type": [_PRIVATE, f"L{digest}", shown]}
+        segment: dict[str, Any] = {"category": _CATEGORY, "type": [_PRIVATE, f"L{digest}", told]}
     else:
         segment = {"category": _listed(known.category), "type": _listed(known.type)}
         if known.modifier is not None:
             segment["modifier"] = _listed(known.modifier)
-        shown = known.name
-    return {"index": index, "key": f"{key or 'class'}-{index}", "name": shown, "segment": segment}, known is None
+        told = known.name
+    return {"index": index, "key": f"{key or 'class'}-{index}", "name": told, "segment": segment}, known is None
+
+
+def shown(text: str) -> str:
+    """A foreign text on one line as `schema.Text` takes it."""
+    return " ".join("".join(letter if is_plain(letter) else " " for letter in text).split())
 
 
 def _listed(code: Code) -> list[str]:

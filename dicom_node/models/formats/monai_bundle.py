@@ -16,7 +16,7 @@ from dicom_node.models.archive import extra_files, is_torchscript
 from dicom_node.models.formats import Described, file_digest
 from dicom_node.models.formats.bundle_config import MAX_CONFIG_BYTES, Config, mapping_of, read_mapping
 from dicom_node.models.formats.bundle_steps import Decision, infer_block, input_block, output_decision
-from dicom_node.models.formats.labels import label_output
+from dicom_node.models.formats.labels import label_output, shown
 from dicom_node.models.package import read_regular
 from dicom_node.models.source import NETWORKS, TRUST
 from dicom_node.models.torch_files import read_pickled
@@ -221,7 +221,7 @@ def _network(config: Config, notes: list[str]) -> dict[str, Any]:
 
 def _intended_use(metadata: Mapping[str, Any]) -> dict[str, Any]:
     text = str(metadata.get("intended_use") or metadata.get("description") or "Research use only.")
-    text = " ".join(text.split())
+    text = shown(text)
     status = "demonstration" if "demonstration" in text.lower() else "research"
     return {"status": status, "text": text[:200]}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dicom_node.errors import PackageError
 from dicom_node.models.formats import Described, file_digest
-from dicom_node.models.formats.labels import label_output
+from dicom_node.models.formats.labels import label_output, shown
 from dicom_node.models.package import read_regular
 from dicom_node.models.source import NNUNET_NETWORKS
 from dicom_node.models.torch_files import read_pickled
@@ -65,7 +65,7 @@ def describe(folder: Path) -> Described:
         "folds": [{"path": fold, "sha256": file_digest(folder / fold)} for fold in folds[1:]],
     }
     name = str(plans.get("dataset_name") or dataset.get("name") or folder.name)
-    sop_class = {"CT": ["CTImageStorage"], "MR": ["MRImageStorage"]}[modality]
+    sop_class = [f"{modality}ImageStorage", f"Enhanced{modality}ImageStorage"]
     manifest = {
         "schema": 1,
         "id": _slug(f"{name}-{checkpoint['configuration']}"),
@@ -124,7 +124,7 @@ def _version(source: Mapping[str, Any]) -> str:
 
 
 def _text(dataset: Mapping[str, Any]) -> str:
-    described = " ".join(str(dataset.get("description") or "").split())
+    described = shown(str(dataset.get("description") or ""))
     return f"Research use only. {described}"[:200].strip()
 
 
