@@ -79,7 +79,9 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"dicom-node {version('dicom-node')}")
         return OK
     module = "transfers" if arguments.run in ("send", "fetch") else "commands"
-    module = "model_commands" if arguments.run.startswith("models_") else module
+    for group in ("model", "engine"):
+        if arguments.run.startswith(f"{group}s_"):
+            module = f"{group}_commands"
     run: Callable[[argparse.Namespace], int] = getattr(import_module(f"dicom_node.{module}"), arguments.run)
     return run(arguments)
 
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--since", default="7d", metavar="AGE", help="such as 12h or 7d (default)")
     command("reload", "rules_reload", "Let the running node take the rules in.", rules)
     _model_commands(command, group)
+    _engine_commands(command, group)
     config = group("config", "The settings.")
     command("check", "config_check", "Check the settings and show what holds.", config)
     commands.add_parser("demo", help="Show the whole line on phantoms, or on your own files.", add_help=False)
@@ -174,6 +177,23 @@ def _model_commands(command: Callable[..., argparse.ArgumentParser], group: Call
         action.add_argument("model", metavar=metavar)
         if verb == "remove":
             action.add_argument("--force", action="store_true", help="also the enabled version")
+
+
+def _engine_commands(command: Callable[..., argparse.ArgumentParser], group: Callable[[str, str], Any]) -> None:
+    engines = group("engines", "The engines, in the node and outside it.")
+    command("list", "engines_list", "Every engine, how it is now, and its jobs.", engines)
+    check = command("check", "engines_check", "Whether an engine could run, and what it says of itself.", engines)
+    check.add_argument("name", nargs="?", metavar="NAME", help="default: every configured engine")
+    run = command(
+        "run", "engines_run", "Run an engine on a study that is here, by hand, and print its answer.", engines
+    )
+    run.add_argument("name", metavar="NAME")
+    run.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    run.add_argument("--series", metavar="SERIES", help="only this Series Instance UID")
+    run.add_argument("--out", metavar="DIR", help="write the results there as DICOM files")
+    run.add_argument("--results", nargs="+", metavar="KIND", help="kinds of result to make (default: seg sr)")
+    run.add_argument("--store", action="store_true", help="keep the results in the node; nothing is sent anywhere")
+    run.add_argument("--timeout", type=float, metavar="S", help="for each series (default: the engine's timeout_s)")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, load_config
 from dicom_node.errors import ConfigError, IllegalTransition, NodeError, NotFound
 from dicom_node.logs import setup_logging
-from dicom_node.model import Delivery, Job, StudyActivity
+from dicom_node.model import Delivery, Job, SendingRecord, StudyActivity
 from dicom_node.pulse import fresh, read_pulse
 
 OK = 0
@@ -47,7 +47,8 @@ def settings(arguments: argparse.Namespace) -> NodeConfig:
 
 
 @contextmanager
-def _catalog(config: NodeConfig) -> Iterator[Any]:
+def open_here(config: NodeConfig) -> Iterator[Any]:
+    """The catalog that is in the node's folder. Raises NotFound when none is."""
     from dicom_node.wiring import node_catalog
 
     if not ((config.data_dir / "catalog.db").is_file() or (config.data_dir / "archive").is_dir()):
@@ -112,7 +113,7 @@ def fsck(arguments: argparse.Namespace) -> int:
         raise NotFound(f"{config.data_dir}: there is no such folder; name the node's with --data-dir")
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
         wait_for_children(config.data_dir)
-        with _catalog(config) as catalog:
+        with open_here(config) as catalog:
             report = check(
                 catalog,
                 rebuild=arguments.repair,
@@ -121,7 +122,8 @@ def fsck(arguments: argparse.Namespace) -> int:
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
     print(f"{report.rows} rows, {report.files} files")
-    for kind in ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "unusable"):
+    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "unusable", "quarantined")
+    for kind in kinds:
         for what in getattr(report, kind):
             print(f"{kind.replace('_', ' ')}: {what}")
     print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")
@@ -138,7 +140,7 @@ def route(arguments: argparse.Namespace) -> int:
 
     config, clock = offline(arguments), SystemClock()
     rules = node_rules(config)
-    with _catalog(config) as catalog:
+    with open_here(config) as catalog:
         router = node_router(catalog, config, lambda: rules, clock, Unobserved())
         routed = router.route_now(arguments.study, again=arguments.again, rule=arguments.rule)
     for series in routed.series:
@@ -151,7 +153,7 @@ def route(arguments: argparse.Namespace) -> int:
 
 def release(arguments: argparse.Namespace) -> int:
     """Let a study with an identity conflict be analysed."""
-    with _catalog(offline(arguments)) as catalog:
+    with open_here(offline(arguments)) as catalog:
         catalog.queue.release_study(arguments.study)
     print(f"study {arguments.study} is released")
     return OK
@@ -159,7 +161,7 @@ def release(arguments: argparse.Namespace) -> int:
 
 def timeline(arguments: argparse.Namespace) -> int:
     """What happened to a study, and when. Raises NotFound."""
-    with _catalog(offline(arguments)) as catalog:
+    with open_here(offline(arguments)) as catalog:
         events = catalog.queue.timeline(arguments.study)
     if not events:
         raise NotFound(f"there is no study {arguments.study}")
@@ -179,9 +181,10 @@ def status(arguments: argparse.Namespace) -> int:
         due = due_now(config, clock)(activity)
         return due.waiting_for, max((due.at_s or 0.0) - clock.boot().seconds, 0.0)
 
-    with _catalog(config) as catalog:
+    with open_here(config) as catalog:
         snapshot = catalog.queue.snapshot()
         stuck = catalog.queue.stuck(destinations=config.destinations, waits_for=waits_for)
+        sendings = catalog.queue.sendings() if arguments.json else ()
         free_bytes = catalog.archive.free_bytes()
     roles = ("supervisor", "receiver", "service", "work")
     pulses = {role: pulse for role in roles if (pulse := read_pulse(config.data_dir, role))}
@@ -195,10 +198,20 @@ def status(arguments: argparse.Namespace) -> int:
         stuck=stuck,
     )
     if arguments.json:
-        print(json.dumps({**snapshot, "stuck": [asdict(one) for one in stuck], "alive": sorted(facts.alive)}, indent=2))
+        more = {"sendings": [_sending(one) for one in sendings], "stuck": [asdict(one) for one in stuck]}
+        print(json.dumps({**snapshot, **more, "alive": sorted(facts.alive)}, indent=2))
     else:
         print(render_status(facts), end="")
     return OK
+
+
+def _sending(record: SendingRecord) -> dict[str, Any]:
+    """What left the node for an engine, JSON-ready: of the newest, whatever study they are of."""
+    fields = asdict(record)
+    what = fields.pop("sending")
+    ended_at = record.ended_at.isoformat() if record.ended_at else None
+    times = {"begun_at": record.begun_at.isoformat(), "ended_at": ended_at}
+    return {**fields, **what, "state": record.state.value, **times}
 
 
 # --- jobs and deliveries
@@ -206,7 +219,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def jobs_list(arguments: argparse.Namespace) -> int:
     """Newest first."""
-    with _catalog(offline(arguments)) as catalog:
+    with open_here(offline(arguments)) as catalog:
         jobs: Sequence[Job] = catalog.queue.jobs(study_instance_uid=arguments.study, limit=arguments.limit)
     rows = [
         (
@@ -236,7 +249,7 @@ def jobs_cancel(arguments: argparse.Namespace) -> int:
 
 def deliveries_list(arguments: argparse.Namespace) -> int:
     """Newest first."""
-    with _catalog(offline(arguments)) as catalog:
+    with open_here(offline(arguments)) as catalog:
         found: Sequence[Delivery] = catalog.queue.deliveries(study_instance_uid=arguments.study, limit=arguments.limit)
     rows = [
         (
@@ -261,7 +274,7 @@ def deliveries_cancel(arguments: argparse.Namespace) -> int:
 
 def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
     wrong = 0
-    with _catalog(offline(arguments)) as catalog:
+    with open_here(offline(arguments)) as catalog:
         for number in arguments.id:
             try:
                 verb(catalog)(number)
@@ -319,7 +332,7 @@ def rules_explain(arguments: argparse.Namespace) -> int:
     from dicom_node.routing.explain import render_verdicts
 
     config, clock = offline(arguments), SystemClock()
-    with _catalog(config) as catalog:
+    with open_here(config) as catalog:
         if verdicts := catalog.queue.verdicts(arguments.study):
             print("As decided:")
             print(render_verdicts(verdicts))
@@ -346,7 +359,7 @@ def rules_replay(arguments: argparse.Namespace) -> int:
     arguments.rules = None
     old = node_rules(settings(arguments))
     since = clock.wall() - _age(arguments.since)
-    with _catalog(config) as catalog:
+    with open_here(config) as catalog:
         report = replay(
             catalog.queue.series_history(since), old, new, destination_of=destination_of(config), zone=zone(config)
         )

@@ -105,7 +105,14 @@ class PackageError(NodeError):
 
 
 class EngineError(NodeError):
-    """An engine did not answer as promised."""
+    """An engine did not answer as promised.
+
+    Of one that is asked over HTTP, `http_status` is what it answered, if it did; `maybe_taken` is true when what it was
+    asked may have been begun although nothing good was answered, so that asking again may do it twice.
+    """
+
+    http_status: int | None = None
+    maybe_taken: bool = False
 
 
 class EngineUnavailable(EngineError):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from dicom_node.config import NodeConfig
-from dicom_node.metrics import DELIVERY_STATES, JOB_STATES, LEDGER, OTHER, VARIANT_KINDS, Reading
+from dicom_node.metrics import DELIVERY_STATES, JOB_STATES, LEDGER, OTHER, QUEUE_STATES, VARIANT_KINDS, Reading
 from dicom_node.pulse import read_pulse
 
 __all__ = ["catalog_readings", "node_readings"]
 
 VOLUME = "data"
+ENGINE_GAUGES = ("breaker_state", "token_expires_seconds")  # of `Engine.gauges`
 
 
 def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Collection[str]) -> Iterator[Reading]:
@@ -38,6 +39,8 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Col
     for state in JOB_STATES:
         yield "jobs", (state,), snapshot["jobs"][state]["count"]
         yield "job_oldest_age_seconds", (state,), snapshot["jobs"][state]["oldest_age_s"]
+    yield from _by_engine("engine_queue_jobs", QUEUE_STATES, snapshot["engines"], config)
+    yield from _by_engine("engine_cancellations", ("pending", "failed"), snapshot["cancellations"], config)
     for rule in rules:
         yield "rule_last_match_timestamp_seconds", (rule,), snapshot["last_match"].get(rule, 0.0)
     yield from _deliveries(snapshot["deliveries"], config)
@@ -54,6 +57,15 @@ def _deliveries(by_destination: Mapping[str, Any], config: NodeConfig) -> Iterat
             yield "deliveries", (name, state), count
         for name, age in _folded(ages, config.destinations, max, 0.0).items():
             yield "delivery_oldest_age_seconds", (name, state), age
+
+
+def _by_engine(
+    name: str, states: Collection[str], counted: Mapping[str, Mapping[str, int]], config: NodeConfig
+) -> Iterator[Reading]:
+    for state in states:
+        counts = {engine: by_state[state] for engine, by_state in counted.items()}
+        for engine, count in _folded(counts, config.engines, sum, 0).items():
+            yield name, (engine, state), count
 
 
 def _folded(
@@ -75,6 +87,9 @@ def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: in
     unusable = work.facts.get("unusable", {}) if work else {}
     for engine in config.engines:
         yield "engine_usable", (engine,), float(engine not in unusable)
+        for gauge, value in (work.facts.get("engines", {}) if work else {}).get(engine, {}).items():
+            if gauge in ENGINE_GAUGES:
+                yield f"engine_{gauge}", (engine,), value
     for runtime in work.facts.get("runtimes", ()) if work else ():
         yield "runtime_breaker_state", (runtime["device"],), runtime["breaker"]
         for model, version in runtime["models"] if work and work.ok else ():

@@ -17,6 +17,7 @@ from dicom_node.model import (
     ArchivedFile,
     AssociationEnd,
     BootTime,
+    Cancellation,
     CloseTrigger,
     ConflictPolicy,
     Delivery,
@@ -33,6 +34,9 @@ from dicom_node.model import (
     Query,
     ResultContext,
     ResultValue,
+    Sending,
+    SendingRecord,
+    SendingState,
     SeriesHeader,
     SeriesView,
     Source,
@@ -401,12 +405,12 @@ class JobQueue(Protocol):
         """
         ...
 
-    def park_job(self, job: Job, pending: Pending) -> None:
-        """WAITING for an external engine. Raises LeaseLost."""
+    def park_job(self, job: Job, pending: Pending, *, renew: bool = False) -> None:
+        """WAITING for an external engine; `renew`: its age counts from now. Raises LeaseLost."""
         ...
 
     def give_up_job(self, job: Job, error: str) -> None:
-        """FAILED: dead letter. Raises LeaseLost."""
+        """FAILED: dead letter; what its engine works on for it (`job.handle`) is to be stopped. Raises LeaseLost."""
         ...
 
     def retry_job(self, job_id: int) -> None:
@@ -414,7 +418,7 @@ class JobQueue(Protocol):
         ...
 
     def cancel_job(self, job_id: int) -> None:
-        """By a person. Raises NotFound, IllegalTransition."""
+        """By a person; what its engine works on for it is to be stopped. Raises NotFound, IllegalTransition."""
         ...
 
     def job(self, job_id: int) -> Job:
@@ -436,6 +440,47 @@ class JobQueue(Protocol):
     def job_results(self, job_id: int) -> Sequence[StoredInstance]:
         """The instances a DONE job produced, in sending order."""
         ...
+
+
+class EngineLedger(Protocol):
+    """What is known of work outside the node: notes, sendings, and what is still to be stopped there."""
+
+    def remember(self, job: Job, note: str) -> None:
+        """Keep `note` with the job until it ends; durable. Raises as `EngineTask.remember` does."""
+        ...
+
+    def begin_sending(
+        self, sending: Sending, *, engine: str, study_instance_uid: str, series_instance_uid: str, job: Job | None
+    ) -> int:
+        """Durable as "about to send"; its id. Raises LeaseLost when `job` (None: by hand) is another worker's now."""
+        ...
+
+    def end_sending(self, sending_id: int, sending: Sending, state: SendingState, error: str = "") -> None:
+        """Durable; asks for no lease, for what has left has left. Once ended it stays as it is."""
+        ...
+
+    def sendings(self, *, study_instance_uid: str | None = None, limit: int = 100) -> Sequence[SendingRecord]:
+        """Newest first."""
+        ...
+
+    def stop_engine(self, job: Job, handle: str) -> None:
+        """`handle` came when the job had been cancelled meanwhile: have it stopped. Of a job that goes on, nothing."""
+        ...
+
+    def next_cancellation(self, delays_s: Sequence[float]) -> Cancellation | None:
+        """The first that is due, its try counted; due again after the delay of that try unless `end_cancellation` came.
+
+        A process that dies over it thus uses one try. With all `delays_s` used it ends as failed.
+        """
+        ...
+
+    def end_cancellation(self, cancellation: Cancellation, error: str = "", *, final: bool = True) -> None:
+        """It is told (or with `error` and `final`: it will never be). Not `final`: only the reason is kept."""
+        ...
+
+
+class WorkQueue(JobQueue, EngineLedger, Protocol):
+    """What a worker needs of the catalog."""
 
 
 class Outbox(Protocol):
@@ -503,6 +548,18 @@ class Engine(Protocol):
     """Something that turns a series into findings. A local model is just another engine.
 
     Construction is cheap and validates configuration (ConfigError); heavy things load on first `run`.
+
+    An engine may also have any of these, all of them thread-safe and quick but for the first two:
+
+    * `warm_up(heartbeat)`: load what can be loaded before the first study comes. Raises as `run` does.
+    * `report() -> Sequence[tuple[str, str]]`: what `dicom-node engines check` prints as heading and text, having looked
+      now: reachability, credentials, versions, models offered, expiry of tokens. No secret, no patient data. Raises
+      NodeError for what keeps it from running.
+    * `trouble -> str`: why it cannot be used at the moment, '' when it can.
+    * `observe(observer)`: called once, before anything else; `observer(engine, outcome, seconds)` is then to be told of
+      every request made on the wire, with one of `metrics.REQUEST_OUTCOMES`.
+    * `gauges() -> Mapping[str, float]`: `breaker_state` (0 closed, 1 open, 2 half-open) and `token_expires_seconds`
+      (from now, negative when over), as far as there are such; without asking anybody. Neither it nor `trouble` raises.
     """
 
     name: str
@@ -528,7 +585,13 @@ class PollingEngine(Engine, Protocol):
         ...
 
     def cancel(self, handle: str) -> None:
-        """Best effort."""
+        """Stop it there: nobody waits any more (a deadline, a person, other images). What is over or unknown there is
+        no error. Raises NodeError when it could not be told; it is called again, with growing delays, also after a
+        restart, a bounded number of times. An answer that comes all the same is dropped.
+
+        An engine that remembers (`EngineTask.remember`) before it has a handle may also have `cancel_noted(note)`: the
+        same for a job that ended before.
+        """
         ...
 
 

@@ -44,6 +44,10 @@ CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role")
 VERDICTS = ("match", "nomatch", "missing_tag", "mixed", "error")
 ATTEMPT_OUTCOMES = ("done", "rejected", "retry", "parked", "failed", "lost")
 DEAD_LETTER_REASONS = ("attempts", "deadline", "error", "poison")
+# of one call: run, poll or cancel; dropped: its job was taken over or cancelled meanwhile
+CALL_OUTCOMES = ("ok", "pending", "rejected", "unavailable", "timeout", "error", "dropped")
+# of one request on the wire; resting: the circuit breaker let nothing through
+REQUEST_OUTCOMES = ("ok", "rejected", "unavailable", "timeout", "error", "resting", "dropped")
 # queue: until a worker has it; wait: read, until the device has it
 STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
 RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
@@ -147,6 +151,18 @@ class Metrics:
         self._attempts = self._counter(
             "job_attempts_total", "Attempts at jobs, by how they ended.", engine | {"outcome": ATTEMPT_OUTCOMES}
         )
+        self._calls = self._counter(
+            "engine_calls_total", "Calls of engines, by how they ended.", engine | {"outcome": CALL_OUTCOMES}
+        )
+        self._call_seconds = self._histogram("engine_call_duration_seconds", "Calls of engines.", WORK_S, engine)
+        self._engine_requests = self._counter(
+            "engine_requests_total",
+            "Requests that engines outside the node were sent, by how they ended.",
+            engine | {"outcome": REQUEST_OUTCOMES},
+        )
+        self._engine_request_seconds = self._histogram(
+            "engine_request_duration_seconds", "Requests to engines outside the node.", WORK_S, engine
+        )
         self._lease_lost = self._counter("job_lease_expired_total", "Jobs whose lease was lost to another worker.")
         self._dead = self._counter(
             "dead_letters_total",
@@ -236,6 +252,17 @@ class Metrics:
         if outcome == "lost":
             self._lease_lost.inc()
 
+    def engine_called(self, engine: str, outcome: str, seconds: float) -> None:
+        """An engine was called; `outcome` is one of CALL_OUTCOMES."""
+        self._calls.labels(self._engine(engine), outcome if outcome in CALL_OUTCOMES else "error").inc()
+        self._call_seconds.labels(self._engine(engine)).observe(max(seconds, 0.0))
+
+    def engine_requested(self, engine: str, outcome: str, seconds: float) -> None:
+        """An engine outside the node was sent a request; `outcome` is one of REQUEST_OUTCOMES."""
+        known = outcome if outcome in REQUEST_OUTCOMES else "error"
+        self._engine_requests.labels(self._engine(engine), known).inc()
+        self._engine_request_seconds.labels(self._engine(engine)).observe(max(seconds, 0.0))
+
     def dead_letter(self, kind: str, reason: str) -> None:
         """A job or delivery was given up."""
         self._dead.labels(kind, reason if reason in DEAD_LETTER_REASONS else "error").inc()
@@ -284,7 +311,7 @@ def status_class(status: int) -> str:
 # --- gauges -----------------------------------------------------------------------------------------------------------
 
 JOB_STATES = tuple(state.value for state in JobState)
-
+QUEUE_STATES = ("pending", "leased", "waiting", "failed")
 DELIVERY_STATES = tuple(state.value for state in DeliveryState)
 LEDGER = ("received", "routed", "filtered", "waiting", "failed")
 VARIANT_KINDS = tuple(outcome.value for outcome in StoreOutcome)
@@ -318,6 +345,10 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "workers_alive": ("Workers that gave a sign of life lately.", ()),
     "model_loaded": ("1 for each model whose network is loaded on a device.", ("model", "version", "device")),
     "engine_usable": ("0: its model package cannot be used, status says why; its jobs wait.", ("engine",)),
+    "engine_breaker_state": ("0 closed, 1 open: it is not asked, 2 one call tries it.", ("engine",)),
+    "engine_token_expires_seconds": ("Until the engine's credentials expire; negative when they did.", ("engine",)),
+    "engine_queue_jobs": ("Jobs not done, by engine; waiting: parked at the engine.", ("engine", "state")),
+    "engine_cancellations": ("Work at engines that is to be stopped: pending, or given up.", ("engine", "state")),
     "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dicom_node.decoding import close_decoders, use_decoders
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.2  # how often an idle worker looks for a job
 WORKER_PAUSE_S = 2.0  # after the catalog could not be had
+STOP_PAUSE_S = 2.0  # how often it is looked for work at engines that is to be stopped
 
 
 class Work:
@@ -39,6 +41,9 @@ class Work:
         self._engines = engines(self._config)
         use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")
+        for engine in self._engines.values():
+            if (observe := getattr(engine, "observe", None)) is not None:
+                observe(self._metrics.engine_requested)
         self._ended: Counter[tuple[str, str]] = Counter()  # runtimes, as far as counted
         self._worker = self._make_worker()
         # beyond it no job keeps its lease (pipeline.work), so whoever still works on one is stuck
@@ -52,8 +57,11 @@ class Work:
             threading.Thread(target=self._run, args=(name, at_least), name=name, daemon=True)
             for name, at_least in wanted
         ]
-        self._warming = threading.Thread(target=self._warm_up, name="warm-up", daemon=True)
-        for thread in (*self._threads, *([self._warming] if self._threads else [])):
+        self._others = (
+            threading.Thread(target=self._warm_up, name="warm-up", daemon=True),
+            threading.Thread(target=self._stop_engines, name="stop-engines", daemon=True),
+        )
+        for thread in (*self._threads, *(self._others if self._threads else ())):
             thread.start()
 
     def _make_worker(self) -> Worker:
@@ -71,6 +79,7 @@ class Work:
             clock=self._clock,
             observer=self._metrics,
             stopping=self._stopping.is_set,
+            keep=self._catalog.quarantine.keep,
         )
 
     def _run(self, name: str, at_least: Priority) -> None:
@@ -85,6 +94,17 @@ class Work:
                 del self._busy_since[name]
             if not busy:
                 self._stopping.wait(pause_s)
+
+    def _stop_engines(self) -> None:
+        """Tell engines to stop what nobody waits for; apart from the workers, which a slow engine must not hold up."""
+        while not self._stopping.is_set():
+            try:
+                busy = self._worker.stop_once()
+            except Exception as exc:  # edge: the worker's loop; the try is counted, there are others
+                log.error("an engine could not be told to stop", exc_info=exc)
+                busy = False
+            if not busy:
+                self._stopping.wait(STOP_PAUSE_S)
 
     def _warm_up(self) -> None:
         """Load what engines can load before the first study needs it. What fails here is told by the first job."""
@@ -108,9 +128,15 @@ class Work:
         stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
         facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes()}
         facts["unusable"] = {name: why for name, one in self._engines.items() if (why := getattr(one, "trouble", ""))}
+        facts["engines"] = {name: dict(gauges()) for name, gauges in self._gauges()}
         if alive < wanted:
             return False, f"{alive} of {wanted}", facts
         return stuck == 0, f"{stuck} of {wanted} stuck in a job" if stuck else "", facts
+
+    def _gauges(self) -> Iterator[tuple[str, Callable[[], Mapping[str, float]]]]:
+        for name, engine in self._engines.items():
+            if (gauges := getattr(engine, "gauges", None)) is not None:
+                yield name, gauges
 
     def _runtimes(self) -> list[dict[str, Any]]:
         """How the engines' devices stand; what ended since the last time is counted."""
@@ -133,7 +159,7 @@ class Work:
         for engine in self._engines.values():
             engine.close()
         close_decoders()
-        for thread in (*self._threads, self._warming):
+        for thread in (*self._threads, *self._others):
             if thread.ident is not None:
                 thread.join(timeout=5.0)
         self._catalog.close()

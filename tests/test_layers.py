@@ -12,13 +12,14 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
+    *("errors", "model", "interfaces", "clock", "config", "breaker", "logs", "metrics", "headers"),
+    *("geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything
 ROOT = {
-    *("cli", "commands", "model_commands", "transfers", "screen"),
+    *("cli", "commands", "engine_commands", "model_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "deciding", "gauges"),
 }
 FOLDERS: dict[str, set[str]] = {
@@ -42,6 +43,10 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "highdicom": ("results/*.py",),
     "apscheduler": ("node.py",),
     "prometheus_client": ("metrics.py",),
+    "httpx2": ("engines/_http.py", "engines/_exchange.py", "engines/_wire.py"),
+    "httpcore2": ("engines/_wire.py",),
+    "google_crc32c": ("engines/_downloads.py",),
+    "nibabel": ("engines/nifti.py",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

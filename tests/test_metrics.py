@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dicom_node.config import NodeConfig, load_config
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig, StorageSettings, load_config
 from dicom_node.errors import StorageError
+from dicom_node.gauges import catalog_readings
 from dicom_node.metrics import GAUGES, Gauges, Metrics, render, status_class
+from dicom_node.store.catalog import open_catalog
 
 CONFIG = load_config(
     environ={},
@@ -146,3 +149,34 @@ def test_counters_add_up_over_processes_and_survive_kill_9(tmp_path: Path) -> No
 def test_the_default_configuration_gives_a_scrape_of_bounded_size() -> None:
     _, text = render(Metrics(NodeConfig()), Gauges(lambda: ()))
     assert len(text) < 400_000
+
+
+def test_calls_of_engines_and_requests_on_the_wire_are_counted_apart() -> None:
+    metrics = Metrics(CONFIG)
+    metrics.engine_called("cxr-findings", "ok", 2.0)
+    metrics.engine_called("cxr-findings", "never heard of", 1.0)
+    metrics.engine_called("of no configuration", "timeout", 1.0)
+    metrics.engine_requested("cxr-findings", "resting", 0.0)
+    values = samples(metrics)
+    assert of("engine_calls_total", values, engine="cxr-findings", outcome="ok") == 1
+    assert of("engine_calls_total", values, engine="cxr-findings", outcome="error") == 1
+    assert of("engine_calls_total", values, engine="other", outcome="timeout") == 1
+    assert of("engine_calls_total", values, engine="cxr-findings", outcome="pending") == 0
+    assert of("engine_call_duration_seconds_sum", values, engine="cxr-findings") == 3
+    assert of("engine_requests_total", values, engine="cxr-findings", outcome="resting") == 1
+    assert of("engine_request_duration_seconds_count", values, engine="cxr-findings") == 1
+
+
+def test_the_queue_of_each_engine_is_a_gauge_and_unknown_ones_are_other(tmp_path: Path) -> None:
+    config = NodeConfig(data_dir=tmp_path)
+    catalog = open_catalog(tmp_path, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0.0))
+    snapshot = dict(catalog.queue.snapshot())
+    catalog.close()
+    counts = {"pending": 1, "leased": 0, "waiting": 2, "failed": 3}
+    snapshot["engines"] = {"cxr-findings": counts, "gone": counts, "gone too": counts}
+    snapshot["cancellations"] = {"gone": {"pending": 1, "failed": 4}}
+    readings = {(name, labels): value for name, labels, value in catalog_readings(snapshot, config, [])}
+    assert readings[("engine_queue_jobs", ("cxr-findings", "waiting"))] == 2
+    assert readings[("engine_queue_jobs", ("ct-abdomen", "waiting"))] == 0
+    assert readings[("engine_queue_jobs", ("other", "failed"))] == 6
+    assert readings[("engine_cancellations", ("other", "failed"))] == 4

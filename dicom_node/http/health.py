@@ -3,6 +3,7 @@
 * `/ping` answers `{"status":"ok"}` while the process lives; it asks nobody.
 * `/ready` runs the given checks and answers 200, or 503 with the ones that fail.
 * `/metrics` answers what the given function renders.
+* Below a prefix of `mounts`, what is mounted there answers, of any length; by default there is nothing.
 
 One request a connection, GET and HEAD only, no body. The head of a request is bounded in bytes and in time, the number
 of connections served at once too; one beyond it is closed unanswered. The server knows no part of the node: it takes
@@ -16,13 +17,14 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Protocol
 
 from dicom_node.errors import NodeError
 
-__all__ = ["Check", "HealthServer", "ReadyCheck"]
+__all__ = ["Check", "HealthServer", "Mount", "MountedAnswer", "ReadyCheck"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ HEAD_S = 5.0
 SEND_S = 30.0
 LINGER_S = 0.5
 CONNECTIONS_MAX = 16
+SLOWEST_BYTES_S = 16 * 1024  # a mounted answer that its client takes more slowly is ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,25 @@ class Check:
 
 ReadyCheck = Callable[[], Check]
 Page = Callable[[], tuple[str, bytes]]  # content type, body
+
+
+class MountedAnswer(Protocol):
+    """What a mount answers; `headers` tell the Content-Length. Iterated at most once, closed in any case."""
+
+    status: HTTPStatus
+    headers: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The body, in pieces."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+Mount = Callable[[str, str, Mapping[str, str]], MountedAnswer]
+"""Method (GET or HEAD), target as it came, headers by lower-case name. Raises nothing but NodeError and OSError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +84,15 @@ def _json(status: HTTPStatus, value: object, **headers: str) -> _Response:
 class HealthServer:
     """Serves health and metrics on `listener` from `start` until `stop`."""
 
-    def __init__(self, listener: socket.socket, *, checks: Sequence[ReadyCheck], metrics: Page) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        checks: Sequence[ReadyCheck],
+        metrics: Page,
+        mounts: Mapping[str, Mount] | None = None,
+    ) -> None:
+        self._mounts = dict(mounts or {})
         self._listener = listener
         self._checks = tuple(checks)
         self._metrics = metrics
@@ -108,20 +138,28 @@ class HealthServer:
                 head = _read_head(connection)
                 if head is None:
                     return
-                response, with_body = self._answer(head)
-                connection.settimeout(SEND_S)
-                connection.sendall(_encoded(response, with_body))
+                if (mount := self._mounted(head)) is not None:
+                    _pass_on(connection, mount, head)
+                else:
+                    response, with_body = self._answer(head)
+                    connection.settimeout(SEND_S)
+                    connection.sendall(_encoded(response, with_body))
                 _linger(connection)
         except OSError:
             pass  # the client went away; there is nobody to tell
         finally:
             self._free.release()
 
+    def _mounted(self, head: bytes) -> Mount | None:
+        method, target = _request(head)
+        if method not in ("GET", "HEAD"):
+            return None
+        return next((mount for prefix, mount in self._mounts.items() if target.startswith(prefix)), None)
+
     def _answer(self, head: bytes) -> tuple[_Response, bool]:
-        parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-        if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
+        method, target = _request(head)
+        if not method:
             return _json(HTTPStatus.BAD_REQUEST, {"error": "not an HTTP/1 request"}), True
-        method, target, _ = parts
         if method not in ("GET", "HEAD"):
             return _json(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "GET or HEAD"}, Allow="GET, HEAD"), True
         return self._page(target.split("?", 1)[0]), method == "GET"
@@ -143,6 +181,59 @@ class HealthServer:
                 return _json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(exc)})
             return _Response(status=HTTPStatus.OK, content_type=content_type, body=body, headers={})
         return _json(HTTPStatus.NOT_FOUND, {"error": "/ping, /ready or /metrics"})
+
+
+def _request(head: bytes) -> tuple[str, str]:
+    """Method and target of the request line, two empty texts when it is none of HTTP/1."""
+    parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+    if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
+        return "", ""
+    return parts[0], parts[1]
+
+
+def _headers(head: bytes) -> dict[str, str]:
+    """Headers by lower-case name; of one that is repeated, all values (RFC 9110 5.3)."""
+    found: dict[str, str] = {}
+    for line in head.split(b"\r\n\r\n", 1)[0].split(b"\r\n")[1:]:
+        name, colon, value = line.decode("latin-1").partition(":")
+        if colon and name and not name.startswith((" ", "\t")):
+            key = name.lower()
+            found[key] = f"{found[key]}, {value.strip()}" if key in found else value.strip()
+    return found
+
+
+def _pass_on(connection: socket.socket, mount: Mount, head: bytes) -> None:
+    """Let the mount answer, piece by piece, as long as the client takes it at a bearable speed."""
+    method, target = _request(head)
+    connection.settimeout(SEND_S)
+    try:
+        answer = mount(method, target, _headers(head))
+    except (NodeError, OSError) as exc:
+        log.warning("a mounted answer failed", extra={"error": type(exc).__name__})
+        connection.sendall(_encoded(_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "try again"}), method == "GET"))
+        return
+    try:
+        connection.sendall(_head_of(answer.status, answer.headers))
+        started, sent = time.monotonic(), 0
+        for piece in answer if method == "GET" else ():
+            connection.sendall(piece)
+            sent += len(piece)
+            if time.monotonic() - started > SEND_S + sent / SLOWEST_BYTES_S:
+                break
+    finally:
+        answer.close()
+
+
+def _head_of(status: HTTPStatus, headers: Mapping[str, str]) -> bytes:
+    """Status line and headers of an answer that nobody may keep, on a connection that ends with it."""
+    lines = [
+        f"HTTP/1.1 {status.value} {status.phrase}",
+        "Connection: close",
+        "Cache-Control: no-store",
+        "X-Content-Type-Options: nosniff",
+        *(f"{key}: {value}" for key, value in headers.items()),
+    ]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
 def _ran(check: ReadyCheck) -> Check:
@@ -182,13 +273,9 @@ def _linger(connection: socket.socket) -> None:
 
 
 def _encoded(response: _Response, with_body: bool) -> bytes:
-    lines = [
-        f"HTTP/1.1 {response.status.value} {response.status.phrase}",
-        f"Content-Type: {response.content_type}",
-        f"Content-Length: {len(response.body)}",
-        "Connection: close",
-        "Cache-Control: no-store",
-        "X-Content-Type-Options: nosniff",
-        *(f"{key}: {value}" for key, value in response.headers.items()),
-    ]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (response.body if with_body else b"")
+    headers = {
+        "Content-Type": response.content_type,
+        "Content-Length": str(len(response.body)),
+        **response.headers,
+    }
+    return _head_of(response.status, headers) + (response.body if with_body else b"")

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dicom_node.breaker import Breaker, BreakerState
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.errors import ConfigError, EngineCrashed, EngineTimeout, EngineUnavailable, PackageError
 from dicom_node.interfaces import Heartbeat
 from dicom_node.model import EngineResult, EngineTask, Priority
 from dicom_node.models import classify, segment
-from dicom_node.models.breaker import Breaker, BreakerState
 from dicom_node.models.manifest import ClassificationManifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.registry import ModelReference

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dicom_node.breaker import Breaker
 from dicom_node.errors import NodeError
-from dicom_node.models.breaker import Breaker
 from dicom_node.models.budget import ByteBudget
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.runtime import Answer, DeviceFault, Limits, OutOfMemory, Runtime
@@ -21,6 +21,7 @@ from dicom_node.models.wire import Array
 __all__ = ["RuntimePool", "lend_runtimes", "return_runtimes"]
 
 _LEAST_S = 1.0
+_FAILURES, _REST_S = 3, 120.0  # of a device
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +33,13 @@ class RuntimePool:
     wait for what others hold.
     """
 
-    def __init__(self, devices: tuple[str, ...], limits: Limits, *, breaker: Callable[[], Breaker] = Breaker) -> None:
+    def __init__(
+        self, devices: tuple[str, ...], limits: Limits, *, breaker: Callable[[], Breaker] | None = None
+    ) -> None:
         self._limits = limits
         self.volumes, self.urgent_volumes = ByteBudget(limits.prepared_bytes), ByteBudget(limits.prepared_bytes)
-        self._breakers = {device: breaker() for device in devices}
+        made = breaker or (lambda: Breaker(failures=_FAILURES, rest_s=_REST_S))
+        self._breakers = {device: made() for device in devices}
         self.runtimes = tuple(Runtime(device, limits=limits, on_end=self._counted(device)) for device in devices)
         self._guard = threading.Lock()
         self._spare: Runtime | None = None

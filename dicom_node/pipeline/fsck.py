@@ -13,7 +13,7 @@ are variants.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -43,6 +43,33 @@ class Checked(Protocol):
         """The rows."""
         ...
 
+    @property
+    def quarantine(self) -> CheckedQuarantine:
+        """What engines returned and does not fit."""
+        ...
+
+
+class Kept(Protocol):
+    """A file in the quarantine."""
+
+    @property
+    def name(self) -> str:
+        """In its folder."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is there; no patient data."""
+        ...
+
+
+class CheckedQuarantine(Protocol):
+    """The quarantine as fsck sees it."""
+
+    def listed(self) -> Sequence[Kept]:
+        """Every file, oldest first."""
+        ...
+
 
 @dataclass(slots=True)
 class FsckReport:
@@ -53,6 +80,7 @@ class FsckReport:
     unindexed: good files without a row that were left so (no rebuild); indexed: those that were given one.
     superseded: files of results that were made again under the same UID; the first one is kept and served.
     unusable: files without a row that are no valid object, left where they are.
+    quarantined: files engines returned that do not fit, with the reason; a matter for a person, no disagreement.
     """
 
     rows: int = 0
@@ -65,6 +93,7 @@ class FsckReport:
     unindexed: list[str] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
@@ -91,6 +120,7 @@ def fsck(
     orphans = sorted(_orphans(catalog, report))
     for _, location in orphans:
         _check_orphan(catalog, location, rebuild, clock, max_inflated_header_bytes, report)
+    report.quarantined = [f"{kept.name}: {kept.reason}" for kept in catalog.quarantine.listed()]
     log.info(
         "archive checked",
         extra={
@@ -102,6 +132,7 @@ def fsck(
             "indexed": len(report.indexed),
             "unindexed": len(report.unindexed),
             "unusable": len(report.unusable),
+            "quarantined": len(report.quarantined),
         },
     )
     return report

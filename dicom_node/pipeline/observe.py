@@ -27,6 +27,10 @@ class Observer(Protocol):
         """`kind`: job or delivery; `reason`: attempts, deadline or error."""
         ...
 
+    def engine_called(self, engine: str, outcome: str, seconds: float) -> None:
+        """One call of an engine; `outcome`: ok, pending, rejected, unavailable, timeout, error or dropped."""
+        ...
+
     def inference(self, engine: str, stage_seconds: Mapping[str, float]) -> None:
         """The stages of one analysis: queue, wait, load, prepare, forward, finish, encode."""
         ...
@@ -57,6 +61,9 @@ class Unobserved:
         """Nothing."""
 
     def dead_letter(self, kind: str, reason: str) -> None:
+        """Nothing."""
+
+    def engine_called(self, engine: str, outcome: str, seconds: float) -> None:
         """Nothing."""
 
     def inference(self, engine: str, stage_seconds: Mapping[str, float]) -> None:

@@ -6,26 +6,23 @@ under the same UIDs, the archive already has them. `finish_job` is one transacti
 An attempt that fails is made again while that may help. What may be the job's own fault (its worker or the runtime
 died, no answer in time, an unforeseen error) is bounded by `max_attempts`; a job that killed or hung what runs its
 engine twice is left to a person: a third time would only keep others waiting. An outage of the node (no space, a busy
-catalog, a clean stop) counts for nothing. `deadline_s` bounds both, but no job is given up before it was tried.
+catalog, a clean stop) counts for nothing. `deadline_s` bounds both, but no job is given up before it was tried. What an
+engine works on for a job that was given up is cancelled there, see `pipeline.external`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from pydicom.dataset import Dataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_dataset
-from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from dicom_node.config import JobSettings
 from dicom_node.errors import (
     ConfigError,
-    EncodingError,
     EngineCrashed,
     EngineError,
     EngineRejected,
@@ -35,32 +32,31 @@ from dicom_node.errors import (
     PackageError,
     StorageError,
 )
-from dicom_node.interfaces import Clock, Engine, JobQueue, ResultEncoder
+from dicom_node.interfaces import Clock, Engine, ResultEncoder, WorkQueue
 from dicom_node.model import (
     EngineResult,
     EngineTask,
-    Findings,
     InstanceRecord,
     Job,
     JobState,
-    LabelVolume,
     Pending,
     Priority,
     ResultContext,
-    ResultValue,
     SeriesHeader,
     StoredInstance,
 )
-from dicom_node.pipeline.headers_of import read_data_set
+from dicom_node.pipeline.encode import data_set_bytes, encoded, result_context, syntax_of
+from dicom_node.pipeline.external import Keep, Stops, counted_call, quarantined, recorder
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.observe import Observer
 
-__all__ = ["Stage", "Worker"]
+__all__ = ["Stage", "Worker", "data_set_bytes"]
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0  # of an engine whose configuration names none
 MAX_STRIKES = 2
+MIN_POLL_S = 1.0
 ENCODE_S = 300.0  # on top of the engine's own time, for encoding and archiving
 
 
@@ -89,7 +85,7 @@ class Worker:
 
     def __init__(
         self,
-        queue: JobQueue,
+        queue: WorkQueue,
         *,
         engines: Mapping[str, Engine],
         timeouts_s: Mapping[str, float],
@@ -103,10 +99,11 @@ class Worker:
         observer: Observer,
         stopping: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = random.random,
+        keep: Keep | None = None,
     ) -> None:
         """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent.
 
-        `stopping`: whether the node is being stopped; what then fails is not the job's fault.
+        `stopping`: whether the node is being stopped; what then fails is not the job's fault. `keep`: the quarantine's.
         """
         self._queue = queue
         self._engines = engines
@@ -121,6 +118,8 @@ class Worker:
         self._observer = observer
         self._stopping = stopping
         self._jitter = jitter
+        self._keep = keep
+        self._stops = Stops(queue, engines, clock, observer)
 
     def run_once(self, worker: str, *, at_least: Priority = Priority.BACKGROUND) -> bool:
         """Do the first runnable job, `at_least` so urgent; False when there is none.
@@ -139,13 +138,16 @@ class Worker:
         self._observer.job_attempted(job.engine, outcome)
         return True
 
+    def stop_once(self) -> bool:
+        """Tell one engine to stop what nobody waits for any more; False when there is nothing to tell now."""
+        return self._stops.tell_one()
+
     # --- how an attempt ends
 
     def _attempt(self, job: Job) -> str:
-        tried = job.handle is not None or _counted(job) > 1
+        tried = job.handle is None and _counted(job) > 1  # of what an engine works on, a last look may find it done
         if tried and job.age_s > self._settings.deadline_s:
-            self._cancel_parked(job)
-            return self._give_up(job, "deadline", f"not done within {self._settings.deadline_s:g} s")
+            return self._expired(job, job.error)
         if _counted(job) > self._settings.max_attempts:
             return self._give_up(job, "attempts", f"no end after {self._settings.max_attempts} attempts; {job.error}")
         try:
@@ -177,28 +179,22 @@ class Worker:
         if not outage and _counted(job) >= self._settings.max_attempts:
             return self._give_up(job, "attempts", error, exc)
         if job.age_s > self._settings.deadline_s:
-            self._cancel_parked(job)
-            return self._give_up(job, "deadline", error, exc)
+            return self._expired(job, error, exc)
         delay_s = backoff_s(job.attempts, self._settings.backoff_s, self._settings.backoff_max_s, self._jitter())
         self._queue.retry_job_later(job, error, delay_s, outage=outage, strike=strike)
         log.warning("job will be tried again", extra=_fields(job) | {"delay_s": round(delay_s, 1)}, exc_info=exc)
         return "retry"
 
+    def _expired(self, job: Job, error: str, exc: Exception | None = None) -> str:
+        why = f"EXPIRED: not done within {self._settings.deadline_s:g} s" + (f"; last: {error}" if error else "")
+        return self._give_up(job, "deadline", why, exc)
+
     def _give_up(self, job: Job, reason: str, error: str, exc: Exception | None = None) -> str:
         self._queue.give_up_job(job, error)
         self._observer.dead_letter("job", reason)
         log.error("job given up", extra=_fields(job) | {"reason": reason}, exc_info=exc)
+        self._stops.tell_one()
         return "failed"
-
-    def _cancel_parked(self, job: Job) -> None:
-        """Tell an external engine that nobody waits any more; best effort."""
-        cancel = getattr(self._engines.get(job.engine), "cancel", None)
-        if job.handle is None or cancel is None:
-            return
-        try:
-            cancel(job.handle)
-        except EngineError as exc:
-            log.warning("a parked job could not be cancelled at its engine", extra=_fields(job), exc_info=exc)
 
     # --- the work
 
@@ -220,17 +216,35 @@ class Worker:
             task = self._task(job, timeout_s)
             answer = self._ask(engine, job, task, keeper)
             if isinstance(answer, Pending):
-                self._queue.park_job(job, answer)
-                return "parked"
+                return self._park(job, answer, self._clock.boot().seconds - leased_s)
             self._finish(job, task, answer, keeper)
         self._observer.turnaround(job.engine, job.priority.value, job.age_s + self._clock.boot().seconds - leased_s)
         return "done"
+
+    def _park(self, job: Job, answer: Pending, worked_s: float) -> str:
+        left_s = self._settings.deadline_s - job.age_s - worked_s
+        if left_s <= 0 and job.handle is not None:
+            return self._expired(replace(job, handle=answer.handle), job.error)
+        renew = left_s <= 0  # it was late when the engine got it, which is no fault of the engine
+        longest_s = self._settings.deadline_s if renew else left_s
+        answer = replace(answer, poll_after_s=min(answer.poll_after_s, max(longest_s, MIN_POLL_S)))
+        try:
+            self._queue.park_job(job, answer, renew=renew)
+        except LeaseLost:
+            self._queue.stop_engine(job, answer.handle)
+            raise
+        return "parked"
 
     def _task(self, job: Job, timeout_s: float) -> EngineTask:
         instances, header = self._queue.job_input(job)
         described = {instance["SOPInstanceUID"] for instance in header.geometry}
         if described != {instance.sop_instance_uid for instance in instances}:  # late images were routed since
             header = self._read_header(instances)
+        names = {
+            "engine": job.engine,
+            "study_instance_uid": job.study_instance_uid,
+            "series_instance_uid": job.series_instance_uid,
+        }
         return EngineTask(
             job_id=job.id,
             study_instance_uid=job.study_instance_uid,
@@ -240,21 +254,27 @@ class Worker:
             timeout_s=timeout_s,
             priority=job.priority,
             strikes=job.strikes,
+            note=job.note,
+            remember=lambda note: self._queue.remember(job, note),
+            record=recorder(self._queue, job=job, **names),
+            quarantine=quarantined(self._keep, job_id=job.id, **names),
         )
 
     def _ask(self, engine: Engine, job: Job, task: EngineTask, keeper: LeaseKeeper) -> EngineResult | Pending:
-        if job.handle is None:
-            return engine.run(task, keeper)
+        handle = job.handle
+        if handle is None:
+            return counted_call(self._observer, self._clock, job.engine, lambda: engine.run(task, keeper))
         poll = getattr(engine, "poll", None)
         if poll is None:
             raise EngineError(f"engine {job.engine!r} cannot be asked for the answer of an earlier run")
-        answer: EngineResult | Pending = poll(task, job.handle)
-        return answer
+        asked: Callable[[], EngineResult | Pending] = lambda: poll(task, handle)  # noqa: E731
+        return counted_call(self._observer, self._clock, job.engine, asked)
 
     def _finish(self, job: Job, task: EngineTask, result: EngineResult, keeper: LeaseKeeper) -> None:
         began = self._clock.boot().seconds
         produced: list[InstanceRecord] = []
-        for ds in self._encoded(job, task, result, keeper):
+        context = self._context(job, result)
+        for ds in encoded(result, task, context, encoders=self._encoders, kinds=job.results, heartbeat=keeper):
             produced.append(self._staged(ds))
             keeper()
         stages = {**result.stage_seconds, "encode": self._clock.boot().seconds - began}
@@ -263,36 +283,16 @@ class Worker:
         self._observer.inference(job.engine, stages)
         log.info("job done", extra=_fields(job) | {"results": uids})
 
-    def _encoded(self, job: Job, task: EngineTask, result: EngineResult, keeper: LeaseKeeper) -> Sequence[Dataset]:
-        sources = [read_data_set(instance) for instance in _analysed(task, result.values)]
-        context = self._context(job, result)
-        encoded: list[Dataset] = []
-        for encoder in self._encoders:
-            if encoder.kind in job.results:
-                encoded += encoder.encode(result.values, sources, context, tuple(encoded))
-                keeper()
-        return encoded
-
     def _context(self, job: Job, result: EngineResult) -> ResultContext:
-        provenance = result.provenance
-        identity = (
-            provenance.name,
-            provenance.version,
-            provenance.device_uid,
-            provenance.weights_sha256,
-            provenance.config_sha256,
-            job.series_instance_uid,
-            job.input_digest,
-            job.rule,
-        )
-        return ResultContext(
-            run_key=_key(*identity, str(job.run_number)),
-            # the same organ or finding of the same series stays itself when the model or the input is renewed
-            tracking_key=_key(provenance.name, job.series_instance_uid),
+        return result_context(
+            result.provenance,
+            series_instance_uid=job.series_instance_uid,
+            input_digest=job.input_digest,
+            rule=job.rule,
+            run=str(job.run_number),
             run_number=job.run_number,
             created_at=job.created_at,
             time_zone=self._time_zone,
-            provenance=provenance,
             node_name=self._node_name,
             predecessors=self._predecessors(job),
         )
@@ -308,8 +308,7 @@ class Worker:
         return ()
 
     def _staged(self, ds: Dataset) -> InstanceRecord:
-        meta = getattr(ds, "file_meta", None)
-        syntax = UID(getattr(meta, "TransferSyntaxUID", ExplicitVRLittleEndian))
+        syntax = syntax_of(ds)
         return self._stage(
             sop_class_uid=str(ds.SOPClassUID),
             sop_instance_uid=str(ds.SOPInstanceUID),
@@ -321,36 +320,6 @@ class Worker:
 def _counted(job: Job) -> int:
     """Attempts that may have come to nothing by the job's own fault, this one included."""
     return job.attempts - job.outages
-
-
-def data_set_bytes(ds: Dataset, syntax: UID) -> bytes:
-    """The data set alone, as it stands in a file after the file meta information. Raises EncodingError."""
-    if syntax.is_implicit_VR or not syntax.is_little_endian or syntax.is_deflated:
-        raise EncodingError(f"results are written with explicit VR, little endian, not in {syntax}")
-    buffer = DicomBytesIO()
-    buffer.is_implicit_VR = False
-    buffer.is_little_endian = True
-    try:
-        write_dataset(buffer, ds)
-    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as exc:
-        raise EncodingError(f"a result cannot be written: {type(exc).__name__}") from exc
-    return buffer.getvalue()
-
-
-def _analysed(task: EngineTask, values: Sequence[ResultValue]) -> Sequence[StoredInstance]:
-    """The instances the values speak of, in the order of the task; all of them if none is named."""
-    named: set[str] = set()
-    for value in values:
-        if isinstance(value, LabelVolume):
-            named.update(value.sop_instance_uids)
-        elif isinstance(value, Findings):
-            named.add(value.sop_instance_uid)
-    found = [instance for instance in task.instances if instance.sop_instance_uid in named]
-    return found or task.instances
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _fields(job: Job) -> dict[str, object]:

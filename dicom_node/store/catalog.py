@@ -4,6 +4,7 @@
     <data>/catalog.lock     writers of every process take turns on it
     <data>/archive/         the bytes
     <data>/node.lock        held by the node that uses the folder
+    <data>/quarantine/      files engines returned that do not fit, see `store.quarantine`
     <data>/rules_in_force.json   the last rules that were right, for a restart while the folder is broken
 
 Copy it with the node stopped and the node has moved.
@@ -27,6 +28,7 @@ from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.migrations import migrate
+from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 
 __all__ = ["Catalog", "data_lock", "open_catalog"]
@@ -40,15 +42,17 @@ class Catalog:
     archive: FolderArchive
     index: SqliteIndex
     queue: SqliteQueue
+    quarantine: Quarantine
     epoch: str
 
     def recover(self, live_epochs: Iterable[str] = ()) -> None:
         """At node start, under `data_lock` and before anything is received: tidy up after processes that died.
 
-        Associations of epochs not in `live_epochs` are ended DEAD; temporaries of objects half received are removed.
+        Associations of epochs not in `live_epochs` are ended DEAD; temporaries of what was half received are removed.
         """
         self.index.close_dead_epochs({self.epoch, *live_epochs})
         self.archive.sweep()
+        self.quarantine.sweep()
 
     def close(self) -> None:
         """Finish what is queued. Idempotent."""
@@ -86,6 +90,7 @@ def open_catalog(
         archive=archive,
         index=SqliteIndex(database, archive.path, clock, epoch),
         queue=SqliteQueue(database, archive.path, clock, options),
+        quarantine=Quarantine(data_dir / "quarantine", clock, free_bytes=archive.free_bytes),
         epoch=epoch,
     )
 

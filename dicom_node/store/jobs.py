@@ -26,6 +26,7 @@ from dicom_node.model import (
     next_job_state,
 )
 from dicom_node.store.deliveries import queue_results
+from dicom_node.store.external import ask_to_stop
 from dicom_node.store.instances import insert_instance
 from dicom_node.store.rows import (
     CatalogPart,
@@ -38,6 +39,8 @@ from dicom_node.store.rows import (
 from dicom_node.store.standing import stand
 
 __all__ = ["Jobs", "move_job"]
+
+ENDED = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
 
 # Held back: a study under two patient identities until a person releases it (unless the node is told not to mind).
 _RUNNABLE = """
@@ -148,19 +151,20 @@ class Jobs(CatalogPart):
         hung what runs the engine; it counts among `Job.strikes`.
         """
         not_before_s, boot_id = self._in(delay_s)
-        changes = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
+        changes: dict[str, Any] = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
         changes |= {"outages": job.outages + outage, "strikes": job.strikes + strike}
         self._end_job_lease(job, "retry_later", error=error, **changes)
 
-    def park_job(self, job: Job, pending: Pending) -> None:
-        """WAITING for an external engine. Raises LeaseLost."""
+    def park_job(self, job: Job, pending: Pending, *, renew: bool = False) -> None:
+        """WAITING for an external engine; `renew`: its age counts from now. Raises LeaseLost."""
         not_before_s, boot_id = self._in(pending.poll_after_s)
-        changes = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
+        changes: dict[str, Any] = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
+        changes |= self._now_columns() if renew else {}
         self._end_job_lease(job, "park", error="", handle=pending.handle, **changes)
 
     def give_up_job(self, job: Job, error: str) -> None:
-        """FAILED: dead letter. Raises LeaseLost."""
-        self._end_job_lease(job, "give_up", error=error)
+        """FAILED: dead letter; what its engine works on for it (`job.handle`) is to be stopped. Raises LeaseLost."""
+        self._end_job_lease(job, "give_up", error=error, handle=job.handle)
 
     def _end_job_lease(self, job: Job, move: str, **columns: Any) -> None:
         def write(connection: sqlite3.Connection) -> None:
@@ -175,13 +179,21 @@ class Jobs(CatalogPart):
     # --- by a person
 
     def retry_job(self, job_id: int) -> None:
-        """FAILED, REJECTED or CANCELLED back to PENDING, attempts 0, at once. Raises NotFound, IllegalTransition."""
+        """FAILED, REJECTED or CANCELLED back to PENDING, attempts 0, at once. Raises NotFound, IllegalTransition.
+
+        What its engine was still to be told is dropped: the new try may find the old work there and use it.
+        """
         changes = {"attempts": 0, "outages": 0, "strikes": 0, "error": "", "handle": None, "not_before_boot_id": None}
         changes |= self._now_columns()
-        self.database.write(lambda connection: move_job(connection, job_id, "retry", **changes))
+
+        def write(connection: sqlite3.Connection) -> None:
+            move_job(connection, job_id, "retry", **changes)
+            connection.execute("DELETE FROM cancellation WHERE job = ? AND state = 'pending'", (job_id,))
+
+        self.database.write(write)
 
     def cancel_job(self, job_id: int) -> None:
-        """Raises NotFound, IllegalTransition."""
+        """What its engine works on for it is to be stopped. Raises NotFound, IllegalTransition."""
         changes = {"error": "cancelled by a person"}
         self.database.write(lambda connection: move_job(connection, job_id, "cancel", **changes))
 
@@ -263,16 +275,24 @@ class Jobs(CatalogPart):
             age_s=self.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
             outages=row["outages"],
             strikes=row["strikes"],
+            note=row["note"],
         )
 
 
 def move_job(connection: sqlite3.Connection, job_id: int, move: str, **columns: Any) -> None:
-    """Make a legal move, setting `columns` with it. Raises NotFound, IllegalTransition; nothing changed then."""
+    """Make a legal move, setting `columns` with it. Raises NotFound, IllegalTransition; nothing changed then.
+
+    With the job's end its note is cleared; of one that ends without the engine's answer, the engine is to be told.
+    """
     row = connection.execute(
         "SELECT state, study_instance_uid, series_instance_uid FROM job WHERE id = ?", (job_id,)
     ).fetchone()
     if row is None:
         raise NotFound(f"there is no job {job_id}")
     state = next_job_state(JobState(row["state"]), move)
+    if state in (JobState.CANCELLED, JobState.FAILED):
+        ask_to_stop(connection, job_id, columns.get("handle"))
+    if state in ENDED:
+        columns["note"] = ""
     update(connection, "job", job_id, {"state": state.value, "lease_until_s": None, "lease_boot_id": None, **columns})
     stand(connection, row["study_instance_uid"], row["series_instance_uid"])

@@ -8,6 +8,7 @@ from typing import Any
 from dicom_node.model import StudyActivity, TimelineEvent
 from dicom_node.store import status
 from dicom_node.store.deliveries import Deliveries
+from dicom_node.store.external import External
 from dicom_node.store.jobs import Jobs
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.rows import QueueOptions
@@ -17,8 +18,8 @@ from dicom_node.store.timeline import timeline
 __all__ = ["QueueOptions", "SqliteQueue", "Stuck"]
 
 
-class SqliteQueue(Ledger, Jobs, Deliveries):
-    """`StudyLedger`, `JobQueue`, `Outbox` and `Status` on SQLite."""
+class SqliteQueue(Ledger, Jobs, Deliveries, External):
+    """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger` and `Status` on SQLite."""
 
     def snapshot(self) -> Mapping[str, Any]:
         """Counts for metrics and readiness; the keys are those of `store.status.snapshot`."""

@@ -144,3 +144,44 @@ def queue_tables(db: Database) -> None:
 def job_strikes(db: Database) -> None:
     """Attempts that killed or hung what runs the engine: after two the job is not tried again by itself."""
     db.execute("ALTER TABLE job ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")
+
+
+@queue_migrations()
+def engine_ledger(db: Database) -> None:
+    """What engines outside the node hold for a job, what was sent to them, and what they are still to be told."""
+    db.execute("ALTER TABLE job ADD COLUMN note TEXT NOT NULL DEFAULT ''")
+    for statement in _ENGINE_TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
+_ENGINE_TABLES = """
+CREATE TABLE sending (                           -- what left the node for an engine; never removed
+    id INTEGER PRIMARY KEY,
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    job INTEGER REFERENCES job (id),             -- NULL: an engine that was run by hand
+    engine TEXT NOT NULL, host TEXT NOT NULL, what TEXT NOT NULL,
+    objects INTEGER NOT NULL, bytes INTEGER, sha256 TEXT NOT NULL,
+    identifiable INTEGER NOT NULL,
+    remote_id TEXT NOT NULL,
+    state TEXT NOT NULL,                         -- a SendingState value
+    error TEXT NOT NULL DEFAULT '',
+    begun_at TEXT NOT NULL, ended_at TEXT
+);
+CREATE INDEX sending_study ON sending (study_instance_uid, id);
+
+CREATE TABLE cancellation (                      -- work at an engine that nobody waits for any more
+    id INTEGER PRIMARY KEY,
+    job INTEGER NOT NULL REFERENCES job (id),
+    study_instance_uid TEXT NOT NULL,
+    engine TEXT NOT NULL, handle TEXT NOT NULL, note TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending',       -- pending | told | failed
+    attempts INTEGER NOT NULL DEFAULT 0,
+    error TEXT NOT NULL DEFAULT '',
+    not_before_s REAL, not_before_boot_id TEXT,
+    asked_at TEXT NOT NULL, ended_at TEXT
+);
+CREATE INDEX cancellation_due ON cancellation (id) WHERE state = 'pending';
+CREATE INDEX cancellation_study ON cancellation (study_instance_uid, id);
+CREATE UNIQUE INDEX cancellation_once ON cancellation (job, handle) WHERE state = 'pending'
+"""

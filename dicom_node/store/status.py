@@ -33,7 +33,8 @@ _LAST_MATCH = """
 SELECT last.rule, routed_at FROM routed_series
 JOIN (SELECT rule, max(routed) AS routed FROM verdict WHERE matched = 1 GROUP BY rule) AS last ON last.routed = id
 """
-_UNFINISHED = "('pending', 'leased', 'waiting', 'failed')"
+UNFINISHED = ("pending", "leased", "waiting", "failed")
+_UNFINISHED = str(UNFINISHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
     * `ledger` (series) and `ledger_studies`: received, routed, filtered, waiting, failed, imbalance, and of series
       `reasons` (why filtered -> count).
     * `jobs`: state -> count, oldest_age_s (0 when none; of finished ones always 0).
+    * `engines`: engine -> state -> count of its unfinished jobs (pending, leased, waiting, failed).
+    * `cancellations`: engine -> state (pending, failed) -> work there that is still to be stopped, or cannot be.
     * `deliveries`: destination -> state -> the same.
     * `dead_letters`: jobs, deliveries. `variants`: kind -> count. `associations`: open, by_calling_ae.
     * `undelivered_bytes`: of data sets not yet at a destination. `last_match`: rule -> Unix time it last matched.
@@ -73,6 +76,8 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
             "ledger": _series_ledger(connection, moving),
             "ledger_studies": _balanced(count_studies(connection, moving)),
             "jobs": _jobs(part, connection),
+            "engines": _by_engine(connection, "job", UNFINISHED),
+            "cancellations": _by_engine(connection, "cancellation", ("pending", "failed")),
             "deliveries": _deliveries(part, connection),
             "dead_letters": {
                 "jobs": _count(connection, "job WHERE state = 'failed'"),
@@ -135,6 +140,16 @@ def _jobs(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
     for row in connection.execute(f"SELECT state, {_OLDEST} FROM job GROUP BY state").fetchall():
         states[row["state"]] = _state(part, row)
     return states
+
+
+def _by_engine(connection: sqlite3.Connection, table: str, states: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    rows = connection.execute(
+        f"SELECT engine, state, count(*) AS n FROM {table} WHERE state IN {states} GROUP BY engine, state"
+    )
+    for row in rows.fetchall():
+        found.setdefault(row["engine"], dict.fromkeys(states, 0))[row["state"]] = row["n"]
+    return found
 
 
 def _deliveries(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:

@@ -50,6 +50,17 @@ def history(db: Database) -> None:
         db.execute(statement)
 
 
+@timeline_migrations()
+def noted(db: Database) -> None:
+    """The first line of whatever an engine remembers; the rest of a note is the engine's own."""
+    db.execute(
+        "CREATE TRIGGER job_noted AFTER UPDATE OF note ON job WHEN new.note <> old.note AND new.note <> '' BEGIN "
+        "INSERT INTO history (study_instance_uid, at, kind, ref, state, detail) "
+        f"VALUES (new.study_instance_uid, {_NOW}, 'note', new.id, new.state, "
+        "substr(new.note, 1, instr(new.note || char(10), char(10)) - 1)); END"
+    )
+
+
 def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEvent]:
     """Everything that happened to a study, oldest first; empty for an unknown study."""
     with part.database.read() as connection:
@@ -58,6 +69,9 @@ def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEve
             *_closed(connection, study_instance_uid),
             *_jobs(connection, study_instance_uid),
             *_deliveries(connection, study_instance_uid),
+            *_notes(connection, study_instance_uid),
+            *_sendings(connection, study_instance_uid),
+            *_cancellations(connection, study_instance_uid),
         ]
     return sorted(events, key=lambda event: event.at)
 
@@ -134,3 +148,47 @@ def _deliveries(connection: sqlite3.Connection, study: str) -> Iterator[Timeline
 
 def _state(name: str, row: sqlite3.Row) -> str:
     return f"{name} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
+
+
+def _notes(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute(
+        "SELECT history.*, job.engine FROM history JOIN job ON job.id = ref "
+        "WHERE kind = 'note' AND history.study_instance_uid = ? ORDER BY history.id",
+        (study,),
+    ).fetchall()
+    for row in rows:
+        yield TimelineEvent(at=utc(row["at"]), text=f"job {row['ref']} ({row['engine']}) notes: {row['detail']}")
+
+
+def _sendings(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    for row in connection.execute(
+        "SELECT * FROM sending WHERE study_instance_uid = ? ORDER BY id", (study,)
+    ).fetchall():
+        by = f"job {row['job']}" if row["job"] is not None else "by hand"
+        who = "identifiable" if row["identifiable"] else "not identifiable"
+        what = f"{row['objects']} objects ({row['what']}, {who}) to {row['engine']} at {row['host']}, {by}"
+        unknown = "" if row["ended_at"] else "; nothing is known of how it ended"
+        yield TimelineEvent(at=utc(row["begun_at"]), text=f"about to send {what}{unknown}")
+        if row["ended_at"]:
+            text = f"{row['state']}: {what}{_measured(row)}" + (f": {row['error']}" if row["error"] else "")
+            yield TimelineEvent(at=utc(row["ended_at"]), text=text)
+
+
+def _measured(row: sqlite3.Row) -> str:
+    size = f", {row['bytes']} bytes" if row["bytes"] is not None else ""
+    digest = f", sha256 {row['sha256']}" if row["sha256"] else ""
+    return size + digest + (f", there {row['remote_id']}" if row["remote_id"] else "")
+
+
+def _cancellations(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute(
+        "SELECT * FROM cancellation WHERE study_instance_uid = ? ORDER BY id", (study,)
+    ).fetchall()
+    for row in rows:
+        name = f"engine {row['engine']} is to stop job {row['job']}" + (f" ({row['handle']})" if row["handle"] else "")
+        yield TimelineEvent(at=utc(row["asked_at"]), text=name)
+        if row["state"] == "told":
+            yield TimelineEvent(at=utc(row["ended_at"]), text=f"{name}: told")
+        elif row["state"] == "failed":
+            why = f"given up after {row['attempts']} tries: {row['error']}"
+            yield TimelineEvent(at=utc(row["ended_at"]), text=f"{name}: {why}")

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from dicom_node.breaker import Breaker, BreakerState
 from dicom_node.errors import (
     EngineCrashed,
     EngineError,
@@ -27,7 +28,6 @@ from dicom_node.errors import (
     PackageError,
 )
 from dicom_node.model import Priority
-from dicom_node.models.breaker import Breaker, BreakerState
 from dicom_node.models.grid import ModelGrid
 from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.package import ModelPackage, load_package

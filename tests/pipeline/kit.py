@@ -8,7 +8,7 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from dicom_node.model import (
     Provenance,
     ResultContext,
     ResultValue,
+    Sending,
     SendWhat,
     Source,
     StoredInstance,
@@ -135,6 +136,34 @@ class CtEngine:
             provenance=provenance,
             stage_seconds={"forward": 0.1},
         )
+
+
+class RemoteEngine(CtEngine):
+    """An engine outside the node, as an adapter should be: what it was submitted lies in a folder, a line each."""
+
+    def __init__(self, folder: Path, die: Callable[[str], None] = lambda point: None) -> None:
+        super().__init__()
+        self._log, self._die = folder / "submitted", die
+
+    def submitted(self) -> list[str]:
+        return self._log.read_text().splitlines() if self._log.exists() else []
+
+    def run(self, task: EngineTask, heartbeat: Heartbeat) -> EngineResult | Pending:
+        self.tasks.append(task)
+        key = f"key-{task.job_id}"
+        task.remember(f"about to submit {key}")
+        self._die("noted")
+        if not task.note or key not in self.submitted():
+            sending = Sending(what="volume", host="ai.example", objects=len(task.instances), identifiable=False)
+            with task.record(sending) as tell:
+                self._die("recorded")
+                with self._log.open("a") as log:
+                    log.write(f"{key}\n")
+                self._die("submitted")
+                tell(replace(sending, bytes=3, sha256="ab", remote_id="run-1"))
+        task.remember(f"submitted as run-1\nhttps://ai.example/?token=secret of {key}")
+        self._die("known")
+        return self._answer(task)
 
 
 @dataclass
@@ -322,6 +351,7 @@ class Bench:
             observer=observer or Unobserved(),
             stopping=stopping,
             jitter=lambda: 0.5,
+            keep=self.catalog.quarantine.keep,
         )
 
     def courier(self, *names: str, sender: Any = None, observer: Any = None, **settings: Any) -> Courier:
@@ -403,7 +433,12 @@ def die_at(folder: str, role: str, point: str) -> None:
     die = _dying_at(point)
     bench = Bench(Path(folder), SystemClock())
     queue: Any = bench.queue
-    if role == "work":
+    if role == "submit":
+        bench.engine = RemoteEngine(Path(folder), die)
+        worker = bench.worker()
+        while worker.run_once("child"):
+            pass
+    elif role == "work":
         queue.lease_job = _after(die, "leased", queue.lease_job)
         bench.engine.during = lambda: die("running")
         queue.finish_job = _after(die, "finished", _before(die, "staged", queue.finish_job))

@@ -171,12 +171,14 @@ def test_an_engine_that_is_not_configured_is_a_dead_letter_that_says_so(bench: A
 
 
 def test_a_job_past_its_deadline_is_given_up_and_its_engine_told(with_job: Any) -> None:
-    with_job.engine.answers.append(Pending(handle="ext-1", poll_after_s=5))
+    with_job.engine.answers += [Pending(handle="ext-1", poll_after_s=5)] * 2
     worker = with_job.worker(deadline_s=3600)
     worker.run_once("w")
     with_job.clock.sleep(3601)
     worker.run_once("w")
-    assert with_job.queue.job(with_job.job_id).state is JobState.FAILED
+    job = with_job.queue.job(with_job.job_id)
+    assert job.state is JobState.FAILED
+    assert job.error.startswith("EXPIRED")
     assert with_job.engine.cancelled == ["ext-1"]
 
 

@@ -1,4 +1,4 @@
-"""A circuit breaker for a device: after several failures in a row it rests, then one request tries it."""
+"""A circuit breaker: after several failures in a row what it guards rests, then one request tries it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Breaker:
     Thread-safe. `now` in seconds, any monotonic clock.
     """
 
-    def __init__(self, *, failures: int = 3, rest_s: float = 120.0, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, failures: int, rest_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self._most, self._rest_s, self._now = failures, rest_s, now
         self._guard = threading.Lock()
         self._failed = 0
@@ -52,12 +52,12 @@ class Breaker:
             return state is BreakerState.CLOSED
 
     def succeeded(self) -> None:
-        """The device answered."""
+        """What is guarded answered."""
         with self._guard:
             self._failed, self._until, self._probing = 0, None, False
 
     def failed(self) -> None:
-        """The device died, hung, or had no memory."""
+        """What is guarded did not do its work."""
         with self._guard:
             self._failed += 1
             if self._until is not None or self._failed >= self._most:
@@ -65,6 +65,6 @@ class Breaker:
             self._probing = False
 
     def dropped(self) -> None:
-        """A request that was admitted came to no end that says anything of the device."""
+        """A request that was admitted came to no end that says anything of what is guarded."""
         with self._guard:
             self._probing = False
