@@ -102,7 +102,8 @@ class EngineSettings(_Settings):
 
     kind: Name = "local"
     model: str = ""
-    """Of a local engine: an embedded or installed package's id, with or without @VERSION, or a package folder."""
+    """Of a local engine: an embedded or installed package's id, with or without @VERSION, or a package folder. Of an
+    engine elsewhere that offers several: the name of one."""
     timeout_s: Seconds = 600.0
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Whatever the kind needs."""

@@ -14,9 +14,13 @@ from typing import Any
 
 from dicom_node.errors import ConfigError
 
-__all__ = ["encoder_class", "encoder_kinds", "engine_class", "engine_kinds"]
+__all__ = ["encoder_class", "encoder_kinds", "engine_class", "engine_kinds", "is_own_engine"]
 
-_ENGINES: Mapping[str, str] = {"local": "dicom_node.models.engine:LocalModelEngine"}
+_ENGINES: Mapping[str, str] = {
+    "local": "dicom_node.models.engine:LocalModelEngine",
+    "monai_label": "dicom_node.engines.monai_label:MonaiLabelEngine",
+    "leapai": "dicom_node.engines.leapai:LeapAiEngine",
+}
 _ENCODERS: Mapping[str, str] = {
     "seg": "dicom_node.results.seg:SegEncoder",
     "labelmap": "dicom_node.results.seg:LabelmapEncoder",
@@ -27,6 +31,11 @@ _ENCODERS: Mapping[str, str] = {
 def engine_kinds() -> tuple[str, ...]:
     """Every word `engines.<name>.kind` may be."""
     return _words(_ENGINES, "dicom_node.engines")
+
+
+def is_own_engine(kind: str) -> bool:
+    """Whether the kind is one of ours, which are given more than plug-ins are promised."""
+    return kind in _ENGINES
 
 
 def encoder_kinds() -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
@@ -19,7 +19,7 @@ from dicom_node.model import (
     StoreResult,
 )
 from dicom_node.pipeline.ingest import Ingest
-from dicom_node.plugins import encoder_class, encoder_kinds, engine_class
+from dicom_node.plugins import encoder_class, encoder_kinds, engine_class, is_own_engine
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.queue import QueueOptions
 
@@ -153,8 +153,11 @@ def engines(config: NodeConfig, only: str | None = None) -> dict[str, Engine]:
     made: dict[str, Engine] = {}
     for name in names:
         settings = config.engines[name]
-        # only ours look for installed models: kinds of plug-ins promise to take `devices` and no more
-        more = {"models_dir": models_dir(config), "jobs": config.jobs} if settings.kind == "local" else {}
+        more: dict[str, Any] = {}  # kinds of plug-ins promise to take `devices` and no more
+        if settings.kind == "local":
+            more = {"models_dir": models_dir(config), "jobs": config.jobs}
+        elif is_own_engine(settings.kind):
+            more = {"data_dir": config.data_dir}
         made[name] = engine_class(settings.kind)(name, settings, devices=config.jobs.devices, **more)
     return made
 
