@@ -36,7 +36,7 @@ from dicom_node.model import (
 )
 
 class Outside:
-    def __init__(self, name, settings, *, devices=()):
+    def __init__(self, name, settings, *, devices=(), data_dir=None):
         self.name, self._options, self._polls = name, settings.options, 0
 
     def check(self):

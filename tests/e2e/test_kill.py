@@ -53,6 +53,8 @@ def test_a_study_survives_the_death_of_every_process(
     # the process with the network in it dies
     study = send(2)
     wait_for(lambda: any(job.state.value in WORK_STATES for job in ours.jobs(study)), 90, "a lease")
+    # a new process may have leased the job before its first sign of life replaces that of the killed one
+    wait_for(lambda: psutil.pid_exists(node.pid("work")), 20, "a sign of life of the work process")
     for child in psutil.Process(node.pid("work")).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
