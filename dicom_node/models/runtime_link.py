@@ -132,6 +132,8 @@ class Child:
         except OSError as exc:
             with self._guard:
                 self._calls.pop(call.identity, None)
+                if isinstance(exc, ConnectionError):  # it is dead: seen here before the reading thread saw it
+                    self._reason = self._reason or "died"
             if self._reason:
                 raise self._gone() from exc
             raise EngineUnavailable(f"the input cannot be handed to the runtime ({exc.strerror or exc})") from exc

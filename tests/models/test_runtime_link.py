@@ -176,3 +176,20 @@ def test_an_input_that_cannot_be_handed_over_leaves_nothing_behind(
         child.ask({"id": 1}, ONE)
     child._reader.join(1.2)
     assert child.alive and not ends and child.calls == 0
+
+
+def test_one_found_dead_while_it_is_asked_is_told_like_one_that_is_read_as_dead(
+    silent: tuple[Child, socket.socket, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, theirs, ends = silent
+
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(runtime_link, "send", broken)
+    with pytest.raises(runtime_link.DeviceFault, match="before it was ready"):
+        child.ask({"id": 1}, ONE)
+    assert not child.alive and child.calls == 0
+    theirs.close()
+    child._reader.join(10)
+    assert ends == ["died"]
