@@ -19,7 +19,12 @@ from pydicom.filereader import dcmread, read_file_meta_info
 from dicom_node.chest_gate import not_frontal_chest
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_cxr
-from dicom_node.model import EngineTask, Origin, SeriesHeader, StoredInstance
+from dicom_node.model import (
+    EngineTask,
+    Origin,
+    SeriesHeader,
+    StoredInstance,
+)
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.pixels import displayed_radiograph, read_image
 from dicom_node.radiograph import prepare_radiograph

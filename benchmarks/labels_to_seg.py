@@ -33,8 +33,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes as dictionary
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from dicom_node.model import Code, LabelVolume, Provenance, ResultContext, Segment
 from dicom_node.results.seg import LabelmapEncoder, SegEncoder
+from dicom_node.values import (
+    Code,
+    LabelVolume,
+    Provenance,
+    ResultContext,
+    Segment,
+)
 
 Labels = npt.NDArray[np.uint8]
 TARGETS_S = {"BINARY": 3.0, "LABELMAP": 1.5}

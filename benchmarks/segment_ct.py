@@ -21,9 +21,15 @@ from pydicom.filereader import dcmread, read_file_meta_info
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.geometry import volume_geometry
-from dicom_node.model import EngineTask, LabelVolume, Measurements, Origin, SeriesHeader, StoredInstance
+from dicom_node.model import (
+    EngineTask,
+    Origin,
+    SeriesHeader,
+    StoredInstance,
+)
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.pixels import read_hounsfield, read_image
+from dicom_node.values import LabelVolume, Measurements
 
 
 def main() -> None:

@@ -28,7 +28,12 @@ from pydicom.filereader import dcmread, read_file_meta_info
 
 from dicom_node.demo.phantom_ct import SPLEEN, ct_phantom
 from dicom_node.demo.phantom_dicom import write_ct_series
-from dicom_node.model import EngineTask, Origin, SeriesHeader, StoredInstance
+from dicom_node.model import (
+    EngineTask,
+    Origin,
+    SeriesHeader,
+    StoredInstance,
+)
 from dicom_node.models.runtime import child_environment
 
 NETWORK = {

@@ -8,13 +8,16 @@ CID 244) where the code has both sides.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dicom_node.model import Code
+from dicom_node.values import Code
 
-__all__ = ["LabelCodes", "label_codes"]
+__all__ = ["PRIVATE_SCHEME", "LabelCodes", "label_codes", "private_code"]
+
+PRIVATE_SCHEME = "99DICOMNODE"
 
 _STRUCTURE = Code(value="91723000", scheme="SCT", meaning="Anatomical Structure")
 _ABNORMAL = Code(value="49755003", scheme="SCT", meaning="Morphologically Abnormal Structure")
@@ -281,3 +284,9 @@ def _table() -> Mapping[frozenset[str], _Row]:
 
 _TABLE = _table()
 _RENAMED = {_canonical(name): _canonical(target) for name, target in _NAMES.items()}
+
+
+def private_code(spelling: str, meaning: str) -> Code:
+    """What has no verified code, by its own name: of one `spelling` it is the same wherever it comes from."""
+    digest = hashlib.sha256(spelling.encode()).hexdigest()[:12].upper()
+    return Code(value=f"L{digest}", scheme=PRIVATE_SCHEME, meaning=meaning)

@@ -21,7 +21,12 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, load_config
 from dicom_node.errors import ConfigError, IllegalTransition, NodeError, NotFound
 from dicom_node.logs import setup_logging
-from dicom_node.model import Delivery, Job, SendingRecord, StudyActivity
+from dicom_node.model import (
+    Delivery,
+    Job,
+    SendingRecord,
+    StudyActivity,
+)
 from dicom_node.pulse import fresh, read_pulse
 
 OK = 0

@@ -6,7 +6,6 @@ the way, no name that a crash could leave behind, and nothing is ever unpickled.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from dicom_node.decoder import KEPT_BYTES
 from dicom_node.errors import EngineUnavailable, SeriesRejected
+from dicom_node.memory_files import sealed_memory_file
 
 __all__ = ["Cells", "Decoder", "DecoderGone", "DecoderLimits", "Frames", "readable"]
 
@@ -202,10 +202,7 @@ class Decoder:
         self._slot = None  # unmapped with the last array on it
         fd = -1
         try:
-            fd = os.memfd_create("dicom-node-cells", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(fd, nbytes)
-            # it could be cut while it is read, which would kill the reader
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            fd = sealed_memory_file("dicom-node-cells", nbytes)
             self._slot = mmap.mmap(fd, nbytes)
         except (OSError, MemoryError) as exc:
             if fd >= 0:

@@ -20,20 +20,18 @@ from dicom_node.commands import FAILED, OK, offline, open_here, table
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError, EngineRejected, EngineTimeout, NodeError, NotFound
 from dicom_node.interfaces import Engine
-from dicom_node.model import (
-    ConflictPolicy,
+from dicom_node.model import ConflictPolicy, EngineTask, StoredInstance
+from dicom_node.pulse import fresh, read_pulse
+from dicom_node.store.catalog import Catalog
+from dicom_node.values import (
     EngineResult,
-    EngineTask,
     Findings,
     LabelVolume,
     Measurements,
     Pending,
     Presence,
     ResultValue,
-    StoredInstance,
 )
-from dicom_node.pulse import fresh, read_pulse
-from dicom_node.store.catalog import Catalog
 
 _WIDTH = 110
 _POLL_MIN_S, _POLL_MAX_S = 0.5, 30.0

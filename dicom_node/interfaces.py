@@ -22,18 +22,14 @@ from dicom_node.model import (
     ConflictPolicy,
     Delivery,
     Destination,
-    EngineResult,
     EngineTask,
     InstanceRecord,
     Job,
     Level,
     Match,
-    Pending,
     PlannedJob,
     Priority,
     Query,
-    ResultContext,
-    ResultValue,
     Sending,
     SendingRecord,
     SendingState,
@@ -45,6 +41,12 @@ from dicom_node.model import (
     StoreResult,
     StudyActivity,
     Verdict,
+)
+from dicom_node.values import (
+    EngineResult,
+    Pending,
+    ResultContext,
+    ResultValue,
 )
 
 

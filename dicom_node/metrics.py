@@ -24,7 +24,13 @@ from prometheus_client.registry import Collector
 
 from dicom_node.config import NodeConfig
 from dicom_node.errors import NodeError
-from dicom_node.model import CloseTrigger, DeliveryState, JobState, Priority, StoreOutcome
+from dicom_node.model import (
+    CloseTrigger,
+    DeliveryState,
+    JobState,
+    Priority,
+    StoreOutcome,
+)
 
 __all__ = ["CONTENT_TYPE", "GAUGES", "MULTIPROCESS_VARIABLE", "Gauges", "Metrics", "Reading", "render"]
 

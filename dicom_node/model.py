@@ -15,9 +15,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from dicom_node.errors import IllegalTransition
 
 # --- what arrives ------------------------------------------------------------------------------------------------
@@ -484,16 +481,7 @@ class TimelineEvent:
     text: str
 
 
-# --- engines and what they say -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Code:
-    """A coded concept (PS3.3 8.8): value, scheme designator, meaning."""
-
-    value: str
-    scheme: str
-    meaning: str
+# --- engines ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -604,141 +592,3 @@ class EngineTask:
     remember: Callable[[str], None] = field(default=_not_remembered, repr=False, compare=False)
     record: Callable[[Sending], AbstractContextManager[Tell]] = field(default=_not_recorded, repr=False, compare=False)
     quarantine: Callable[[Path, str], str] = field(default=_not_kept, repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
-    """Which algorithm spoke; goes into every result (IHE AIR 6.5.3.1 equalities).
-
-    `device_uid` changes whenever model, version, weights or configuration do.
-    """
-
-    name: str
-    version: str
-    manufacturer: str
-    device_uid: str
-    weights_sha256: str
-    config_sha256: str
-    family: Code = Code(value="123110", scheme="DCM", meaning="Artificial Intelligence")
-    parameters: tuple[str, ...] = ()
-    demonstration: bool = False
-    notice: str = ""  # e.g. "demonstration, trained on synthetic phantoms, not for clinical use"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """One label of a label volume. `number` is its value in the array, >= 1."""
-
-    number: int
-    key: str
-    label: str
-    category: Code
-    type: Code
-    modifier: Code | None = None
-    color_rgb: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LabelVolume:
-    """Labels on the source grid: `labels[i]` belongs to the image `sop_instance_uids[i]` (rows x columns, uint8).
-
-    Slice identity, not position, ties planes to sources; planes are sorted along the normal, ascending. `segments`
-    lists what the model looks for, found or not; `notes` tell repairs ("interpolated slices") that results must carry.
-    Of multi-frame images, `frame_numbers[i]` (from 1) is the frame `labels[i]` belongs to; else it is empty.
-    """
-
-    labels: npt.NDArray[np.uint8]
-    sop_instance_uids: tuple[str, ...]
-    segments: tuple[Segment, ...]
-    notes: tuple[str, ...] = ()
-    frame_numbers: tuple[int, ...] = ()
-
-
-class Presence(Enum):
-    """Whether a finding or organ is there; UNDETERMINED when the input does not let the model say."""
-
-    PRESENT = "present"
-    ABSENT = "absent"
-    UNDETERMINED = "undetermined"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One finding. `confidence` 0..1 is the model's certainty that it is *present*; None if not assessed."""
-
-    key: str
-    name: str
-    code: Code
-    presence: Presence
-    confidence: float | None
-    threshold: float | None = None
-    site: Code | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """Findings on one image, all of them, absent ones too."""
-
-    sop_instance_uid: str
-    items: tuple[Finding, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentMeasurement:
-    """Volume (cm3) and mean attenuation (HU) of one segment; both None when `presence` is not PRESENT."""
-
-    segment: Segment
-    presence: Presence
-    volume_cm3: float | None
-    mean_hu: float | None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurements:
-    """Measurements on the segments of the label volume in the same result."""
-
-    items: tuple[SegmentMeasurement, ...]
-    notes: tuple[str, ...] = ()
-
-
-# Closed union: an engine answers with these and nothing else. Mesh, Annotations, Picture and DicomFiles join with
-# the engines that produce them.
-ResultValue = LabelVolume | Findings | Measurements
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineResult:
-    """What an engine says about one task."""
-
-    values: tuple[ResultValue, ...]
-    provenance: Provenance
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)  # load, prepare, infer, finish: for metrics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """The engine works on; ask again with `handle` after `poll_after_s` seconds."""
-
-    handle: str
-    poll_after_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultContext:
-    """What an encoder needs beside the values: everything that makes the object deterministic.
-
-    `run_key` names the job: the same key gives the same UIDs and the same bytes. `tracking_key` names the model and the
-    series only, so that tracking UIDs outlast a new run, a new version and late images. `predecessors` are the
-    results of the run this one follows.
-    """
-
-    run_key: str
-    tracking_key: str
-    run_number: int
-    created_at: datetime
-    time_zone: str  # "+HHMM" used when the source has no (0008,0201)
-    provenance: Provenance
-    node_name: str
-    predecessors: tuple[StoredInstance, ...] = ()

@@ -6,7 +6,6 @@ life every second. What a role does is in `node`.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import logging
@@ -26,6 +25,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError, NodeError
 from dicom_node.interfaces import Clock
+from dicom_node.lifeline import tied_to
 from dicom_node.logs import setup_logging
 from dicom_node.pulse import Pulse, beat
 
@@ -37,7 +37,6 @@ BEAT_S = 1.0
 EXIT_ERROR = 2
 CHILDREN_LOCK = "children.lock"
 CHILDREN_S = 15.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, asked.to_reload)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     orders = _decode_orders(sys.stdin.buffer.read())
-    _die_with(orders.supervisor_pid)
+    if not tied_to(orders.supervisor_pid):
+        os._exit(EXIT_ERROR)
     os.umask(0o077)
     setup_logging(orders.config.log_level, role)
     try:
@@ -194,14 +194,6 @@ def wait_for_children(data_dir: Path) -> None:
                 time.sleep(0.05)
     finally:
         os.close(fd)
-
-
-def _die_with(parent_pid: int) -> None:
-    """Be killed by the kernel when the supervisor ends, however it ends."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        log.warning("PR_SET_PDEATHSIG is not available; orphans are possible")
-    if os.getppid() != parent_pid:  # it ended before the call
-        os._exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import pytest
 from pydicom.sr._concepts_dict import concepts
 
 from dicom_node.anatomy_codes import _ROWS, _VERTEBRAE, label_codes
-from dicom_node.model import Code
 from dicom_node.models.formats.labels import label_output
+from dicom_node.values import Code
 
 MEANINGS: dict[str, set[str]] = {}
 for _entries in concepts["SCT"].values():

@@ -31,8 +31,15 @@ CR = "1.2.840.10008.5.1.4.1.1.1"
 ENGINE = """
 from pathlib import Path
 from dicom_node.errors import ConfigError, EngineRejected, EngineUnavailable
-from dicom_node.model import (
-    Code, EngineResult, Finding, Findings, Pending, Presence, Provenance, Sending,
+from dicom_node.model import Sending
+from dicom_node.values import (
+    Code,
+    EngineResult,
+    Finding,
+    Findings,
+    Pending,
+    Presence,
+    Provenance,
 )
 
 class Outside:

@@ -12,9 +12,9 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "interfaces", "clock", "config", "breaker", "logs", "metrics", "headers"),
-    *("geometry", "pixels"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
+    *("breaker", "identity", "lifeline", "memory_files"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from dicom_node.anatomy_codes import PRIVATE_SCHEME, private_code
 from dicom_node.engines.labels import cleaned, plain
 from dicom_node.errors import EngineCrashed, EngineError, EngineRejected, EngineUnavailable
-from dicom_node.model import Code, Finding, Findings, Presence
+from dicom_node.values import (
+    Code,
+    Finding,
+    Findings,
+    Presence,
+)
 
 __all__ = ["CONDITIONS", "READ", "Prediction", "findings_of", "prediction_of", "token_accepted", "token_expiry"]
 
@@ -27,14 +32,13 @@ READ = (200, 400, 401, 415, 500)
 
 PRESENT_FROM = 0.5  # the engine's own, as its documentation says
 MAX_FINDINGS = 64
-_PRIVATE = "99DICOMNODE"
 
 CONDITIONS: Mapping[str, tuple[str, Code]] = {
     "tuberculosis": ("Tuberculosis", Code(scheme="SCT", value="154283005", meaning="Pulmonary tuberculosis")),
     "cardiomegaly": ("Cardiomegaly", Code(scheme="SCT", value="8186001", meaning="Cardiomegaly")),
     "pleural_thickening": (
         "Pleural Thickening",
-        Code(scheme=_PRIVATE, value="PLTHICK", meaning="Pleural thickening"),
+        Code(scheme=PRIVATE_SCHEME, value="PLTHICK", meaning="Pleural thickening"),
     ),
     "pleural_effusion": ("Pleural Effusion", Code(scheme="SCT", value="60046008", meaning="Pleural effusion")),
     "pneumothorax": ("Pneumothorax", Code(scheme="SCT", value="36118008", meaning="Pneumothorax")),
@@ -251,15 +255,11 @@ def _squeezed(name: str) -> str:
 
 def _slug(name: str) -> str:
     """Prefixed: it must never be taken for a key of the node's."""
-    return "leapai_" + (re.sub(r"[^a-z0-9]+", "_", plain(name)).strip("_")[:48] or _digest(name).lower())
+    return "leapai_" + (re.sub(r"[^a-z0-9]+", "_", plain(name)).strip("_")[:48] or _private(name).value[1:].lower())
 
 
 def _private(name: str) -> Code:
-    return Code(scheme=_PRIVATE, value=f"L{_digest(name)}", meaning=name)
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(plain(name).encode()).hexdigest()[:12].upper()
+    return private_code(plain(name), name)
 
 
 # --- the token -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import LabelVolume, Measurements, Presence, Segment, SegmentMeasurement
+from dicom_node.values import (
+    LabelVolume,
+    Measurements,
+    Presence,
+    Segment,
+    SegmentMeasurement,
+)
 
 __all__ = ["measured"]
 

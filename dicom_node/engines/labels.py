@@ -7,20 +7,18 @@ guessed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
 
-from dicom_node.anatomy_codes import LabelCodes, label_codes
-from dicom_node.model import Code, Segment
+from dicom_node.anatomy_codes import LabelCodes, label_codes, private_code
+from dicom_node.values import Code, Segment
 
 __all__ = ["Label", "LabelRow", "LabelTable", "cleaned", "names_by_value", "plain", "segments_of"]
 
 _STRUCTURE = Code(value="91723000", scheme="SCT", meaning="Anatomical Structure")
-_PRIVATE = "99DICOMNODE"
 _BACKGROUND = {"background", "unlabeled", "unlabelled"}
 
 # --- the configured table --------------------------------------------------------------------------------------------
@@ -149,8 +147,7 @@ def _segment(label: Label) -> Segment:
     elif known is not None:
         category, kind, modifier = known.category, known.type, modifier or known.modifier
     else:
-        digest = hashlib.sha256(plain(shown).encode()).hexdigest()[:12].upper()
-        category, kind = row.category, Code(value=f"L{digest}", scheme=_PRIVATE, meaning=shown)
+        category, kind = row.category, private_code(plain(shown), shown)
     return Segment(
         number=label.number,
         key="",

@@ -43,8 +43,9 @@ from dicom_node.errors import (
     SeriesRejected,
 )
 from dicom_node.interfaces import Clock, Heartbeat
-from dicom_node.model import EngineResult, EngineTask, Findings, Provenance, Sending, StoredInstance
+from dicom_node.model import EngineTask, Sending, StoredInstance
 from dicom_node.pixels import read_image
+from dicom_node.values import EngineResult, Findings, Provenance
 
 __all__ = ["LeapAiEngine", "LeapAiOptions"]
 

@@ -20,7 +20,7 @@ from dicom_node.engines.nifti import read_nifti
 from dicom_node.engines.nrrd import read_nrrd
 from dicom_node.errors import EngineError
 from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import LabelVolume
+from dicom_node.values import LabelVolume
 
 __all__ = [
     "GeometryMismatch",

@@ -43,10 +43,12 @@ from dicom_node.errors import (
     StorageError,
 )
 from dicom_node.geometry import VolumeGeometry
+from dicom_node.identity import device_uid
 from dicom_node.interfaces import Heartbeat
-from dicom_node.model import EngineResult, EngineTask, LabelVolume, Provenance, Sending, StoredInstance
+from dicom_node.model import EngineTask, Sending, StoredInstance
 from dicom_node.pixels import ImageFile, read_image, series_geometry
 from dicom_node.pixels import read_volume as read_pixels
+from dicom_node.values import EngineResult, LabelVolume, Provenance
 
 __all__ = ["MonaiLabelEngine"]
 
@@ -364,12 +366,11 @@ class MonaiLabelEngine:
         told = {"params": self._options.params, "labels": self._options.labels.model_dump(mode="json")}
         told |= {"values": self._options.values}
         config = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-        identity = "\n".join(("monai_label", self._options.base_url, self._model, version, server, config))
         return Provenance(
             name=self._model,
             version=version,
             manufacturer=self._options.manufacturer,
-            device_uid=f"2.25.{int.from_bytes(hashlib.sha256(identity.encode()).digest()[:16], 'big')}",
+            device_uid=device_uid("monai_label", self._options.base_url, self._model, version, server, config),
             weights_sha256="",
             config_sha256=config,
             parameters=(f"server={server}", "protocol=MONAI Label REST"),

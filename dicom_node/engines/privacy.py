@@ -52,6 +52,7 @@ from dicom_node.engines.raw_values import (
 from dicom_node.engines.returning import ForeignReference, restored
 from dicom_node.engines.screening import SCREENED, why_not
 from dicom_node.errors import EngineRejected
+from dicom_node.identity import digest_uid
 
 __all__ = [
     "HEADER_KEYWORDS",
@@ -146,15 +147,12 @@ class Pseudonyms:
     def uid(self, original: str) -> str:
         """The job's UID for `original`. What the Standard itself registered stays what it is: it names nobody.
 
-        PS3.5 B.2: 2.25 and a UUID as one decimal number; here a version 8 (custom) one over an HMAC-SHA256.
+        See `identity.digest_uid`, over an HMAC-SHA256.
         """
         original = original.strip(" \0")
         if original in UID_dictionary:
             return original
-        number = int.from_bytes(self._digest("uid", original)[:16], "big")
-        number = number & ~(0xF << 76) | 0x8 << 76
-        number = number & ~(0x3 << 62) | 0x2 << 62
-        handed = f"2.25.{number}"
+        handed = digest_uid(self._digest("uid", original))
         self._originals[handed] = original
         return handed
 

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from dicom_node.chest_gate import not_frontal_chest
 from dicom_node.errors import EngineError, EngineRejected, SeriesRejected
-from dicom_node.model import EngineTask, Finding, Findings, Presence
+from dicom_node.model import EngineTask
 from dicom_node.models.manifest import ClassificationManifest, FindingOutput
 from dicom_node.models.selection import select_image, select_series
 from dicom_node.pixels import ImageFile, displayed_radiograph, read_image
 from dicom_node.radiograph import prepare_radiograph, prepare_xrv
+from dicom_node.values import Finding, Findings, Presence
 
 __all__ = ["PreparedImages", "finish", "prepare"]
 

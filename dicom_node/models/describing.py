@@ -6,7 +6,6 @@ that overflows the stack). So the reader is confined as the runtime is, and boun
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dicom_node.errors import PackageError
+from dicom_node.lifeline import tied_to
 from dicom_node.models.formats import Described, describe_folder
 from dicom_node.models.sandbox import confine
 
@@ -26,7 +26,6 @@ __all__ = ["describe_apart"]
 _DEADLINE_S = 300  # gigabytes of weights are hashed in a few seconds
 _MEMORY = 12 * 1024**3  # the largest file that is taken, three times
 _CPU_S, _CPU_S_PER_GIB, _MOST_FILES = 60, 20, 10_000
-_PR_SET_PDEATHSIG = 1
 
 
 def describe_apart(folder: Path, deadline_s: float = _DEADLINE_S) -> Described:
@@ -72,8 +71,7 @@ def _size(folder: Path) -> int:
 def main(arguments: list[str]) -> int:
     """`PARENT_PID FOLDER`: write what the folder holds, or why not, as JSON. Returns the exit status."""
     parent, folder = int(arguments[0]), Path(arguments[1])
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if not tied_to(parent):
         return 1
     confine()
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -17,7 +17,7 @@ from dicom_node.breaker import Breaker, BreakerState
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.errors import ConfigError, EngineCrashed, EngineTimeout, EngineUnavailable, PackageError
 from dicom_node.interfaces import Heartbeat
-from dicom_node.model import EngineResult, EngineTask, Priority
+from dicom_node.model import EngineTask, Priority
 from dicom_node.models import classify, segment
 from dicom_node.models.manifest import ClassificationManifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
@@ -26,6 +26,7 @@ from dicom_node.models.runtime import Answer, DeviceFault, Limits
 from dicom_node.models.runtime_pool import RuntimePool, lend_runtimes, return_runtimes
 from dicom_node.models.trust import require_trusted
 from dicom_node.models.wire import Array
+from dicom_node.values import EngineResult
 
 __all__ = ["LocalModelEngine"]
 

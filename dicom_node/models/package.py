@@ -19,10 +19,11 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dicom_node.errors import PackageError
-from dicom_node.model import Provenance
+from dicom_node.identity import device_uid
 from dicom_node.models.manifest import Manifest
 from dicom_node.models.plain import check_plain, read_yaml
 from dicom_node.models.source import TRUST, FoldFile, NnunetSource, PythonSource
+from dicom_node.values import Provenance
 
 __all__ = [
     "MANIFEST",
@@ -80,8 +81,7 @@ class ModelPackage:
     def device_uid(self) -> str:
         """(0018,1002) of this exact model: derived from id, version, weights and configuration (2.25, PS3.5 B.2)."""
         manifest = self.manifest
-        identity = "\n".join((manifest.id, manifest.version, self.weights_sha256, self.config_sha256))
-        return f"2.25.{int.from_bytes(hashlib.sha256(identity.encode()).digest()[:16], 'big')}"
+        return device_uid(manifest.id, manifest.version, self.weights_sha256, self.config_sha256)
 
     def provenance(self, parameters: tuple[str, ...] = ()) -> Provenance:
         """What every result says of this model."""

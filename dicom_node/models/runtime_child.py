@@ -7,7 +7,6 @@ an end: only the parent decides that this process is finished.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -16,19 +15,17 @@ from pathlib import Path
 
 import torch
 
+from dicom_node.lifeline import tied_to
 from dicom_node.models.resident import memory_files
 from dicom_node.models.runtime_intake import HungUp, Intake
 from dicom_node.models.runtime_serve import Server
 from dicom_node.models.sandbox import confine
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(arguments: list[str]) -> int:
     """Serve until the parent hangs up. Returns the exit status."""
     fd, parent, name = int(arguments[0]), int(arguments[1]), arguments[2]
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call
+    if not tied_to(parent):
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     files, silence = memory_files(), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydicom import uid as uids
 from pydicom.uid import UID
 
-from dicom_node.model import Code
+from dicom_node.values import Code
 
 __all__ = [
     "Block",

@@ -16,11 +16,18 @@ import numpy.typing as npt
 
 from dicom_node.errors import EngineError, EngineRejected
 from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import EngineTask, LabelVolume, Measurements, Presence, Segment, SegmentMeasurement
+from dicom_node.model import EngineTask
 from dicom_node.models.grid import ModelGrid
 from dicom_node.models.manifest import ExpectedBlock, LabelOutput, SegmentationManifest
 from dicom_node.models.selection import select_geometry, select_series
 from dicom_node.pixels import read_image, read_volume, series_geometry
+from dicom_node.values import (
+    LabelVolume,
+    Measurements,
+    Presence,
+    Segment,
+    SegmentMeasurement,
+)
 
 __all__ = ["Prepared", "finish", "prepare"]
 

@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import mmap
@@ -18,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from dicom_node.memory_files import is_sealed, sealed_memory_file
 
 __all__ = ["receive", "received_array", "send", "shared_array"]
 
@@ -32,9 +33,7 @@ _TYPES = ("float32", "int16", "uint8")
 
 def shared_array(array: Array) -> int:
     """A descriptor of a memory file that holds `array` in C order. The caller closes it."""
-    fd = os.memfd_create("dicom-node-array", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, max(array.nbytes, 1))
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    fd = sealed_memory_file("dicom-node-array", max(array.nbytes, 1))
     target = np.frombuffer(mmap.mmap(fd, max(array.nbytes, 1)), array.dtype, array.size)
     target.reshape(array.shape)[...] = array
     return fd
@@ -52,7 +51,7 @@ def received_array(fd: int, shape: Sequence[Any], dtype: Any = "float32") -> Arr
             raise ValueError(f"{shape!r} is no shape")
         if dtype not in _TYPES:
             raise ValueError(f"{dtype!r} is no type of an array")
-        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        if not is_sealed(fd):
             raise ValueError("the memory file could be cut while it is read")  # which would kill the reader
         size, each = math.prod(shape), np.dtype(dtype).itemsize
         if size * each > min(os.fstat(fd).st_size, _MAX_ARRAY_BYTES):

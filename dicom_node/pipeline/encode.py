@@ -13,17 +13,16 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from dicom_node.errors import EncodingError
 from dicom_node.interfaces import ResultEncoder
-from dicom_node.model import (
+from dicom_node.model import EngineTask, StoredInstance
+from dicom_node.pipeline.headers_of import read_data_set
+from dicom_node.values import (
     EngineResult,
-    EngineTask,
     Findings,
     LabelVolume,
     Provenance,
     ResultContext,
     ResultValue,
-    StoredInstance,
 )
-from dicom_node.pipeline.headers_of import read_data_set
 
 __all__ = ["data_set_bytes", "encoded", "result_context", "syntax_of"]
 

@@ -10,8 +10,15 @@ from typing import Protocol, TypeVar
 
 from dicom_node.errors import EngineRejected, EngineTimeout, EngineUnavailable, LeaseLost, NodeError, NotFound
 from dicom_node.interfaces import Clock, Engine, EngineLedger
-from dicom_node.model import Cancellation, Job, Pending, Sending, SendingState, Tell
+from dicom_node.model import (
+    Cancellation,
+    Job,
+    Sending,
+    SendingState,
+    Tell,
+)
 from dicom_node.pipeline.observe import Observer
+from dicom_node.values import Pending
 
 __all__ = ["STOP_DELAYS_S", "Keep", "Stops", "counted_call", "quarantined", "recorder"]
 

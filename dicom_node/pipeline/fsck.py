@@ -21,7 +21,13 @@ from typing import Protocol
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.headers import scan
 from dicom_node.interfaces import ArchivedObject, CheckedArchive, CheckedIndex, Clock, KnownFile
-from dicom_node.model import ArchivedFile, InstanceRecord, Origin, Source, StoreOutcome
+from dicom_node.model import (
+    ArchivedFile,
+    InstanceRecord,
+    Origin,
+    Source,
+    StoreOutcome,
+)
 
 __all__ = ["Checked", "FsckReport", "fsck"]
 

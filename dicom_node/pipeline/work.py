@@ -34,14 +34,11 @@ from dicom_node.errors import (
 )
 from dicom_node.interfaces import Clock, Engine, ResultEncoder, WorkQueue
 from dicom_node.model import (
-    EngineResult,
     EngineTask,
     InstanceRecord,
     Job,
     JobState,
-    Pending,
     Priority,
-    ResultContext,
     SeriesHeader,
     StoredInstance,
 )
@@ -49,6 +46,7 @@ from dicom_node.pipeline.encode import data_set_bytes, encoded, result_context, 
 from dicom_node.pipeline.external import Keep, Stops, counted_call, quarantined, recorder
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.observe import Observer
+from dicom_node.values import EngineResult, Pending, ResultContext
 
 __all__ = ["Stage", "Worker", "data_set_bytes"]
 

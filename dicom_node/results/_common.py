@@ -25,9 +25,10 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import Provenance, ResultContext
+from dicom_node.identity import digest_uid
 from dicom_node.results import codes
 from dicom_node.results._sources import decoded, identity
+from dicom_node.values import Provenance, ResultContext
 
 __all__ = [
     "MAKER",
@@ -81,13 +82,9 @@ def clean(text: str, vr: str) -> str:
 def result_uid(*parts: str) -> str:
     """A UID that depends on `parts` alone: the same parts give the same UID anywhere, others another one.
 
-    PS3.5 B.2: 2.25 and a UUID as one decimal number; the UUID is a version 8 (custom) one over a SHA-256.
+    See `identity.digest_uid`, over a SHA-256.
     """
-    digest = hashlib.sha256("\x1f".join(("dicom-node", *parts)).encode()).digest()
-    number = int.from_bytes(digest[:16], "big")
-    number = number & ~(0xF << 76) | 0x8 << 76  # version
-    number = number & ~(0x3 << 62) | 0x2 << 62  # variant of RFC 9562
-    return f"2.25.{number}"
+    return digest_uid(hashlib.sha256("\x1f".join(("dicom-node", *parts)).encode()).digest())
 
 
 def tracking_uid(context: ResultContext, *parts: str) -> str:

@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 from pydicom.valuerep import format_number_as_ds
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import LabelVolume
 from dicom_node.results._sources import decoded, numbers
+from dicom_node.values import LabelVolume
 
 __all__ = ["Grid", "Plane", "grid_of"]
 

@@ -15,10 +15,10 @@ from pydicom.dataset import Dataset
 
 from dicom_node import __version__
 from dicom_node.errors import EncodingError
-from dicom_node.model import Code, Presence, ResultContext
 from dicom_node.results import _common as common
 from dicom_node.results import codes
 from dicom_node.results._sources import decoded, numbers, reference, skeleton
+from dicom_node.values import Code, Presence, ResultContext
 
 __all__ = [
     "Group",

@@ -17,7 +17,8 @@ from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset
 
-from dicom_node.model import Code, Presence
+from dicom_node.anatomy_codes import PRIVATE_SCHEME
+from dicom_node.values import Code, Presence
 
 __all__ = [
     "FINDINGS",
@@ -31,8 +32,6 @@ __all__ = [
     "finding_site",
     "same_code",
 ]
-
-PRIVATE_SCHEME = "99DICOMNODE"
 
 
 class Verification(Enum):

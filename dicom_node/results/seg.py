@@ -22,13 +22,18 @@ from pydicom.valuerep import format_number_as_ds
 
 from dicom_node import __version__
 from dicom_node.errors import EncodingError
-from dicom_node.model import LabelVolume, ResultContext, ResultValue, Segment
 from dicom_node.results import _common as common
 from dicom_node.results import codes
 from dicom_node.results._colors import display_color
 from dicom_node.results._frames import Frame, PlaneReference, functional_groups, label_pixels, mask_pixels
 from dicom_node.results._planes import Grid, Plane, grid_of
 from dicom_node.results._sources import by_uid, decoded, reference, skeleton
+from dicom_node.values import (
+    LabelVolume,
+    ResultContext,
+    ResultValue,
+    Segment,
+)
 
 __all__ = ["LabelmapEncoder", "SegEncoder"]
 

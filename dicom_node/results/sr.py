@@ -17,7 +17,11 @@ from pydicom.dataset import Dataset
 from pydicom.uid import SegmentationStorage
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import (
+from dicom_node.results import _common as common
+from dicom_node.results import _report as report
+from dicom_node.results import codes
+from dicom_node.results._sources import by_uid
+from dicom_node.values import (
     Code,
     Finding,
     Findings,
@@ -29,10 +33,6 @@ from dicom_node.model import (
     Segment,
     SegmentMeasurement,
 )
-from dicom_node.results import _common as common
-from dicom_node.results import _report as report
-from dicom_node.results import codes
-from dicom_node.results._sources import by_uid
 
 __all__ = ["SrEncoder"]
 

@@ -11,7 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dicom_node.config import CompletionOverride, CompletionSettings
-from dicom_node.model import AssociationEnd, BootTime, CloseTrigger, FeedingAssociation, StudyActivity
+from dicom_node.model import (
+    AssociationEnd,
+    BootTime,
+    CloseTrigger,
+    FeedingAssociation,
+    StudyActivity,
+)
 
 __all__ = ["Due", "due"]
 

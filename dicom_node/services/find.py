@@ -28,7 +28,13 @@ from pydicom.valuerep import PersonName
 from dicom_node.config import FindSettings
 from dicom_node.errors import InvalidIdentifier, NodeError
 from dicom_node.interfaces import InstanceIndex
-from dicom_node.model import Key, Level, Match, MatchKind, Query
+from dicom_node.model import (
+    Key,
+    Level,
+    Match,
+    MatchKind,
+    Query,
+)
 from dicom_node.services.identifier import (
     UNIQUE_KEYS,
     BadIdentifier,

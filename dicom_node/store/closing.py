@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicom_node.interfaces import RoutedSeries
-from dicom_node.model import CloseTrigger, JobState, LatePolicy, PlannedJob, SendWhat, StudyActivity, Verdict
+from dicom_node.model import (
+    CloseTrigger,
+    JobState,
+    LatePolicy,
+    PlannedJob,
+    SendWhat,
+    StudyActivity,
+    Verdict,
+)
 from dicom_node.store.deliveries import queue_source
 from dicom_node.store.jobs import move_job
 from dicom_node.store.rows import input_digest, insert, json_text, packed_header

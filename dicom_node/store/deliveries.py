@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dicom_node.errors import IllegalTransition, NotFound
-from dicom_node.model import Delivery, DeliveryItem, DeliveryState, Job, StoredInstance
+from dicom_node.model import (
+    Delivery,
+    DeliveryItem,
+    DeliveryState,
+    Job,
+    StoredInstance,
+)
 from dicom_node.store.rows import CatalogPart, check_lease, insert, update, utc
 
 __all__ = ["Deliveries", "queue_results", "queue_source"]

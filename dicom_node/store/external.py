@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dicom_node.errors import EngineError
-from dicom_node.model import NOTE_MAX, Cancellation, Job, JobState, Sending, SendingRecord, SendingState
+from dicom_node.model import (
+    NOTE_MAX,
+    Cancellation,
+    Job,
+    JobState,
+    Sending,
+    SendingRecord,
+    SendingState,
+)
 from dicom_node.store.rows import CatalogPart, check_lease, insert, update, utc, utc_text
 
 __all__ = ["External", "ask_to_stop"]

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from dicom_node.headers import INDEXED, is_image, value_representation
-from dicom_node.model import ConflictPolicy, InstanceHeader, InstanceRecord, Level, Origin, StoreOutcome
+from dicom_node.model import (
+    ConflictPolicy,
+    InstanceHeader,
+    InstanceRecord,
+    Level,
+    Origin,
+    StoreOutcome,
+)
 from dicom_node.store.names import name_key
 from dicom_node.store.rows import json_text, utc_text
 

@@ -18,7 +18,6 @@ from dicom_node.model import (
     InstanceRecord,
     Job,
     JobState,
-    Pending,
     Priority,
     SendWhat,
     SeriesHeader,
@@ -37,6 +36,7 @@ from dicom_node.store.rows import (
     utc,
 )
 from dicom_node.store.standing import stand
+from dicom_node.values import Pending
 
 __all__ = ["Jobs", "move_job"]
 

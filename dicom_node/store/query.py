@@ -15,7 +15,12 @@ from functools import lru_cache
 
 from dicom_node.errors import InvalidIdentifier
 from dicom_node.headers import INDEXED, multi_valued, value_representation
-from dicom_node.model import Key, Level, MatchKind, Query
+from dicom_node.model import (
+    Key,
+    Level,
+    MatchKind,
+    Query,
+)
 from dicom_node.store.instances import KEY_SUFFIX
 from dicom_node.store.names import glob_pattern, literal_prefix, name_group
 

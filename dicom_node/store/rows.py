@@ -13,7 +13,13 @@ from typing import Any
 
 from dicom_node.errors import LeaseLost
 from dicom_node.interfaces import Clock, seconds_since
-from dicom_node.model import BootTime, Origin, SeriesHeader, Source, StoredInstance
+from dicom_node.model import (
+    BootTime,
+    Origin,
+    SeriesHeader,
+    Source,
+    StoredInstance,
+)
 from dicom_node.store.database import Database
 
 __all__ = ["CatalogPart", "QueueOptions", "input_digest", "stored_instance", "utc", "utc_text"]

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicom_node.interfaces import seconds_since
-from dicom_node.model import BootTime, DeliveryState, JobState, StudyActivity
+from dicom_node.model import (
+    BootTime,
+    DeliveryState,
+    JobState,
+    StudyActivity,
+)
 from dicom_node.store.ledger import Ledger
 from dicom_node.store.rows import CatalogPart, utc
 from dicom_node.store.standing import count_series, count_studies, moving_studies

@@ -27,7 +27,6 @@ from dicom_node.model import (
     JobState,
     LatePolicy,
     Origin,
-    Pending,
     PlannedJob,
     Priority,
     SendWhat,
@@ -40,6 +39,7 @@ from dicom_node.store.instances import insert_instance
 from dicom_node.store.migrations import migrate
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 from dicom_node.store.standing import audit, stand
+from dicom_node.values import Pending
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"

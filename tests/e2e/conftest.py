@@ -10,7 +10,13 @@ import pytest
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings, packaged
-from dicom_node.model import DeliveryState, Job, JobState, Level, StoredInstance
+from dicom_node.model import (
+    DeliveryState,
+    Job,
+    JobState,
+    Level,
+    StoredInstance,
+)
 from dicom_node.store.catalog import Catalog, open_catalog
 
 NO_RESERVE = StorageSettings(reserve_bytes=0, reserve_ratio=0.0)

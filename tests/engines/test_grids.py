@@ -26,8 +26,8 @@ from dicom_node.engines.grids import GeometryMismatch, labels_on_source
 from dicom_node.engines.masks import from_label_map, from_masks, read_volume
 from dicom_node.engines.nifti import write_nifti
 from dicom_node.geometry import GEOMETRY_KEYWORDS, VolumeGeometry, volume_geometry
-from dicom_node.model import LabelVolume, Provenance, ResultContext
 from dicom_node.results.seg import SegEncoder
+from dicom_node.values import LabelVolume, Provenance, ResultContext
 
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.uint8]

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from dicom_node.engines.labels import Label, LabelRow, LabelTable, names_by_value, segments_of
-from dicom_node.model import Code, Segment
+from dicom_node.values import Code, Segment
 
 ORGAN = Code(value="91723000", scheme="SCT", meaning="Anatomical Structure")
 

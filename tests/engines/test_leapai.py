@@ -38,12 +38,8 @@ from dicom_node.errors import (
     LeaseLost,
 )
 from dicom_node.model import (
-    EngineResult,
     EngineTask,
-    Finding,
-    Findings,
     Origin,
-    Presence,
     Sending,
     SeriesView,
     Source,
@@ -56,6 +52,12 @@ from dicom_node.plugins import engine_class
 from dicom_node.results.codes import FINDINGS
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
+from dicom_node.values import (
+    EngineResult,
+    Finding,
+    Findings,
+    Presence,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLED = "/share/in"

@@ -20,7 +20,7 @@ from dicom_node.engines.masks import (
     read_volume,
 )
 from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import LabelVolume
+from dicom_node.values import LabelVolume
 
 SHAPE = (5, 6, 7)  # slice, row, column
 AFFINE = np.array([[1, 0, 0, 10], [0, 1, 0, 20], [0, 0, 2, 30], [0, 0, 0, 1]], np.float64)  # of column, row, slice

@@ -37,14 +37,10 @@ from dicom_node.errors import (
     SeriesRejected,
 )
 from dicom_node.model import (
-    EngineResult,
     EngineTask,
     JobState,
-    LabelVolume,
     Level,
-    Measurements,
     Origin,
-    Presence,
     Sending,
     SeriesView,
     Source,
@@ -57,6 +53,12 @@ from dicom_node.results.seg import SegEncoder
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
 from dicom_node.store.catalog import open_catalog
+from dicom_node.values import (
+    EngineResult,
+    LabelVolume,
+    Measurements,
+    Presence,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)

@@ -23,7 +23,12 @@ from pydicom.valuerep import format_number_as_ds
 from dicom_node.demo.packages import ct_package, cxr_package
 from dicom_node.demo.phantom_cxr import FINDING_NAMES
 from dicom_node.geometry import GEOMETRY_KEYWORDS
-from dicom_node.model import EngineTask, Origin, SeriesHeader, StoredInstance
+from dicom_node.model import (
+    EngineTask,
+    Origin,
+    SeriesHeader,
+    StoredInstance,
+)
 
 SMALL_UNET = {
     "name": "UNet",

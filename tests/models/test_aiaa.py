@@ -18,11 +18,12 @@ from monai.networks.nets import UNet
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.errors import PackageError
-from dicom_node.model import EngineTask, LabelVolume
+from dicom_node.model import EngineTask
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
 from dicom_node.models.manifest import SegmentationManifest
 from dicom_node.models.registry import find_package
+from dicom_node.values import LabelVolume
 
 NETWORK = {
     "spatial_dims": 3,

@@ -19,13 +19,13 @@ from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadIm
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.errors import EngineError, NodeError, PackageError
-from dicom_node.model import LabelVolume
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
 from dicom_node.models.formats.labels import label_output
 from dicom_node.models.loaders import load_module
 from dicom_node.models.registry import find_package
 from dicom_node.models.report import package_report
+from dicom_node.values import LabelVolume
 
 NETWORK = {
     "spatial_dims": 3,

@@ -16,9 +16,10 @@ from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_ct import ct_phantom
 from dicom_node.demo.phantom_cxr import FINDING_NAMES, cxr_phantom
 from dicom_node.demo.phantom_dicom import write_cxr
-from dicom_node.model import EngineTask, Findings, Presence
+from dicom_node.model import EngineTask
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.radiograph import prepare_radiograph, prepare_xrv
+from dicom_node.values import Findings, Presence
 
 Picture = NDArray[np.floating]
 SIDE = 160

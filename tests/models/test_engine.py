@@ -17,7 +17,7 @@ from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import WrittenSeries, write_ct_series, write_cxr
 from dicom_node.errors import ConfigError, EngineRejected, EngineTimeout, LeaseLost, PackageError, SeriesRejected
 from dicom_node.geometry import volume_geometry
-from dicom_node.model import EngineResult, EngineTask, Findings, LabelVolume, Measurements, Presence
+from dicom_node.model import EngineTask
 from dicom_node.models import segment
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.manifest import SegmentationManifest
@@ -25,6 +25,13 @@ from dicom_node.models.package import load_package
 from dicom_node.models.volume import labels_of, network_values
 from dicom_node.pixels import read_hounsfield, read_image
 from dicom_node.plugins import encoder_kinds, engine_class, engine_kinds
+from dicom_node.values import (
+    EngineResult,
+    Findings,
+    LabelVolume,
+    Measurements,
+    Presence,
+)
 
 Task = Callable[..., EngineTask]
 

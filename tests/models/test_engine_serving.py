@@ -19,11 +19,12 @@ import pytest
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.demo.phantom_dicom import write_ct_series, write_cxr
 from dicom_node.errors import EngineCrashed, EngineUnavailable, PackageError
-from dicom_node.model import EngineTask, LabelVolume, Priority
+from dicom_node.model import EngineTask, Priority
 from dicom_node.models import segment
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.runtime import Runtime
 from dicom_node.models.runtime_pool import RuntimePool
+from dicom_node.values import LabelVolume
 
 Task = Callable[..., EngineTask]
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_dicom import write_ct_series
 from dicom_node.errors import PackageError
-from dicom_node.model import EngineTask, LabelVolume
+from dicom_node.model import EngineTask
 from dicom_node.models.components import holes
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
@@ -30,6 +30,7 @@ from dicom_node.models.report import package_report
 from dicom_node.models.segment import volume_job
 from dicom_node.models.volume import Done, segment_volume
 from dicom_node.models.windows import through_windows
+from dicom_node.values import LabelVolume
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from dicom_node.config import EngineSettings
 from dicom_node.demo.packages import WEIGHTS_FILE
 from dicom_node.demo.phantom_dicom import write_cxr
 from dicom_node.errors import NodeError, PackageError
-from dicom_node.model import EngineResult, EngineTask, Findings
+from dicom_node.model import EngineTask
 from dicom_node.models import library, registry
 from dicom_node.models.enabling import disable_model, enable_model, remove_model
 from dicom_node.models.engine import LocalModelEngine
@@ -26,6 +26,7 @@ from dicom_node.models.library import Library
 from dicom_node.models.package import load_package
 from dicom_node.models.registry import ModelReference, find_package
 from dicom_node.models.report import listed_models, package_report, self_test
+from dicom_node.values import EngineResult, Findings
 
 Task = Callable[..., EngineTask]
 Write = Callable[[Path, dict[str, Any]], Path]

@@ -24,9 +24,16 @@ from pydicom.filebase import DicomBytesIO
 
 from dicom_node.errors import SeriesRejected
 from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import Code, LabelVolume, Provenance, ResultContext, Segment, StoredInstance
+from dicom_node.model import StoredInstance
 from dicom_node.pixels import ImageFile, read_image, read_volume, series_geometry
 from dicom_node.results.seg import SegEncoder
+from dicom_node.values import (
+    Code,
+    LabelVolume,
+    Provenance,
+    ResultContext,
+    Segment,
+)
 
 Stored = Callable[[Path], StoredInstance]
 World = Any

@@ -23,7 +23,6 @@ from dicom_node.config import EngineSettings
 from dicom_node.demo.phantom_cxr import FINDING_NAMES
 from dicom_node.demo.phantom_dicom import write_cxr
 from dicom_node.errors import EngineError, PackageError
-from dicom_node.model import Findings, Presence
 from dicom_node.models.engine import LocalModelEngine
 from dicom_node.models.formats import describe_folder
 from dicom_node.models.forward import Network, classify
@@ -34,6 +33,7 @@ from dicom_node.models.registry import find_package
 from dicom_node.pixels import displayed_radiograph, read_image
 from dicom_node.radiograph import prepare_xrv
 from dicom_node.results.codes import FINDINGS
+from dicom_node.values import Findings, Presence
 
 PUBLISHED = "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
 CHEXPERT = "chex-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"

@@ -24,22 +24,13 @@ from dicom_node.interfaces import Heartbeat, RoutedSeries
 from dicom_node.model import (
     BootTime,
     CloseTrigger,
-    Code,
     ConflictPolicy,
     Destination,
-    EngineResult,
     EngineTask,
-    Finding,
-    Findings,
     LatePolicy,
     Origin,
-    Pending,
     PlannedJob,
-    Presence,
     Priority,
-    Provenance,
-    ResultContext,
-    ResultValue,
     Sending,
     SendWhat,
     Source,
@@ -52,6 +43,17 @@ from dicom_node.pipeline.ingest import Ingest
 from dicom_node.pipeline.observe import Unobserved
 from dicom_node.pipeline.work import Worker
 from dicom_node.store.catalog import open_catalog
+from dicom_node.values import (
+    Code,
+    EngineResult,
+    Finding,
+    Findings,
+    Pending,
+    Presence,
+    Provenance,
+    ResultContext,
+    ResultValue,
+)
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"

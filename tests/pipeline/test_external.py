@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dicom_node.errors import EngineError, EngineRejected, EngineUnavailable, LeaseLost, StorageError
-from dicom_node.model import EngineResult, JobState, Pending, Sending, SendingState
+from dicom_node.model import JobState, Sending, SendingState
 from dicom_node.pipeline.external import STOP_DELAYS_S
+from dicom_node.values import EngineResult, Pending
 
 VOLUME = Sending(what="volume", host="ai.example", objects=2, identifiable=False)
 

@@ -13,7 +13,14 @@ from pydicom.uid import generate_uid
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
-from dicom_node.model import ConflictPolicy, Level, Origin, Query, Source, StoreOutcome
+from dicom_node.model import (
+    ConflictPolicy,
+    Level,
+    Origin,
+    Query,
+    Source,
+    StoreOutcome,
+)
 from dicom_node.pipeline.fsck import FsckReport, fsck
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.store.catalog import Catalog, open_catalog

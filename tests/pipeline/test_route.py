@@ -9,7 +9,14 @@ import pytest
 
 from dicom_node.config import CompletionSettings
 from dicom_node.errors import NotFound, StorageError
-from dicom_node.model import AssociationEnd, Condition, ConditionResult, JobState, Source, Verdict
+from dicom_node.model import (
+    AssociationEnd,
+    Condition,
+    ConditionResult,
+    JobState,
+    Source,
+    Verdict,
+)
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.route import TRIES, Router, verdict_word
 from dicom_node.routing.completion import due

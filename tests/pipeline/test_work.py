@@ -25,9 +25,10 @@ from dicom_node.errors import (
     SeriesRejected,
     StorageError,
 )
-from dicom_node.model import JobState, Pending
+from dicom_node.model import JobState
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.work import data_set_bytes
+from dicom_node.values import Pending
 
 
 @pytest.fixture

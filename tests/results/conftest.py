@@ -15,7 +15,8 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from dicom_node.model import (
+from dicom_node.results import codes
+from dicom_node.values import (
     Code,
     Finding,
     Findings,
@@ -27,7 +28,6 @@ from dicom_node.model import (
     Segment,
     SegmentMeasurement,
 )
-from dicom_node.results import codes
 
 PACKAGES = {
     "dciodvfy": "Debian package dicom3tools",

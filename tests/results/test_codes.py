@@ -12,9 +12,9 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes as dictionary
 
 from dicom_node.config import packaged
-from dicom_node.model import Code
 from dicom_node.results import codes
 from dicom_node.results.codes import CodeRow, Verification
+from dicom_node.values import Code
 
 ROWS = {**codes.FINDINGS, **codes.ORGANS}
 OWN = [value for value in vars(codes).values() if isinstance(value, Code)]

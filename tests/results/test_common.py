@@ -14,11 +14,17 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import Findings, LabelVolume, Measurements, ResultContext, ResultValue
 from dicom_node.results import _common as common
 from dicom_node.results._sources import identity
 from dicom_node.results.seg import SegEncoder
 from dicom_node.results.sr import SrEncoder
+from dicom_node.values import (
+    Findings,
+    LabelVolume,
+    Measurements,
+    ResultContext,
+    ResultValue,
+)
 
 Case = Callable[..., list[Dataset]]
 

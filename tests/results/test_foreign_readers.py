@@ -19,10 +19,17 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import Findings, LabelVolume, Measurements, Origin, Presence, ResultContext, StoredInstance
+from dicom_node.model import Origin, StoredInstance
 from dicom_node.results import _common as common
 from dicom_node.results.seg import SegEncoder
 from dicom_node.results.sr import SrEncoder
+from dicom_node.values import (
+    Findings,
+    LabelVolume,
+    Measurements,
+    Presence,
+    ResultContext,
+)
 
 OBLIQUE = (0.9659258, 0.2588190, 0.0, -0.2241439, 0.8365163, 0.5)
 ORGANS = ("liver", "spleen", "kidney_right", "kidney_left")

@@ -20,13 +20,18 @@ from pydicom.sr.codedict import codes as dictionary
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import LabelVolume, Measurements, ResultContext, Segment
 from dicom_node.plugins import encoder_class, encoder_kinds
 from dicom_node.results import _colors as colors
 from dicom_node.results import codes
 from dicom_node.results.seg import LabelmapEncoder, SegEncoder
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
+from dicom_node.values import (
+    LabelVolume,
+    Measurements,
+    ResultContext,
+    Segment,
+)
 
 LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"

@@ -15,9 +15,9 @@ from pydicom.sr.codedict import codes as dictionary
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import LabelVolume, ResultContext
 from dicom_node.results import codes
 from dicom_node.results.seg import SegEncoder
+from dicom_node.values import LabelVolume, ResultContext
 
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 OBLIQUE = (0.9659258, 0.2588190, 0.0, -0.2241439, 0.8365163, 0.5)

@@ -9,21 +9,20 @@ import pytest
 from pydicom.dataset import Dataset
 
 from dicom_node.errors import EncodingError
-from dicom_node.model import (
+from dicom_node.model import Origin, StoredInstance
+from dicom_node.results import codes
+from dicom_node.results.seg import SegEncoder
+from dicom_node.results.sr import SrEncoder
+from dicom_node.values import (
     Finding,
     Findings,
     LabelVolume,
     Measurements,
-    Origin,
     Presence,
     ResultContext,
     ResultValue,
     SegmentMeasurement,
-    StoredInstance,
 )
-from dicom_node.results import codes
-from dicom_node.results.seg import SegEncoder
-from dicom_node.results.sr import SrEncoder
 
 PRESENCE = {code.value: presence for presence, code in codes.PRESENCE.items()}
 

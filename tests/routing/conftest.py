@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from dicom_node.model import ConditionResult, Origin, SeriesHeader, SeriesView, Source
+from dicom_node.model import (
+    ConditionResult,
+    Origin,
+    SeriesHeader,
+    SeriesView,
+    Source,
+)
 from dicom_node.routing.conditions import evaluate_condition
 from dicom_node.routing.expressions import Expression, parse_expression
 from dicom_node.routing.load import load_rules

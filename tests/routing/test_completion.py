@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dicom_node.config import CompletionOverride, CompletionSettings
-from dicom_node.model import AssociationEnd, BootTime, CloseTrigger, FeedingAssociation, StudyActivity
+from dicom_node.model import (
+    AssociationEnd,
+    BootTime,
+    CloseTrigger,
+    FeedingAssociation,
+    StudyActivity,
+)
 from dicom_node.routing.completion import due
 
 SETTINGS = CompletionSettings()

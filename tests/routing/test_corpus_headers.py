@@ -15,7 +15,13 @@ from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 
 from dicom_node.config import NodeConfig, packaged
-from dicom_node.model import Condition, Origin, SeriesHeader, SeriesView, Source
+from dicom_node.model import (
+    Condition,
+    Origin,
+    SeriesHeader,
+    SeriesView,
+    Source,
+)
 from dicom_node.routing.load import load_rules
 from dicom_node.routing.rules import RuleSet
 

@@ -5,7 +5,12 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from dicom_node.model import Condition, ConditionResult, SeriesView, Verdict
+from dicom_node.model import (
+    Condition,
+    ConditionResult,
+    SeriesView,
+    Verdict,
+)
 from dicom_node.routing.explain import render_replay, render_verdicts
 from dicom_node.routing.replay import replay
 from dicom_node.routing.rules import RuleSet

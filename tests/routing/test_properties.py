@@ -9,7 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dicom_node.errors import RuleError
-from dicom_node.model import Condition, Origin, SeriesHeader, SeriesView, Source
+from dicom_node.model import (
+    Condition,
+    Origin,
+    SeriesHeader,
+    SeriesView,
+    Source,
+)
 from dicom_node.routing.conditions import evaluate_condition
 from dicom_node.routing.expressions import Expression, parse_expression
 from dicom_node.routing.load import check_rules, load_rules

@@ -5,7 +5,16 @@ from datetime import datetime
 
 import pytest
 
-from dicom_node.model import Condition, LatePolicy, Origin, PlannedJob, Priority, SendWhat, SeriesView, Verdict
+from dicom_node.model import (
+    Condition,
+    LatePolicy,
+    Origin,
+    PlannedJob,
+    Priority,
+    SendWhat,
+    SeriesView,
+    Verdict,
+)
 from dicom_node.routing.rules import Evaluation, RuleSet, unreachable_senders
 
 RulesOf = Callable[..., RuleSet]

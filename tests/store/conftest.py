@@ -13,7 +13,12 @@ from pydicom.uid import generate_uid
 
 from dicom_node.config import StorageSettings
 from dicom_node.headers import scan
-from dicom_node.model import BootTime, InstanceRecord, Origin, Source
+from dicom_node.model import (
+    BootTime,
+    InstanceRecord,
+    Origin,
+    Source,
+)
 from dicom_node.store.catalog import Catalog, open_catalog
 
 EXPLICIT = "1.2.840.10008.1.2.1"

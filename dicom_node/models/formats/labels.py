@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from dicom_node.anatomy_codes import label_codes
-from dicom_node.model import Code
+from dicom_node.anatomy_codes import label_codes, private_code
 from dicom_node.models.schema import is_plain
+from dicom_node.values import Code
 
 __all__ = ["label_output", "shown"]
 
 _CATEGORY = ["SCT", "91723000", "Anatomical Structure"]
-_PRIVATE = "99DICOMNODE"
 
 
 def label_output(index: int, name: str) -> tuple[dict[str, Any], bool]:
@@ -26,8 +24,7 @@ def label_output(index: int, name: str) -> tuple[dict[str, Any], bool]:
     key = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in plain).strip("-")[:48]
     told = " ".join(name.replace("_", " ").split())[:64] or f"class {index}"
     if known is None:
-        digest = hashlib.sha256(plain.encode()).hexdigest()[:12].upper()
-        segment: dict[str, Any] = {"category": _CATEGORY, "type": [_PRIVATE, f"L{digest}", told]}
+        segment: dict[str, Any] = {"category": _CATEGORY, "type": _listed(private_code(plain, told))}
     else:
         segment = {"category": _listed(known.category), "type": _listed(known.type)}
         if known.modifier is not None:
