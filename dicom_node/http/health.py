@@ -5,7 +5,7 @@
 * `/metrics` answers what the given function renders.
 * Below a prefix of `mounts`, what is mounted there answers, of any length; by default there is nothing.
 
-One request a connection, GET and HEAD only, no body. The head of a request is bounded in bytes and in time, the number
+One request a connection, GET and HEAD only but for mounts, no body is read. The head of a request is bounded in bytes and in time, the number
 of connections served at once too; one beyond it is closed unanswered. The server knows no part of the node: it takes
 plain callables and a socket that is already bound.
 """
@@ -65,7 +65,10 @@ class MountedAnswer(Protocol):
 
 
 Mount = Callable[[str, str, Mapping[str, str]], MountedAnswer]
-"""Method (GET or HEAD), target as it came, headers by lower-case name. Raises nothing but NodeError and OSError."""
+"""Any method, target as it came, headers by lower-case name. Raises nothing but NodeError and OSError.
+
+It is not given the body of a request: what comes is thrown away, as a hint that says nothing the path does not say.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +154,7 @@ class HealthServer:
             self._free.release()
 
     def _mounted(self, head: bytes) -> Mount | None:
-        method, target = _request(head)
-        if method not in ("GET", "HEAD"):
-            return None
+        target = _request(head)[1]
         return next((mount for prefix, mount in self._mounts.items() if target.startswith(prefix)), None)
 
     def _answer(self, head: bytes) -> tuple[_Response, bool]:
@@ -210,12 +211,12 @@ def _pass_on(connection: socket.socket, mount: Mount, head: bytes) -> None:
         answer = mount(method, target, _headers(head))
     except (NodeError, OSError) as exc:
         log.warning("a mounted answer failed", extra={"error": type(exc).__name__})
-        connection.sendall(_encoded(_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "try again"}), method == "GET"))
+        connection.sendall(_encoded(_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "try again"}), method != "HEAD"))
         return
     try:
         connection.sendall(_head_of(answer.status, answer.headers))
         started, sent = time.monotonic(), 0
-        for piece in answer if method == "GET" else ():
+        for piece in answer if method != "HEAD" else ():
             connection.sendall(piece)
             sent += len(piece)
             if time.monotonic() - started > SEND_S + sent / SLOWEST_BYTES_S:

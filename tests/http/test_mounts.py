@@ -84,14 +84,28 @@ def test_head_has_no_body_and_closes_the_answer(mounted: Callable[[Mount], Healt
     assert answer.closed.wait(5)
 
 
-def test_other_paths_and_methods_are_answered_as_before(mounted: Callable[[Mount], HealthServer]) -> None:
+def test_other_paths_are_answered_as_before(mounted: Callable[[Mount], HealthServer]) -> None:
     def never(*_: object) -> Answer:
         raise AssertionError("asked")
 
     server = mounted(never)
     assert _ask(server, "/ping")[2] == b'{"status": "ok"}\n'
     assert _ask(server, "/here")[0] == 404
-    assert _ask(server, "/here/x", "POST")[0] == 405
+    assert _ask(server, "/here", "POST")[0] == 405
+
+
+def test_what_is_posted_to_a_mount_reaches_it_without_its_body(mounted: Callable[[Mount], HealthServer]) -> None:
+    seen: list[str] = []
+
+    def mount(method: str, *_: object) -> Answer:
+        seen.append(method)
+        return Answer()
+
+    server = mounted(mount)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"POST /here/x HTTP/1.1\r\nContent-Length: 40000\r\n\r\n" + b"x" * 40_000)
+        answered = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answered.startswith(b"HTTP/1.1 200 ") and answered.endswith(b"onetwo") and seen == ["POST"]
 
 
 def test_a_mount_that_fails_is_told_without_its_reason(mounted: Callable[[Mount], HealthServer]) -> None:
