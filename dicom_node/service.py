@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
-from dicom_node.dimse.pynetdicom_scu import DimseSender
+from dicom_node.dimse.session import DimseSender
 from dicom_node.errors import NodeError, RuleError
 from dicom_node.gauges import catalog_readings, node_readings
 from dicom_node.http.health import Check, HealthServer, ReadyCheck

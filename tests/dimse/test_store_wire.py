@@ -208,7 +208,8 @@ def test_what_cannot_be_answered_is_aborted_not_ignored(
     node = serve()
     peer = raw_peer(node.port)
     peer.associate([(1, CT, [EXPLICIT])])
-    peer.send_command(message.pop("context_id"), **message)
+    fields = dict(message)
+    peer.send_command(fields.pop("context_id"), **fields)
     assert peer.read_pdu()[0] == 7
     dcmtk("echoscu", "-aec", "DICOM_NODE", "127.0.0.1", node.port)
 

@@ -196,12 +196,24 @@ class Connection:
         return self._state
 
     @property
+    def in_pdu(self) -> bool:
+        """Whether a PDU has begun to come and has not ended."""
+        return self._reader.in_pdu
+
+    @property
+    def pdus(self) -> int:
+        """How many PDUs have begun to come."""
+        return self._reader.pdus
+
+    @property
     def established(self) -> bool:
         """Whether data may be sent: it may until a release was asked for by us, or answered."""
         return self._state in (State.STA6, State.STA8)
 
     def to_send(self) -> bytes:
         """What is to be written to the transport now, before anything else; gives it once."""
+        if not self._out:
+            return b""
         out = bytes(self._out)
         self._out.clear()
         return out
@@ -251,6 +263,11 @@ class Connection:
         if (Event.ABORT_REQUEST, self._state) in TRANSITIONS:
             self._do(Event.ABORT_REQUEST)
             self._out += encode_pdu(Abort(source=0))
+
+    def refuse(self) -> None:
+        """End it at once, as the upper layer: a parameter of the peer's request has no valid value (PS3.8 9.3.8)."""
+        self._do(Event.INVALID_PDU)
+        self._out += encode_pdu(Abort(source=2, reason=AbortReason.INVALID_PARAMETER))
 
     def artim_expired(self) -> None:
         """The time to wait for the peer's first PDU, or for its close, is over."""
@@ -370,6 +387,7 @@ class _Reader:
 
     def __init__(self, limits: Limits) -> None:
         self.deaf = False
+        self.pdus = 0
         self._limits = limits
         self._head = bytearray()  # of a PDU or a value, as far as it has come
         self._kind = 0  # of the PDU under way; 0 = its head is awaited
@@ -378,6 +396,10 @@ class _Reader:
         self._value_left = -1  # bytes of the value that are still to come; -1 = its head is awaited
         self._context_id = 0
         self._control = 0
+
+    @property
+    def in_pdu(self) -> bool:
+        return bool(self._kind or self._head)
 
     def step(self, received: memoryview, position: int) -> tuple[int, Pdu | Data | None]:
         """Go on from `position`; the new position, and what was completed by it, if anything. Raises InvalidPdu."""
@@ -403,6 +425,8 @@ class _Reader:
         return position + taken, head
 
     def _read_head(self, received: memoryview, position: int) -> tuple[int, Pdu | Data | None]:
+        if not self._head:
+            self.pdus += 1
         position, head = self._gather(received, position)
         if head is None:
             return position, None
