@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +55,7 @@ SHORT_READ = 16 * 1024
 SMALLEST_PDU = 128  # a peer that takes less at once would keep the node at its headers
 BATCH = 64  # values in one write: 128 pieces, below IOV_MAX of every system
 LINGER_S = 1.0
-MAX_DISCARDED = 4 * 1024 * 1024
+MAX_DISCARDED = 512 * 1024
 RELEASE_S = 5.0
 
 
@@ -428,6 +429,9 @@ class Association:
                 if sent:
                     views[0] = views[0][sent:]
         except OSError as exc:
+            with suppress(OSError):  # what is queued would keep the connection open as long as the peer reads nothing
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._sock.close()
             raise self._lost("the peer does not read, or the connection broke") from exc
 
     def await_response(self, message_id: int, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Message:

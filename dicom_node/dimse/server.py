@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.association import Association, Buffers
@@ -24,7 +25,7 @@ from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
 from dicom_node.dimse.serving import TOUCH_S, Serving
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
-from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ
+from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
 
 __all__ = ["DicomServer"]
@@ -36,6 +37,7 @@ SPARE_THREADS = 16  # beyond `max_associations`: for requests that are rejected
 PRE_SPAWNED = 8
 MAX_SILENT = 1024  # connections that have said nothing yet
 THREAD_IDLE_S = 60.0
+MAX_REQUEST = 256 * 1024
 
 
 class DicomServer:
@@ -63,6 +65,7 @@ class DicomServer:
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
         self._guard = threading.Lock()
+        self._established = 0
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = _Pool(self._converse, most=config.max_associations + SPARE_THREADS)
@@ -106,8 +109,7 @@ class DicomServer:
     @property
     def active_associations(self) -> int:
         """Associations established now."""
-        with self._guard:
-            return sum(peer is not None for peer in self._links.values())
+        return self._established
 
     def _living(self) -> list[Association]:
         with self._guard:
@@ -128,7 +130,7 @@ class DicomServer:
         if not self._pool.give((client, accepted_at)):
             log.warning("too many connections")
             self._serving.observe.association_rejected("limit")
-            client.close()
+            _turn_away(client)
 
     def _touch_loop(self) -> None:
         while not self._stopping.wait(TOUCH_S):
@@ -171,7 +173,8 @@ class DicomServer:
         finally:
             association.finish()
             with self._guard:
-                del self._links[association]
+                if self._links.pop(association) is not None:
+                    self._established -= 1
             if peer is not None:
                 self._serving.ended(peer, over=association.released or association.was_idle)
 
@@ -180,14 +183,17 @@ class DicomServer:
         calling, called = request.calling_ae_title, request.called_ae_title
         fields = {"calling_ae_title": repr(calling), "called_ae_title": repr(called), "address": address}
         association.log_fields = fields
-        rejection = self._serving.judge(
+        judged = partial(
+            self._serving.judge,
             fields,
             calling=calling,
             called=called,
             address=address,
             application_context=request.application_context,
-            established=self.active_associations,
         )
+        with self._guard:
+            rejection = judged(established=self._established)
+            self._established += rejection is None
         if rejection is not None:
             association.connection.reject(
                 AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
@@ -195,6 +201,8 @@ class DicomServer:
             return None
         agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
         if agreement is None:
+            with self._guard:
+                self._established -= 1
             self._serving.unanswerable(fields)
             association.connection.refuse()
             return None
@@ -213,6 +221,16 @@ class DicomServer:
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
         return peer
+
+
+def _turn_away(client: socket.socket) -> None:
+    """Reject for the moment whatever is asked, without waiting for anything: there is no thread to wait."""
+    with suppress(OSError):
+        client.setblocking(False)
+        client.recv(MAX_REQUEST)  # closing over unread bytes would cost the peer the answer
+        client.send(encode_pdu(AssociateRJ(result=2, source=3, reason=2)))
+        client.shutdown(socket.SHUT_WR)
+    client.close()
 
 
 class _Lobby:
