@@ -5,9 +5,9 @@
 * `/metrics` answers what the given function renders.
 * Below a prefix of `mounts`, what is mounted there answers, of any length; by default there is nothing.
 
-One request a connection, GET and HEAD only but for mounts, no body is read. The head of a request is bounded in bytes and in time, the number
-of connections served at once too; one beyond it is closed unanswered. The server knows no part of the node: it takes
-plain callables and a socket that is already bound.
+One request a connection, GET and HEAD only but for mounts; no body is read. The head of a request is bounded in bytes
+and in time, the number of connections served at once too; one beyond it is closed unanswered. The server knows no part
+of the node: it takes plain callables and a socket that is already bound.
 """
 
 from __future__ import annotations
