@@ -6,11 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 NODE_ARGS ?=
+# engines of others for `make test-peers`; their pins are those of Python 3.11
+PEERS ?= build/peers
+PEERS_PYTHON ?= $(PYTHON)
 ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
 
-.PHONY: help demo serve test lint crash bench bench-models tools clean
+.PHONY: help demo serve test test-peers peers lint crash bench bench-models tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -38,7 +41,20 @@ serve: $(STAMP)  ## the node, with NODE_ARGS
 	$(BIN)/dicom-node serve $(NODE_ARGS)
 
 test: $(STAMP) tools  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not crash" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not crash and not engine_peers" $(PYTEST_ARGS)
+
+peers: $(PEERS)/triton/.installed $(PEERS)/monai-label/.installed  ## real engines of others, each in its own environment under PEERS (4 GB)
+
+$(PEERS)/%/.installed: tests/peers/requirements-%.txt
+	$(PEERS_PYTHON) -c 'import sys; sys.exit("the pins of the peers are for Python 3.11; set PEERS_PYTHON=") if sys.version_info[:2] != (3, 11) else None'
+	$(PEERS_PYTHON) -m venv $(@D)
+	@# torch with what it needs where it is built for a GPU; then the list is whole, and nothing else is resolved or built
+	if grep -q '^torch==' $<; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch torchvision; fi
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+test-peers: $(STAMP) tools peers  ## the node with real engines of others, end to end: MONAI Label, Triton, a second node
+	TEST_PEERS="$(abspath $(PEERS))" $(BIN)/python -m pytest tests/peers $(wildcard tests/e2e/test_dicom_engine.py) $(PYTEST_ARGS)
 
 lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 	$(BIN)/ruff check .

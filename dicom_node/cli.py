@@ -192,9 +192,16 @@ def _engine_commands(command: Callable[..., argparse.ArgumentParser], group: Cal
     run.add_argument("study", metavar="STUDY", help="Study Instance UID")
     run.add_argument("--series", metavar="SERIES", help="only this Series Instance UID")
     run.add_argument("--out", metavar="DIR", help="write the results there as DICOM files")
-    run.add_argument("--results", nargs="+", metavar="KIND", help="kinds of result to make (default: seg sr)")
+    run.add_argument("--results", nargs="+", metavar="KIND", help="kinds of result to make (default: all but labelmap)")
     run.add_argument("--store", action="store_true", help="keep the results in the node; nothing is sent anywhere")
     run.add_argument("--timeout", type=float, metavar="S", help="for each series (default: the engine's timeout_s)")
+    model = command("aiaa-model", "engines_aiaa_model", "Look at, load or remove a model of an AIAA server.", engines)
+    model.add_argument("verb", choices=("get", "put", "patch", "delete"), metavar="get|put|patch|delete")
+    model.add_argument("name", metavar="NAME", help="the engine, of kind aiaa")
+    model.add_argument("model", nargs="?", metavar="MODEL", help="default: the engine's own model")
+    model.add_argument("--model-config", metavar="FILE", help="config_aiaa.json, for put and patch")
+    model.add_argument("--model-data", metavar="FILE", help="the model itself (model.ts, model.trt.pb), for put")
+    model.add_argument("--yes", action="store_true", help="delete without asking")
 
 
 if __name__ == "__main__":

@@ -80,29 +80,30 @@ def serve(arguments: argparse.Namespace) -> int:
     """Run the node."""
     from dicom_node import supervisor
     from dicom_node.deciding import node_rules
-    from dicom_node.wiring import engines
+    from dicom_node.wiring import engines, kept_in, put_away
 
     config = settings(arguments)
     setup_logging(config.log_level, "supervisor")
     node_rules(config)
-    for engine in engines(config).values():
+    for name, engine in engines(config).items():
         try:
-            engine.check()
+            with kept_in(name, "check"):
+                engine.check()
         except NodeError as exc:  # the node keeps and sends without it; its jobs say why they fail
-            print(f"dicom-node: engine {engine.name} cannot run: {exc}", file=sys.stderr)
-        engine.close()
+            print(f"dicom-node: engine {name} cannot run: {exc}", file=sys.stderr)
+        put_away(name, engine)
     return supervisor.serve(config, lambda line: print(line, flush=True))
 
 
 def config_check(arguments: argparse.Namespace) -> int:
     """Read everything that is configured; print what holds."""
     from dicom_node.deciding import node_rules
-    from dicom_node.wiring import engines
+    from dicom_node.wiring import engines, put_away
 
     config = settings(arguments)
     rules = node_rules(config)
-    for engine in engines(config).values():
-        engine.close()
+    for name, engine in engines(config).items():
+        put_away(name, engine)
     print(json.dumps(config.model_dump(mode="json"), indent=2))
     print(f"settings are right; {len(rules.rules)} rules in {config.resolved_rules_dir()}", file=sys.stderr)
     return OK

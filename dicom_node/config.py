@@ -93,7 +93,7 @@ class DestinationSettings(_Settings):
     host: str
     port: Annotated[int, Field(ge=1, le=65535)]
     calling_ae_title: AeTitle | None = None
-    results: tuple[Literal["seg", "sr"], ...] | None = None
+    results: tuple[Literal["seg", "sr", "stl", "sc", "pdf", "ann"], ...] | None = None
     """Only these kinds of result are sent here (`seg`: label maps too); null = all a rule asks for."""
 
 
@@ -149,6 +149,9 @@ class StorageSettings(_Settings):
     max_object_bytes: Annotated[int, Field(gt=0)] = 8 * 1024**3
     max_inflated_header_bytes: Annotated[int, Field(gt=0)] = 16 * 1024**2
     """Bound on what is inflated of a Deflated data set to read its header."""
+    quarantine_bytes: Annotated[int, Field(ge=0)] = 4 * 1024**3
+    """Of files that engines returned and that do not fit, kept for a person to look at; the oldest go. 0: keep none."""
+    quarantine_files: Annotated[int, Field(ge=0, le=10_000)] = 200
 
 
 class JobSettings(_Settings):
@@ -169,7 +172,8 @@ class JobSettings(_Settings):
     memory_mb: Annotated[int, Field(ge=0)] = 0
     """Memory of one device for loaded networks; the least recently used go. 0: four fifths of a GPU, half the RAM."""
     prepared_mb: Annotated[int, Field(ge=1)] = 2048
-    """Memory for volumes that are read and not yet finished; others wait, urgent ones have as much again."""
+    """Memory for volumes that are read and not yet finished, of all engines together; others wait, urgent ones have as
+    much again."""
     decoders: Annotated[int, Field(ge=0, le=64)] = 0
     """Processes that decode compressed pixel data, started when first needed. 0: one for each core, at most 4."""
     hang_s: Annotated[float, Field(ge=5)] = 120.0
@@ -203,6 +207,9 @@ class NodeConfig(_Settings):
     dicom_port: Port = 11112
     http_host: str = "127.0.0.1"
     http_port: Port = 8080
+    http_public_url: Annotated[str, Field(pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$")] = ""
+    """How engines elsewhere reach the HTTP port, through whatever stands before it: for those that fetch images from
+    here or tell that they are through. '' = none does, and the port answers nothing to them."""
     data_dir: Path = Path("data")
     rules_dir: Path | None = None
     """null = `routing_rules/` in the current folder if it exists, else the rules that ship with the package."""

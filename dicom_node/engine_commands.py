@@ -20,22 +20,28 @@ from dicom_node.commands import FAILED, OK, offline, open_here, table
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError, EngineRejected, EngineTimeout, NodeError, NotFound
 from dicom_node.interfaces import Engine
-from dicom_node.model import ConflictPolicy, EngineTask, StoredInstance
+from dicom_node.model import ConflictPolicy, EngineTask, Level, StoredInstance
 from dicom_node.pulse import fresh, read_pulse
 from dicom_node.store.catalog import Catalog
 from dicom_node.values import (
+    Annotations,
+    Document,
     EngineResult,
     Findings,
     LabelVolume,
     Measurements,
+    Mesh,
     Pending,
+    Picture,
     Presence,
+    Quantities,
     ResultValue,
+    ReturnedInstances,
+    SlideLabels,
 )
 
 _WIDTH = 110
 _POLL_MIN_S, _POLL_MAX_S = 0.5, 30.0
-RESULTS = ("seg", "sr")
 
 # --- list
 
@@ -100,22 +106,24 @@ def _counts(config: NodeConfig) -> tuple[Mapping[str, Mapping[str, int]], Mappin
 
 def engines_check(arguments: argparse.Namespace) -> int:
     """Whether it could run, then what it reports of itself. Status 2 when one could not."""
-    from dicom_node.wiring import engines
+    from dicom_node.wiring import engines, kept_in, put_away
 
     wrong = 0
     config = offline(arguments)
     for name, engine in engines(config, arguments.name).items():
         settings = config.engines[name]
         try:
-            engine.check()
+            with kept_in(name, "check"):
+                engine.check()
             print(f"{name}: can run")
             _print_facts([("kind", settings.kind), *([("model", settings.model)] if settings.model else [])])
-            _print_facts(getattr(engine, "report", tuple)())
+            with kept_in(name, "report"):
+                _print_facts(getattr(engine, "report", tuple)())
         except NodeError as exc:
             wrong += 1
             print(f"dicom-node: {name}: {exc}", file=sys.stderr)
         finally:
-            engine.close()
+            put_away(name, engine)
     return FAILED if wrong else OK
 
 
@@ -133,19 +141,19 @@ def _print_facts(facts: Sequence[tuple[str, str]]) -> None:
 def engines_run(arguments: argparse.Namespace) -> int:
     """Run it on each series it takes. Raises NotFound (engine, study), EngineRejected when it takes none."""
     from dicom_node.plugins import encoder_kinds
-    from dicom_node.wiring import engines
+    from dicom_node.wiring import engines, put_away
 
     config = offline(arguments)
-    kinds = tuple(arguments.results or RESULTS)
+    kinds = tuple(arguments.results or (kind for kind in encoder_kinds() if kind != "labelmap"))  # as bits by seg
     if unknown := set(kinds) - set(encoder_kinds()):
         raise ConfigError(f"--results: {', '.join(sorted(unknown))} is none of {', '.join(encoder_kinds())}")
-    engine = engines(config, arguments.name)[arguments.name]
-    try:
-        with open_here(config) as catalog:
+    with open_here(config) as catalog:
+        engine = engines(config, arguments.name, returns=catalog.queue)[arguments.name]
+        try:
             by_hand = _ByHand(config, catalog, engine, arguments, kinds)
             ended = [by_hand.series(uid) for uid in _series_of(catalog, arguments.study, arguments.series)]
-    finally:
-        engine.close()
+        finally:
+            put_away(arguments.name, engine)
     if set(ended) == {"refused"}:
         raise EngineRejected(f"{arguments.name} takes no series of this study")
     return FAILED if "failed" in ended else OK
@@ -207,6 +215,7 @@ class _ByHand:
             timeout_s=self._timeout_s,
             record=recorder(self._catalog.queue, job=None, **names),
             quarantine=quarantined(self._catalog.quarantine.keep, job_id=0, **names),
+            study_instances=lambda: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [self._study]}),
         )
 
     def _answer(self, task: EngineTask) -> EngineResult:
@@ -223,8 +232,9 @@ class _ByHand:
                 poll: Callable[[EngineTask, str], EngineResult | Pending] = self._engine.poll  # type: ignore[attr-defined]
                 answer = poll(task, answer.handle)
         except (EngineTimeout, KeyboardInterrupt):
-            if isinstance(answer, Pending):
-                self._engine.cancel(answer.handle)  # type: ignore[attr-defined]
+            cancel: Callable[[str], None] | None = getattr(self._engine, "cancel", None)
+            if isinstance(answer, Pending) and cancel is not None:
+                cancel(answer.handle)
             raise
         return answer
 
@@ -247,7 +257,7 @@ class _ByHand:
             node_name=self._config.ae_titles[0],
         )
         made = encoded(result, task, context, encoders=encoders(), kinds=self._kinds, heartbeat=lambda: None)
-        if not made:
+        if not made and not any(isinstance(value, ReturnedInstances) for value in result.values):
             print(f"  nothing of it can be written as {' or '.join(self._kinds)}")
         ingest = node_ingest(self._catalog, self._config, self._clock)
         for ds in made:
@@ -298,5 +308,41 @@ def _said(values: Sequence[ResultValue]) -> Iterator[str]:
                 if measured.presence is Presence.PRESENT and measured.volume_cm3 is not None:
                     hu = "" if measured.mean_hu is None else f", mean {measured.mean_hu:.0f} HU"
                     yield f"{measured.segment.label}: {measured.volume_cm3:.1f} cm3{hu}"
+        elif isinstance(value, ReturnedInstances):
+            for instance in value.instances:
+                kept = "under UIDs of this run" if value.copies else "in the archive"
+                yield f"came back, {kept}: {instance.modality} {instance.sop_instance_uid}"
+        else:
+            yield from _said_beside(value)
         for note in getattr(value, "notes", ()):
             yield f"note: {note}"
+
+
+def _said_beside(value: ResultValue) -> Iterator[str]:
+    """Of surfaces, pictures, documents, numbers and what is said of slides."""
+    if isinstance(value, Mesh):
+        inside = ", ".join(segment.label for segment in value.segments)
+        yield f"surface {value.title}: {len(value.triangles)} triangles around {inside}"
+    elif isinstance(value, Picture):
+        yield f"picture {value.title}: {value.pixels.shape[0]} x {value.pixels.shape[1]} pixels"
+    elif isinstance(value, Document):
+        yield f"document: {len(value.pdf)} bytes of PDF"
+    elif isinstance(value, Annotations):
+        for group in value.groups:
+            yield f"annotations {group.label}: {len(group.shapes)} of type {group.graphic_type.value}"
+    elif isinstance(value, SlideLabels):
+        for segment in value.segments:
+            yield f"segment {segment.number} {segment.label}: {int((value.labels == segment.number).sum())} pixels"
+    elif isinstance(value, Quantities):
+        for item in value.items:
+            yield f"{item.code.meaning}: {item.value:g} {item.unit.value}"
+
+
+# --- models of an AIAA server
+
+
+def engines_aiaa_model(arguments: argparse.Namespace) -> int:
+    """See `aiaa_commands`."""
+    from dicom_node.aiaa_commands import engines_aiaa_model as run
+
+    return run(arguments)

@@ -41,6 +41,8 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Col
         yield "job_oldest_age_seconds", (state,), snapshot["jobs"][state]["oldest_age_s"]
     yield from _by_engine("engine_queue_jobs", QUEUE_STATES, snapshot["engines"], config)
     yield from _by_engine("engine_cancellations", ("pending", "failed"), snapshot["cancellations"], config)
+    for state, count in snapshot["returned"].items():
+        yield "returned_objects", (state,), count
     for rule in rules:
         yield "rule_last_match_timestamp_seconds", (rule,), snapshot["last_match"].get(rule, 0.0)
     yield from _deliveries(snapshot["deliveries"], config)

@@ -5,7 +5,7 @@ Implementations never import each other, only this file, `model` and `errors`; `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +27,7 @@ from dicom_node.model import (
     Job,
     Level,
     Match,
+    Origin,
     PlannedJob,
     Priority,
     Query,
@@ -388,10 +389,13 @@ class JobQueue(Protocol):
         produced: Sequence[InstanceRecord],
         sending_order: Sequence[str],
         stage_seconds: Mapping[str, float] | None = None,
+        *,
+        taken: Sequence[str] = (),
     ) -> None:
         """One transaction: results become visible, deliveries are queued (`sending_order`: SOP Instance UIDs), the job
         is DONE. Raises LeaseLost and writes nothing when the token is stale. A produced instance whose UID is known
-        with the same digest is adopted; with another digest the existing one is adopted and kept.
+        with the same digest is adopted; with another digest the existing one is adopted and kept. `taken`: SOP Instance
+        UIDs of what an engine stored here that is this job's now (`Returns`).
         """
         ...
 
@@ -481,6 +485,58 @@ class EngineLedger(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReturnedObject:
+    """One object an engine sent here by C-STORE. `position` counts arrivals up, whatever the clocks say.
+
+    `known_as`: the origin of what the index has under its SOP Instance UID; RETURNED when that is this object itself,
+    RECEIVED when an engine sent one of the node's own images. None for what came under UIDs of one job: it is kept
+    beside the index. `instance.path` is '' when nothing was kept, because the conflict policy refused it.
+    """
+
+    position: int
+    instance: StoredInstance
+    calling_ae_title: str
+    age_s: float
+    known_as: Origin | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenJob:
+    """A job that waits for objects to come back: what it analyses, and the note of its engine."""
+
+    job_id: int
+    engine: str
+    series_instance_uid: str
+    sop_instance_uids: frozenset[str]
+    note: str
+
+
+class Returns(Protocol):
+    """What came back from engines that answer by C-STORE. Reads only; a job takes objects by `JobQueue.finish_job`."""
+
+    def latest_return(self) -> int:
+        """The position of the latest arrival, 0 when there never was one: later ones have greater positions."""
+        ...
+
+    def returns(
+        self, study_instance_uid: str, calling_ae_titles: Collection[str], after: int
+    ) -> Sequence[ReturnedObject]:
+        """What came in that study from these AEs after position `after` and is no job's yet, in order of arrival.
+
+        What was sent again is listed once, as of its latest arrival. At most a few thousand.
+        """
+        ...
+
+    def is_sending(self, calling_ae_titles: Collection[str], within_s: float) -> bool:
+        """Whether any of these AEs has an association open that had traffic in the last seconds."""
+        ...
+
+    def open_jobs(self, study_instance_uid: str, engines: Collection[str]) -> Sequence[OpenJob]:
+        """Jobs on that study, of these engines, that have not ended and whose engine remembered something."""
+        ...
+
+
 class WorkQueue(JobQueue, EngineLedger, Protocol):
     """What a worker needs of the catalog."""
 
@@ -562,6 +618,9 @@ class Engine(Protocol):
       every request made on the wire, with one of `metrics.REQUEST_OUTCOMES`.
     * `gauges() -> Mapping[str, float]`: `breaker_state` (0 closed, 1 open, 2 half-open) and `token_expires_seconds`
       (from now, negative when over), as far as there are such; without asking anybody. Neither it nor `trouble` raises.
+
+    One that breaks these promises is told in the log, in `engine_misbehaved_total` and in /ready; it neither ends nor
+    holds up the process that asks (`watching`, `worker`).
     """
 
     name: str
@@ -612,7 +671,7 @@ class ResultEncoder(Protocol):
         """Encode what of `values` is this encoder's; nothing to say gives an empty sequence.
 
         `sources` are headers (no pixel data) of the images the engine saw; `already` are the data sets encoded
-        before for this job (an SR refers to the SEG in it). Encoders run in the order seg, sr.
+        before for this job (an SR refers to the SEG in it). Encoders run in the order of `plugins.encoder_kinds`.
         Deterministic: equal arguments give equal bytes. Raises EncodingError.
         """
         ...

@@ -54,10 +54,12 @@ DEAD_LETTER_REASONS = ("attempts", "deadline", "error", "poison")
 CALL_OUTCOMES = ("ok", "pending", "rejected", "unavailable", "timeout", "error", "dropped")
 # of one request on the wire; resting: the circuit breaker let nothing through
 REQUEST_OUTCOMES = ("ok", "rejected", "unavailable", "timeout", "error", "resting", "dropped")
+# what a plug-in may not do well, see `worker` and `watching`
+ENGINE_METHODS = ("trouble", "gauges", "facts", "hangs", "observe", "warm_up", "close")
 # queue: until a worker has it; wait: read, until the device has it
 STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
 RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
-OBJECT_KINDS = ("SEG", "SR", "image", OTHER)
+OBJECT_KINDS = ("ANN", "DOC", "M3D", "SEG", "SR", "image", OTHER)
 DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -169,6 +171,11 @@ class Metrics:
         self._engine_request_seconds = self._histogram(
             "engine_request_duration_seconds", "Requests to engines outside the node.", WORK_S, engine
         )
+        self._engine_misbehaved = self._counter(
+            "engine_misbehaved_total",
+            "Calls of an engine's own code that raised, hung or answered nonsense, by method.",
+            engine | {"method": ENGINE_METHODS},
+        )
         self._lease_lost = self._counter("job_lease_expired_total", "Jobs whose lease was lost to another worker.")
         self._dead = self._counter(
             "dead_letters_total",
@@ -269,6 +276,10 @@ class Metrics:
         self._engine_requests.labels(self._engine(engine), known).inc()
         self._engine_request_seconds.labels(self._engine(engine)).observe(max(seconds, 0.0))
 
+    def engine_misbehaved(self, engine: str, method: str) -> None:
+        """An engine's own code raised, hung or answered nonsense; `method` is one of ENGINE_METHODS."""
+        self._engine_misbehaved.labels(self._engine(engine), method if method in ENGINE_METHODS else "hangs").inc()
+
     def dead_letter(self, kind: str, reason: str) -> None:
         """A job or delivery was given up."""
         self._dead.labels(kind, reason if reason in DEAD_LETTER_REASONS else "error").inc()
@@ -292,7 +303,7 @@ class Metrics:
 
     def object_delivered(self, destination: str, modality: str, outcome: str) -> None:
         """One object, one try; `outcome` is one of DELIVERY_OUTCOMES."""
-        kind = modality if modality in ("SEG", "SR") else "image" if modality else OTHER
+        kind = modality if modality in OBJECT_KINDS else "image" if modality else OTHER
         known = outcome if outcome in DELIVERY_OUTCOMES else "failed"
         self._deliveries.labels(self._destination(destination), kind, known).inc()
 
@@ -355,6 +366,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "engine_token_expires_seconds": ("Until the engine's credentials expire; negative when they did.", ("engine",)),
     "engine_queue_jobs": ("Jobs not done, by engine; waiting: parked at the engine.", ("engine", "state")),
     "engine_cancellations": ("Work at engines that is to be stopped: pending, or given up.", ("engine", "state")),
+    "returned_objects": ("Objects engines stored in the node: results of a job, or of none so far.", ("state",)),
     "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),

@@ -7,7 +7,7 @@ only for people.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -108,6 +108,7 @@ class StoreOutcome(Enum):
     HEADER_CHANGED = "header-changed"  # a variant whose pixel data is the same
     REPLACED = "replaced"
     OTHER_SYNTAX = "other-syntax"  # the same instance in another transfer syntax, both kept
+    SET_ASIDE = "set-aside"  # from an engine, under UIDs of one job: kept, but no study of its own
     REFUSED = "refused"
 
 
@@ -557,6 +558,10 @@ def _not_kept(path: Path, reason: str) -> str:
     return ""
 
 
+def _nothing_else() -> Iterable[StoredInstance]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTask:
     """What an engine gets: the instances of one series (received ones, any order), and how long it may take.
@@ -577,6 +582,9 @@ class EngineTask:
     * `quarantine(path, reason)` keeps a copy of a file that came back and does not fit, for a person to look at;
       returns its name there, '' when there was no room. `reason` carries no patient data. Never raises.
 
+    `study_instances()` yields every visible instance of the study, of all series and origins, as they are now: for an
+    engine that is guided by what people said of the images (a structured report with points). Raises StorageError.
+
     Their defaults keep nothing; the node always gives real ones.
     """
 
@@ -592,3 +600,4 @@ class EngineTask:
     remember: Callable[[str], None] = field(default=_not_remembered, repr=False, compare=False)
     record: Callable[[Sending], AbstractContextManager[Tell]] = field(default=_not_recorded, repr=False, compare=False)
     quarantine: Callable[[Path, str], str] = field(default=_not_kept, repr=False, compare=False)
+    study_instances: Callable[[], Iterable[StoredInstance]] = field(default=_nothing_else, repr=False, compare=False)

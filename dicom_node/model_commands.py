@@ -13,7 +13,7 @@ from dicom_node.commands import FAILED, OK, offline, table
 from dicom_node.config import NodeConfig
 from dicom_node.errors import NodeError, PackageError
 from dicom_node.models.library import Library
-from dicom_node.wiring import engines, models_dir
+from dicom_node.wiring import engines, kept_in, models_dir, put_away
 
 _WIDTH = 110
 _HEADING = 14
@@ -54,13 +54,14 @@ def models_check(arguments: argparse.Namespace) -> int:
     wrong = 0
     for name, engine in engines(config, arguments.name).items():
         try:
-            engine.check()
+            with kept_in(name, "check"):
+                engine.check()
             print(f"{name}: can run")
         except NodeError as exc:
             wrong += 1
             print(f"dicom-node: {name}: {exc}", file=sys.stderr)
         finally:
-            engine.close()
+            put_away(name, engine)
     return FAILED if wrong else OK
 
 

@@ -20,11 +20,20 @@ _ENGINES: Mapping[str, str] = {
     "local": "dicom_node.models.engine:LocalModelEngine",
     "monai_label": "dicom_node.engines.monai_label:MonaiLabelEngine",
     "leapai": "dicom_node.engines.leapai:LeapAiEngine",
+    "relu": "dicom_node.engines.relu:ReluEngine",
+    "aignostics": "dicom_node.engines.aignostics:AignosticsEngine",
+    "aiaa": "dicom_node.engines.aiaa:AiaaEngine",
+    "kserve": "dicom_node.engines.kserve:KServeEngine",
+    "dicom": "dicom_node.engines.dicom_engine:DicomEngine",
 }
 _ENCODERS: Mapping[str, str] = {
     "seg": "dicom_node.results.seg:SegEncoder",
     "labelmap": "dicom_node.results.seg:LabelmapEncoder",
     "sr": "dicom_node.results.sr:SrEncoder",
+    "stl": "dicom_node.results.stl:StlEncoder",
+    "sc": "dicom_node.results.sc:ScEncoder",
+    "pdf": "dicom_node.results.pdf:PdfEncoder",
+    "ann": "dicom_node.results.ann:AnnEncoder",
 }
 
 

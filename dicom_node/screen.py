@@ -83,6 +83,8 @@ def _counts(snapshot: Mapping[str, Any]) -> list[str]:
         lines.append("filtered    " + ", ".join(f"{count} series: {why}" for why, count in sorted(reasons.items())))
     if variants := snapshot["variants"]:
         lines.append("variants    " + ", ".join(f"{count} {kind}" for kind, count in sorted(variants.items())))
+    if any((returned := snapshot["returned"]).values()):
+        lines.append(f"returned    {returned['taken']} objects are results, {returned['untaken']} are of no job so far")
     lines.append("jobs        " + _states(snapshot["jobs"]))
     for destination, states in sorted(snapshot["deliveries"].items()):
         lines.append(f"to {destination:<9}" + _states(states))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.wires import open_link
 from dicom_node.errors import NodeError, RuleError
 from dicom_node.gauges import catalog_readings, node_readings
-from dicom_node.http.health import Check, HealthServer, ReadyCheck
+from dicom_node.http.health import Check, HealthServer, Mount, ReadyCheck
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Gauges, Metrics, Reading, render
 from dicom_node.node import Timers
@@ -20,9 +21,14 @@ from dicom_node.pulse import fresh, read_pulse
 from dicom_node.routing.rules import RuleSet
 from dicom_node.wiring import destinations, node_catalog
 
+if TYPE_CHECKING:
+    from dicom_node.handing_out import Shelving
+
 __all__ = ["Service"]
 
 log = logging.getLogger(__name__)
+
+SHELF_S = 600.0
 
 
 class Service:
@@ -33,6 +39,7 @@ class Service:
         self._config, self._clock = config, clock
         self._metrics = Metrics(config, process="service")
         self._rules_error = ""
+        self._shelving: Shelving | None = None
         self._rules = self._first_rules()
         self._reloads = 0
         self._catalog = node_catalog(config, clock)
@@ -45,11 +52,23 @@ class Service:
             clock=clock,
             observer=self._metrics,
         )
-        self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page)
+        self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
         self._timers = Timers()
         self._timers.every(config.completion.tick_s, self._sweep)
+        if self._shelving is not None:
+            self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
         self._http.start()
+
+    def _mounts(self) -> Mapping[str, Mount]:
+        """What engines may ask of the HTTP port, where one of them does."""
+        from dicom_node import handing_out  # not before it is known that engines are configured
+
+        if not handing_out.is_needed(self._config):
+            return {}
+        queue = self._catalog.queue
+        self._shelving = handing_out.Shelving(self._config, self._clock, queue.still_wanted)
+        return handing_out.mounts(self._config, self._clock, queue.wake_job)
 
     def _sweep(self) -> None:
         try:
@@ -139,10 +158,13 @@ class Service:
         def engines() -> Check:
             pulse = read_pulse(self._config.data_dir, "work")
             unusable = sorted(pulse.facts.get("unusable", {})) if pulse else []
+            misbehaving = sorted(pulse.facts.get("misbehaving", {})) if pulse else []
             resting = [one["device"] for one in pulse.facts.get("runtimes", ()) if one["breaker"]] if pulse else []
             detail = f"cannot run, see status: {', '.join(unusable)}" if unusable else ""
             if resting:
                 detail += f"{'; ' if detail else ''}the CPU does the work of {', '.join(resting)}"
+            if misbehaving:
+                detail += f"{'; ' if detail else ''}not as they promise, see the log: {', '.join(misbehaving)}"
             return Check(name="engines", ok=True, detail=detail)  # images are taken in, kept and sent all the same
 
         return scp, catalog, disk, workers, engines

@@ -13,6 +13,7 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
+from pydicom.dataset import Dataset
 
 from dicom_node.model import StoredInstance
 
@@ -225,9 +226,15 @@ class Quantities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReturnedInstances:
-    """Objects the engine stored in the node itself: in the archive already, they become the job's results."""
+    """Objects the engine stored in the node itself, in sending order: in the archive already, they become the job's
+    results as they are.
+
+    `copies` stand for them, one each, when they came under UIDs of the job: the same objects with the study's own UIDs
+    and patient, which are kept instead. Each has file meta information with its transfer syntax.
+    """
 
     instances: tuple[StoredInstance, ...]
+    copies: tuple[Dataset, ...] = field(default=(), repr=False, compare=False)
 
 
 # Closed union: an engine answers with these and nothing else.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from dicom_node.config import NodeConfig
-from dicom_node.errors import ConfigError
-from dicom_node.interfaces import Clock, Engine, ResultEncoder
+from dicom_node.budget import VolumeMemory
+from dicom_node.clock import SystemClock
+from dicom_node.config import EngineSettings, NodeConfig
+from dicom_node.engines._dicom_options import DicomEngineOptions, dicom_options
+from dicom_node.errors import ConfigError, EngineError, EngineUnavailable, NodeError
+from dicom_node.interfaces import Clock, Engine, Heartbeat, ResultEncoder, Returns
 from dicom_node.model import (
     ConflictPolicy,
     Destination,
+    EngineTask,
     InstanceRecord,
     Origin,
     Source,
@@ -22,18 +28,27 @@ from dicom_node.pipeline.ingest import Ingest
 from dicom_node.plugins import encoder_class, encoder_kinds, engine_class, is_own_engine
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.queue import QueueOptions
+from dicom_node.values import EngineResult, Pending
 
 __all__ = [
     "CountedIngest",
+    "Unmade",
     "destinations",
     "encoders",
     "engines",
+    "kept_in",
     "models_dir",
     "node_catalog",
     "node_ingest",
     "origin_for",
     "policy_for",
+    "put_away",
 ]
+
+log = logging.getLogger(__name__)
+
+# Kind of result by its Modality (0008,0060); label maps are SEG, pictures OT
+_KINDS = {"SEG": "seg", "SR": "sr", "M3D": "stl", "OT": "sc", "DOC": "pdf", "ANN": "ann"}
 
 
 def node_catalog(config: NodeConfig, clock: Clock) -> Catalog:
@@ -41,14 +56,36 @@ def node_catalog(config: NodeConfig, clock: Clock) -> Catalog:
 
     def takes(destination: str, modality: str) -> bool:
         known = config.destinations.get(destination)
-        return known is None or known.results is None or modality.lower() in known.results
+        return known is None or known.results is None or _KINDS.get(modality) in known.results
 
     options = QueueOptions(
         takes=takes,
         immediate_modalities=config.completion.immediate_modalities,
         analyse_conflicts=config.analyse_identity_conflicts,
+        is_engine=_is_engine(config),
     )
     return open_catalog(config.data_dir, clock, config.storage, options=options)
+
+
+def _is_engine(config: NodeConfig) -> Callable[[str, str], bool]:
+    """Whether a destination is the AE of an engine of kind `dicom`."""
+    addresses = {name: (block.ae_title, block.host, block.port) for name, block in _dicom_engines(config).items()}
+
+    def told(destination: str, engine: str) -> bool:
+        known = config.destinations.get(destination)
+        return known is not None and addresses.get(engine) == (known.ae_title, known.host, known.port)
+
+    return told
+
+
+def _dicom_engines(config: NodeConfig) -> Mapping[str, DicomEngineOptions]:
+    """The options of every engine of kind `dicom`; one whose options are wrong says so when it is made."""
+    found: dict[str, DicomEngineOptions] = {}
+    for name, settings in config.engines.items():
+        if settings.kind == "dicom":
+            with suppress(ConfigError):
+                found[name] = dicom_options(name, settings)
+    return found
 
 
 # --- intake
@@ -133,6 +170,7 @@ def destinations(config: NodeConfig) -> Mapping[str, Destination]:
 def origin_for(config: NodeConfig) -> Callable[[Source], Origin]:
     """What an engine sends are results, not images to analyse."""
     engine_titles = {peer.ae_title for peer in config.peers.values() if peer.is_engine}
+    engine_titles |= {title for block in _dicom_engines(config).values() for title in block.return_titles}
     return lambda source: Origin.RETURNED if source.calling_ae_title in engine_titles else Origin.RECEIVED
 
 
@@ -145,21 +183,122 @@ def policy_for(config: NodeConfig) -> Callable[[Source], ConflictPolicy]:
 # --- engines
 
 
-def engines(config: NodeConfig, only: str | None = None) -> dict[str, Engine]:
-    """Every configured engine, or one, made but not loaded. Raises ConfigError naming the engine's key."""
+def engines(
+    config: NodeConfig, only: str | None = None, *, stand_in: bool = False, returns: Returns | None = None
+) -> dict[str, Engine]:
+    """Every configured engine, or one, made but not loaded. Raises ConfigError naming the engine's key.
+
+    Those of the node's own kinds share one memory for volumes, see `budget.VolumeMemory`. With `stand_in` one that
+    cannot be made does not keep the others from their work: its jobs wait, see `Unmade`.
+    `returns` is the catalog's, without which an engine of kind `dicom` can be checked but not run.
+    """
     if only is not None and only not in config.engines:
         raise ConfigError(f"engines: there is no {only!r} (known: {', '.join(sorted(config.engines)) or 'none'})")
     names = config.engines if only is None else (only,)
+    memory = VolumeMemory(config.jobs.prepared_mb << 20)
+    handing_out = _handing_out(config)
     made: dict[str, Engine] = {}
     for name in names:
         settings = config.engines[name]
         more: dict[str, Any] = {}  # kinds of plug-ins promise to take `devices` and no more
         if settings.kind == "local":
-            more = {"models_dir": models_dir(config), "jobs": config.jobs}
+            more = {"models_dir": models_dir(config), "jobs": config.jobs, "memory": memory}
         elif is_own_engine(settings.kind):
-            more = {"data_dir": config.data_dir}
-        made[name] = engine_class(settings.kind)(name, settings, devices=config.jobs.devices, **more)
+            more = {"data_dir": config.data_dir, "memory": memory, **handing_out}
+        if settings.kind == "dicom":
+            more |= _of_dicom_engine(config, returns)
+        try:
+            made[name] = _made(name, settings, devices=config.jobs.devices, **more)
+        except ConfigError as exc:
+            if not stand_in:
+                raise
+            log.error("an engine cannot be made", extra={"engine": name, "error": str(exc)})
+            made[name] = Unmade(name, str(exc))
     return made
+
+
+def _handing_out(config: NodeConfig) -> Mapping[str, Any]:
+    if not config.http_public_url:
+        return {}
+    from dicom_node.handing_out import for_engines  # only a node with engines that come to it needs it
+
+    return for_engines(config, SystemClock())
+
+
+def _of_dicom_engine(config: NodeConfig, returns: Returns | None) -> Mapping[str, Any]:
+    from dicom_node.dimse.pynetdicom_scu import DimseSender  # only a node with such an engine needs it here
+
+    return {
+        "sender": DimseSender(config.delivery, config.ae_titles[0]),
+        "returns": returns,
+        "own_titles": frozenset(config.ae_titles),
+        "peers": {peer.ae_title: peer.is_engine for peer in config.peers.values()},
+        "return_titles": {name: block.return_titles for name, block in _dicom_engines(config).items()},
+    }
+
+
+def _made(name: str, settings: EngineSettings, **more: Any) -> Engine:
+    try:
+        engine: Engine = engine_class(settings.kind)(name, settings, **more)
+    except NodeError:
+        raise
+    except Exception as exc:  # edge: a plug-in's module and constructor
+        raise ConfigError(
+            f"engines.{name}: its kind {settings.kind!r} cannot be made, {type(exc).__name__}; mend the plug-in or "
+            "remove the engine"
+        ) from exc
+    return engine
+
+
+@contextmanager
+def kept_in(name: str, method: str) -> Iterator[None]:
+    """Inside, an engine's own code is called: what it must not raise becomes an EngineError that names it."""
+    try:
+        yield
+    except NodeError:
+        raise
+    except (Exception, SystemExit) as exc:  # edge: a plug-in's code
+        raise EngineError(f"engine {name}: its {method} raised {type(exc).__name__}; mend the plug-in") from exc
+
+
+def put_away(name: str, engine: Engine) -> None:
+    """Close it; one that cannot be closed is told in the log and is nobody else's trouble."""
+    try:
+        with kept_in(name, "close"):
+            engine.close()
+    except NodeError as exc:
+        log.warning("an engine could not be closed", extra={"engine": name}, exc_info=exc)
+
+
+class Unmade:
+    """Stands where an engine could not be made: says why, and lets its jobs wait for a restart with a better one."""
+
+    def __init__(self, name: str, trouble: str) -> None:
+        self.name = name
+        self.trouble = trouble
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        raise ConfigError(self.trouble)
+
+    def run(self, task: EngineTask, heartbeat: Heartbeat) -> EngineResult | Pending:
+        """Raises EngineUnavailable."""
+        raise EngineUnavailable(self.trouble)
+
+    def poll(self, task: EngineTask, handle: str) -> EngineResult | Pending:
+        """Raises EngineUnavailable."""
+        raise EngineUnavailable(self.trouble)
+
+    def cancel(self, handle: str) -> None:
+        """Raises EngineUnavailable: it is told again later."""
+        raise EngineUnavailable(self.trouble)
+
+    def cancel_noted(self, note: str) -> None:
+        """Raises EngineUnavailable: it is told again later."""
+        raise EngineUnavailable(self.trouble)
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def models_dir(config: NodeConfig) -> Path:

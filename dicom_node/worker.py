@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dicom_node.apart import Call
 from dicom_node.decoding import close_decoders, use_decoders
-from dicom_node.errors import LeaseLost, NodeError
-from dicom_node.interfaces import Clock, seconds_since
+from dicom_node.errors import EngineTimeout, LeaseLost, NodeError
+from dicom_node.interfaces import Clock, Engine, seconds_since
 from dicom_node.metrics import Metrics
-from dicom_node.model import BootTime, Priority
+from dicom_node.model import BootTime, Level, Priority
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
+from dicom_node.watching import WAIT_S, EngineWatch, Observing, Standing, observing
 from dicom_node.wiring import encoders, engines, node_catalog, node_ingest
 
 __all__ = ["Work"]
@@ -28,6 +31,9 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.2  # how often an idle worker looks for a job
 WORKER_PAUSE_S = 2.0  # after the catalog could not be had
+METHOD_S = 5.0  # how long is waited for what promises to be quick
+WARM_UP_S = 300.0  # after this the next engine is warmed up beside it
+CLOSE_S = 3.0
 STOP_PAUSE_S = 2.0  # how often it is looked for work at engines that is to be stopped
 
 
@@ -38,12 +44,14 @@ class Work:
         self._config, self._clock = orders.config, clock
         self._stopping = threading.Event()
         self._catalog = node_catalog(self._config, clock)
-        self._engines = engines(self._config)
+        self._engines = engines(self._config, stand_in=True, returns=self._catalog.queue)
         use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")
-        for engine in self._engines.values():
-            if (observe := getattr(engine, "observe", None)) is not None:
-                observe(self._metrics.engine_requested)
+        self._observe()
+        self._watches = {
+            name: EngineWatch(name, engine, clock, self._metrics.engine_misbehaved)
+            for name, engine in self._engines.items()
+        }
         self._ended: Counter[tuple[str, str]] = Counter()  # runtimes, as far as counted
         self._worker = self._make_worker()
         # beyond it no job keeps its lease (pipeline.work), so whoever still works on one is stuck
@@ -64,6 +72,34 @@ class Work:
         for thread in (*self._threads, *(self._others if self._threads else ())):
             thread.start()
 
+    def _observe(self) -> None:
+        for name, engine in self._engines.items():
+            observer = observing(name, self._metrics.engine_requested, self._metrics.engine_misbehaved)
+
+            def tell(engine: Engine = engine, observer: Observing = observer) -> None:
+                if (observe := getattr(engine, "observe", None)) is not None:
+                    observe(observer)
+
+            self._guarded(name, "observe", tell)
+
+    def _guarded(self, name: str, method: str, call: Callable[[], object], wait_s: float = METHOD_S) -> None:
+        """Call an engine's own code apart; what it raises and how long it takes is told, and is not the process's."""
+        until_s = time.monotonic() + wait_s
+        try:
+            made = Call(call, f"{name}.{method}")
+            while not made.ended(IDLE_S):
+                if method == "warm_up" and self._stopping.is_set():
+                    return
+                if time.monotonic() > until_s:
+                    raise EngineTimeout(f"engine {name}: {method} has not returned within {wait_s:g} s")
+            made.result()
+        except LeaseLost:
+            return  # the node stops
+        except Exception as exc:  # edge: a plug-in's code
+            if isinstance(exc, EngineTimeout) or not isinstance(exc, NodeError):
+                self._metrics.engine_misbehaved(name, method)
+            log.warning("an engine's method failed", extra={"engine": name, "method": method}, exc_info=exc)
+
     def _make_worker(self) -> Worker:
         config = self._config
         return Worker(
@@ -80,6 +116,7 @@ class Work:
             observer=self._metrics,
             stopping=self._stopping.is_set,
             keep=self._catalog.quarantine.keep,
+            study_instances=lambda study: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [study]}),
         )
 
     def _run(self, name: str, at_least: Priority) -> None:
@@ -109,13 +146,14 @@ class Work:
     def _warm_up(self) -> None:
         """Load what engines can load before the first study needs it. What fails here is told by the first job."""
         for name, engine in self._engines.items():
-            warm_up = getattr(engine, "warm_up", None)
-            if warm_up is None or self._stopping.is_set():
-                continue
-            try:
-                warm_up(self._go_on)
-            except NodeError as exc:
-                log.warning("an engine could not be warmed up", extra={"engine": name, "error": str(exc)})
+            if self._stopping.is_set():
+                return
+
+            def warm_up(engine: Engine = engine) -> None:
+                if (method := getattr(engine, "warm_up", None)) is not None:
+                    method(self._go_on)
+
+            self._guarded(name, "warm_up", warm_up, WARM_UP_S)
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
@@ -126,23 +164,27 @@ class Work:
         alive = sum(thread.is_alive() for thread in self._threads)
         wanted, now = len(self._threads), self._clock.boot()
         stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
-        facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes()}
-        facts["unusable"] = {name: why for name, one in self._engines.items() if (why := getattr(one, "trouble", ""))}
-        facts["engines"] = {name: dict(gauges()) for name, gauges in self._gauges()}
+        standings = self._standings()
+        facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes(standings.values())}
+        facts["unusable"] = {name: one.trouble for name, one in standings.items() if one.trouble}
+        facts["engines"] = {name: dict(one.gauges) for name, one in standings.items()}
+        facts["misbehaving"] = {name: watch.fault for name, watch in self._watches.items() if watch.fault}
         if alive < wanted:
             return False, f"{alive} of {wanted}", facts
         return stuck == 0, f"{stuck} of {wanted} stuck in a job" if stuck else "", facts
 
-    def _gauges(self) -> Iterator[tuple[str, Callable[[], Mapping[str, float]]]]:
-        for name, engine in self._engines.items():
-            if (gauges := getattr(engine, "gauges", None)) is not None:
-                yield name, gauges
+    def _standings(self) -> dict[str, Standing]:
+        """How every engine stands, within WAIT_S for all of them together."""
+        for watch in self._watches.values():
+            watch.begin()
+        until_s = time.monotonic() + WAIT_S
+        return {name: one.standing(max(until_s - time.monotonic(), 0.0)) for name, one in self._watches.items()}
 
-    def _runtimes(self) -> list[dict[str, Any]]:
+    def _runtimes(self, standings: Iterable[Standing]) -> list[dict[str, Any]]:
         """How the engines' devices stand; what ended since the last time is counted."""
-        found: dict[str, dict[str, Any]] = {}
-        for engine in self._engines.values():
-            for runtime in getattr(engine, "facts", tuple)():
+        found: dict[str, Mapping[str, Any]] = {}
+        for standing in standings:
+            for runtime in standing.runtimes:
                 found[runtime["device"]] = runtime
         ended = Counter({(device, why): n for device, one in found.items() for why, n in one["restarts"].items()})
         for (device, reason), count in (ended - self._ended).items():
@@ -156,8 +198,14 @@ class Work:
     def stop(self) -> None:
         """Work under way is dropped; its lease runs out and it is done again."""
         self._stopping.set()
-        for engine in self._engines.values():
-            engine.close()
+        closing = [
+            threading.Thread(target=self._guarded, args=(name, "close", engine.close, CLOSE_S), daemon=True)
+            for name, engine in self._engines.items()
+        ]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(CLOSE_S)
         close_decoders()
         for thread in (*self._threads, *self._others):
             if thread.ident is not None:

@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
-from dicom_node import cli, plugins
+from dicom_node import cli, engine_commands, plugins
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings, load_config
 from dicom_node.gauges import node_readings
@@ -21,6 +22,19 @@ from dicom_node.model import Origin, Source
 from dicom_node.process import Orders
 from dicom_node.pulse import Pulse, beat, run_folder
 from dicom_node.store.catalog import Catalog, open_catalog
+from dicom_node.values import (
+    AnnotationGroup,
+    Annotations,
+    Code,
+    Document,
+    GraphicType,
+    Mesh,
+    Picture,
+    Quantities,
+    Quantity,
+    Segment,
+    SlideLabels,
+)
 from dicom_node.wiring import node_ingest
 from dicom_node.worker import Work
 
@@ -43,7 +57,7 @@ from dicom_node.values import (
 )
 
 class Outside:
-    def __init__(self, name, settings, *, devices=(), data_dir=None):
+    def __init__(self, name, settings, *, devices=(), data_dir=None, **node):
         self.name, self._options, self._polls = name, settings.options, 0
 
     def check(self):
@@ -310,9 +324,9 @@ def test_an_answer_that_does_not_come_is_cancelled(study: Path, capsys: pytest.C
 def test_an_unknown_kind_of_result_is_named_before_anything_runs(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = said(capsys, "engines", "run", "outside", STUDY, "--results", "pdf")
+    status, out, err = said(capsys, "engines", "run", "outside", STUDY, "--results", "film")
     assert (status, out) == (2, "")
-    assert "pdf" in err
+    assert "film" in err
 
 
 def test_a_quarantined_file_is_told_by_fsck_and_is_no_disagreement(
@@ -324,6 +338,33 @@ def test_a_quarantined_file_is_told_by_fsck_and_is_no_disagreement(
     status, out, _ = said(capsys, "fsck")
     assert status == 0
     assert "quarantined: job-0-" in out and "another grid" in out and "agree" in out
+
+
+def test_whatever_an_engine_answers_is_told_by_hand_in_a_line() -> None:
+    code = Code(value="1", scheme="99TEST", meaning="Area")
+    tooth = Segment(number=2, key="t", label="Tooth 11", category=code, type=code)
+    point, square = np.zeros((1, 2)), np.zeros((2, 2), np.uint8)
+    group = AnnotationGroup(
+        label="Nuclei", category=code, type=code, graphic_type=GraphicType.POINT, shapes=(point, point)
+    )
+    triangles = np.zeros((4, 3), np.uint32)
+    values = (
+        Mesh(vertices=np.zeros((4, 3), np.float32), triangles=triangles, title="Upper jaw", segments=(tooth,)),
+        Picture(pixels=square, sop_instance_uid="1", title="Heat map", notes=("faint",)),
+        Document(pdf=b"%PDF-", sop_instance_uids=("1",), title="Canary^Jane"),
+        Annotations(sop_instance_uid="1", groups=(group,)),
+        SlideLabels(labels=square + 2, sop_instance_uid="1", segments=(tooth,)),
+        Quantities(sop_instance_uids=("1",), items=(Quantity(code=code, value=1.5, unit=code),)),
+    )
+    assert list(engine_commands._said(values)) == [
+        "surface Upper jaw: 4 triangles around Tooth 11",
+        "picture Heat map: 2 x 2 pixels",
+        "note: faint",
+        "document: 5 bytes of PDF",
+        "annotations Nuclei: 2 of type POINT",
+        "segment 2 Tooth 11: 4 pixels",
+        "Area: 1.5 1",
+    ]
 
 
 # --- gauges
@@ -366,7 +407,7 @@ def test_the_work_process_reads_gauges_counts_requests_and_tells_what_is_to_be_s
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Heard()
-    monkeypatch.setattr("dicom_node.worker.engines", lambda config: {"outside": engine})
+    monkeypatch.setattr("dicom_node.worker.engines", lambda config, **how: {"outside": engine})
     catalog = opened(here)
     add_job(catalog, "outside", "waiting", 1)
     catalog.database.write(lambda connection: connection.execute("UPDATE job SET handle = 'run-5'") and None)

@@ -14,13 +14,14 @@ PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
-    *("breaker", "identity", "lifeline", "memory_files"),
+    *("apart", "breaker", "budget", "identity", "lifeline", "memory_files"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything
 ROOT = {
-    *("cli", "commands", "engine_commands", "model_commands", "transfers", "screen"),
-    *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "deciding", "gauges"),
+    *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
+    *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "watching"),
+    *("deciding", "gauges", "handing_out"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),
@@ -47,6 +48,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "httpcore2": ("engines/_wire.py",),
     "google_crc32c": ("engines/_downloads.py",),
     "nibabel": ("engines/nifti.py",),
+    "PIL": ("engines/_class_map.py", "engines/_leapai_pictures.py", "demo/pictures.py"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

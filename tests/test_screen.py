@@ -14,6 +14,7 @@ SNAPSHOT: dict[str, Any] = {
     "jobs": {"pending": {"count": 2, "oldest_age_s": 90.0}, "done": {"count": 5, "oldest_age_s": 0.0}},
     "deliveries": {"PACS": {"failed": {"count": 1, "oldest_age_s": 7200.0}}},
     "variants": {"variant": 2},
+    "returned": {"taken": 3, "untaken": 1},
     "associations": {"open": 1, "by_calling_ae": {"CT1": 1}},
 }
 

@@ -62,7 +62,7 @@ def test_the_work_process_tells_of_its_runtimes_and_counts_each_end_once(
         def close(self) -> None: ...
 
     engine = Engine()
-    monkeypatch.setattr("dicom_node.worker.engines", lambda config: {"one": engine, "two": engine})
+    monkeypatch.setattr("dicom_node.worker.engines", lambda config, **how: {"one": engine, "two": engine})
     rules = tmp_path / "rules"
     rules.mkdir()
     config = NodeConfig(data_dir=tmp_path, rules_dir=rules, jobs={"workers": 0})

@@ -14,6 +14,7 @@ from dicom_node.deciding import destination_of, zone
 from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Origin, Source
 from dicom_node.store.catalog import Catalog
+from dicom_node.store.queue import QueueOptions
 from dicom_node.wiring import CountedIngest, encoders, engines, node_catalog, origin_for, policy_for
 
 EXPLICIT_LE = "1.2.840.10008.1.2.1"
@@ -124,7 +125,20 @@ def test_every_configured_engine_and_encoder_can_be_made(config: NodeConfig) -> 
     assert sorted(made) == ["ct-abdomen", "cxr-findings"]
     for engine in made.values():
         engine.close()
-    assert [encoder.kind for encoder in encoders()] == ["seg", "labelmap", "sr"]
+    assert [encoder.kind for encoder in encoders()] == ["seg", "labelmap", "sr", "stl", "sc", "pdf", "ann"]
+
+
+def test_a_destination_is_sent_the_kinds_it_names(config: NodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[QueueOptions] = []
+    monkeypatch.setattr("dicom_node.wiring.open_catalog", lambda *_, **given: options.append(given["options"]))
+    modalities = {"seg": "SEG", "sr": "SR", "stl": "M3D", "sc": "OT", "pdf": "DOC", "ann": "ANN"}
+    assert {*modalities, "labelmap"} == {encoder.kind for encoder in encoders()}
+    for kind in modalities:
+        only = config.destinations["archive"].model_copy(update={"results": (kind,)})
+        node_catalog(config.model_copy(update={"destinations": {"archive": only}}), SystemClock())
+        taken = [other for other, modality in modalities.items() if options[-1].takes("archive", modality)]
+        assert taken == [kind]
+        assert not options[-1].takes("archive", "CT") and options[-1].takes("another", "CT")
 
 
 def test_an_unknown_engine_names_the_known_ones(config: NodeConfig) -> None:

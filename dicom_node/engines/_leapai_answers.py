@@ -11,7 +11,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +25,17 @@ from dicom_node.values import (
     Presence,
 )
 
-__all__ = ["CONDITIONS", "READ", "Prediction", "findings_of", "prediction_of", "token_accepted", "token_expiry"]
+__all__ = [
+    "CONDITIONS",
+    "READ",
+    "Prediction",
+    "bulk_taken",
+    "findings_of",
+    "prediction_of",
+    "prediction_on_disk",
+    "token_accepted",
+    "token_expiry",
+]
 
 READ = (200, 400, 401, 415, 500)
 """The statuses whose bodies are envelopes."""
@@ -72,11 +82,11 @@ _ERRORS: Sequence[tuple[str, type[EngineError], str]] = (
     ("output_folder_path is required", EngineError, "wants to write to disk: it is of an older generation"),
     ("unable to create output folder", EngineUnavailable, "cannot create its output folder: check its permissions"),
     ("single inference failed", EngineCrashed, "failed on this image"),
-    ("input_folder_path is required", EngineError, "took a single image for a folder"),
-    ("invalid path input_folder_path", EngineError, "took a single image for a folder"),
-    ("input folder path does not exist", EngineError, "took a single image for a folder"),
-    ("no dicom images found", EngineError, "took a single image for a folder"),
-    ("bulk inference failed", EngineCrashed, "failed on this image, which it took for a folder"),
+    ("input_folder_path is required", EngineError, "misses input_folder_path in a request that should have it"),
+    ("invalid path input_folder_path", EngineUnavailable, f"cannot make sense of the folder's path: {_FOLDERS}"),
+    ("input folder path does not exist", EngineUnavailable, f"does not find the folder: {_FOLDERS}"),
+    ("no dicom images found", EngineUnavailable, f"sees no image in the folder: {_FOLDERS}"),
+    ("bulk inference failed", EngineCrashed, "failed on the folder"),
 )
 _BY_STATUS: Mapping[int, tuple[type[EngineError], str]] = {
     400: (EngineRejected, "refuses the image for a reason that is not in its documentation"),
@@ -152,12 +162,15 @@ class _Told:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the engine said of one image. `result` is its word for all of it, `remark` why it warns."""
+    """What the engine said of one image. `result` is its word for all of it, `remark` why it warns, `heatmap` what it
+    answered under that name: a picture in base64 where it was not to write to disk.
+    """
 
     result: str
     findings: tuple[_Told, ...]
     model_version: str
     remark: str
+    heatmap: object = field(default=None, repr=False)
 
 
 def prediction_of(engine: str, status: int, body: bytes, *, sop_instance_uid: str) -> Prediction:
@@ -166,7 +179,32 @@ def prediction_of(engine: str, status: int, body: bytes, *, sop_instance_uid: st
     Raises EngineUnavailable, EngineRejected, EngineCrashed or EngineError as the engine's documentation has it, and
     EngineError for what is not its interface or is about another image.
     """
+    return _prediction(engine, _opened(engine, status, body), sop_instance_uid)
+
+
+def prediction_on_disk(engine: str, body: bytes, *, sop_instance_uid: str) -> Prediction:
+    """The same from a `predictions.json` the engine wrote: Data of an answer, with or without its envelope."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        raise EngineError(f"engine {engine}: the predictions it wrote are no JSON") from None
+    if isinstance(told, Mapping) and "Result" in told:
+        return _prediction(engine, _opened(engine, 200, body), sop_instance_uid)
+    return _prediction(engine, _Envelope(result="Success", content=told, message=""), sop_instance_uid)
+
+
+def bulk_taken(engine: str, status: int, body: bytes) -> str:
+    """Read the answer to a bulk inference; why it warns, '' when it does not. Raises as `prediction_of` does.
+
+    Which images it left out it does not say: what it wrote for each is all there is.
+    """
     envelope = _opened(engine, status, body)
+    if envelope.result != "Warning":
+        return ""
+    return "the engine flagged its answer for the whole series with a warning" + _quoted(envelope.message)
+
+
+def _prediction(engine: str, envelope: _Envelope, sop_instance_uid: str) -> Prediction:
     if not isinstance(envelope.content, Mapping):
         raise EngineError(f"engine {engine}: it answered without Data: is it of an older generation?")
     metadata = envelope.content.get("metadata")
@@ -182,6 +220,7 @@ def prediction_of(engine: str, status: int, body: bytes, *, sop_instance_uid: st
         findings=_told(engine, envelope.content.get("findings")),
         model_version=cleaned(str(metadata.get("model_version") or "")) or "unknown",
         remark=remark,
+        heatmap=envelope.content.get("heatmap"),
     )
 
 

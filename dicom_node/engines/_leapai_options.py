@@ -47,7 +47,16 @@ class LeapAiOptions(HttpSettings):
     engine_folder: Annotated[str, AfterValidator(_engine_folder)]
     """The same folder, as the engine's machine knows it."""
     file_mode: Literal["0600", "0640", "0644"] = "0640"
-    """Of the images in the shared folder: the engine's user must be able to read them."""
+    """Of the images in the shared folder: the engine's user must be able to read them. Where it is to write there too
+    (`bulk`, `report`), it may as the same user, as a member of the same group, or whoever it is.
+    """
+    bulk: bool = False
+    """Hand over all images of a series at once. They are pseudonymised even for an engine on this machine, since it
+    files what it finds by Patient ID."""
+    heatmap: Literal["same-shape", "any-shape", "none"] = "same-shape"
+    """Take the engine's heatmap as a picture: only when it has the image's proportions, whatever they are, or never."""
+    report: bool = False
+    """Take the engine's PDF report. It names the patient where the engine sees who it is."""
     send_identifiable: bool = False
     """Let an engine on another machine see who the patient is."""
     views: Annotated[tuple[str, ...], Field(min_length=1)] = ("PA", "AP")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
@@ -25,6 +25,8 @@ class Settings(HttpSettings):
 
     read_timeout_s: float = Field(default=600.0, gt=0)
     """Longer than of other engines: it answers when it is done, and is silent until then."""
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 1
+    """Most series at a time. A server answers nobody while it works on one; more only where it runs several workers."""
     token: Secret | None = None
     """Sent as bearer token where the server asks for one."""
     send_identifiable: bool = False

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -131,6 +132,13 @@ class Shelf:
     def jobs(self) -> list[str]:
         """Jobs with objects on the shelf."""
         return sorted(name for name in self._names() if JOB.fullmatch(name))
+
+    def age_s(self, job: str) -> float:
+        """How long ago something was last put there for this job, by the wall clock; 0 when that cannot be told."""
+        try:
+            return max(time.time() - os.stat(self._folder / job).st_mtime, 0.0) if JOB.fullmatch(job) else 0.0
+        except OSError:
+            return 0.0
 
     def _names(self) -> list[str]:
         try:

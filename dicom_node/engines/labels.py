@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
 from dicom_node.anatomy_codes import LabelCodes, label_codes, private_code
 from dicom_node.values import Code, Segment
 
-__all__ = ["Label", "LabelRow", "LabelTable", "cleaned", "names_by_value", "plain", "segments_of"]
+__all__ = ["Coded", "Label", "LabelRow", "LabelTable", "cleaned", "names_by_value", "plain", "segments_of"]
 
 _STRUCTURE = Code(value="91723000", scheme="SCT", meaning="Anatomical Structure")
 _BACKGROUND = {"background", "unlabeled", "unlabelled"}
@@ -37,7 +37,7 @@ def _code(value: Any) -> Any:
     return value
 
 
-_Coded = Annotated[Code, BeforeValidator(_code)]
+Coded = Annotated[Code, BeforeValidator(_code)]
 _Shade = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -50,9 +50,9 @@ class LabelRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     name: str = Field(default="", max_length=64)
-    category: _Coded = _STRUCTURE
-    type: _Coded | None = None
-    modifier: _Coded | None = None
+    category: Coded = _STRUCTURE
+    type: Coded | None = None
+    modifier: Coded | None = None
     color: tuple[_Shade, _Shade, _Shade] | None = None
 
 

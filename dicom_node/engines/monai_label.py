@@ -3,6 +3,9 @@
 One call does it: POST /infer/{model}?output=image, multipart with `params` (JSON text) and `file` (NIfTI), answered by
 the painted file. With `session` the volume is put once (PUT /session/) and named by its id, which outlasts a retry. An
 inference changes nothing over there, so that repeating one does no harm; nothing is ever trained or stored.
+
+The server runs an inference where it also takes requests: until it is done it answers nobody, not even GET /info/. So
+series take turns here, and silence before a series was given to it is an outage, not that series' fault.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +29,7 @@ from pydantic import ValidationError
 from dicom_node.breaker import BreakerState
 from dicom_node.config import EngineSettings
 from dicom_node.engines._http import HttpClient, Part, parse_options
+from dicom_node.engines._limits import Slots
 from dicom_node.engines._monai_label_told import Info, Model, Session, Settings, plain_text
 from dicom_node.engines._tally import measured
 from dicom_node.engines.labels import names_by_value
@@ -96,6 +100,7 @@ class MonaiLabelEngine:
         self._model = settings.model
         self._timeout_s = settings.timeout_s
         self._options = parse_options(Settings, name, settings.options)
+        self._turns = Slots(self._options.concurrency)
         self._host = urlsplit(self._options.base_url).hostname or ""
         self._hide = must_hide(self._options, self._host)
         self._observer: Observer | None = None
@@ -163,16 +168,19 @@ class MonaiLabelEngine:
         EngineErrors for an answer that does not fit, whose file is then in the quarantine; ConfigError; StorageError
         and LeaseLost of the task's own functions; and whatever `heartbeat` raises.
         """
-        budget = _Budget(self, heartbeat, min(task.timeout_s, self._timeout_s))
-        began = time.perf_counter()
-        stack = self._stack(task, budget)
-        info = self._info(budget.beat, min(_INFO_S, budget.left_s()))
-        model = self._of(info)
+        timeout_s = min(task.timeout_s, self._timeout_s)
+        patience = _Budget(self, heartbeat, timeout_s)
+        stack = self._stack(task, patience)
         with tempfile.TemporaryDirectory(prefix="monai-label-") as folder:
-            prepared = self._prepare(task, stack, Path(folder) / _FILE, budget)
-            ready = time.perf_counter()
             answer = Path(folder) / "answer"
-            self._infer(task, prepared, answer, budget)
+            with self._turn(patience):
+                budget = _Budget(self, heartbeat, timeout_s)
+                began = time.perf_counter()
+                info = self._info(budget.beat, min(_INFO_S, budget.left_s()))
+                model = self._of(info)
+                prepared = self._prepare(task, stack, Path(folder) / _FILE, budget)
+                ready = time.perf_counter()
+                self._infer(task, prepared, answer, budget)
             answered = time.perf_counter()
             names = names_by_value(model.labels or info.labels)
             labels = self._labels(task, prepared, answer, names, budget)
@@ -182,6 +190,19 @@ class MonaiLabelEngine:
         stages = {"prepare": ready - began, "forward": answered - ready, "finish": time.perf_counter() - answered}
         provenance = self._provenance(info, model)
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)
+
+    @contextmanager
+    def _turn(self, patience: _Budget) -> Iterator[None]:
+        """One of the places at the server. Raises EngineUnavailable when `patience` is over before there is one."""
+        turn = ExitStack()
+        try:
+            turn.enter_context(self._turns.one(patience.beat))
+        except EngineTimeout:
+            raise EngineUnavailable(
+                f"engine {self.name}: other series took all the time this one may wait for its turn"
+            ) from None
+        with turn:
+            yield
 
     def cancel_noted(self, note: str) -> None:
         """End the session of a job that nobody waits for any more. Raises NodeError when it could not be told."""
@@ -194,7 +215,11 @@ class MonaiLabelEngine:
     # --- the server
 
     def _info(self, beat: Heartbeat, timeout_s: float) -> Info:
-        answer = self._http.call("GET", "/info/", idempotent=True, heartbeat=beat, timeout_s=timeout_s)
+        try:
+            answer = self._http.call("GET", "/info/", idempotent=True, heartbeat=beat, timeout_s=timeout_s)
+        except EngineTimeout as exc:
+            why = f"{exc}; a MONAI Label server answers nobody while it works on an image"
+            raise EngineUnavailable(why) from exc
         try:
             return Info.model_validate(answer.json())
         except ValidationError:

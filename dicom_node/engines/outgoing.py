@@ -12,7 +12,7 @@ import struct
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -38,7 +38,7 @@ from dicom_node.engines.screening import OVERLAY_TAGS
 from dicom_node.errors import EngineRejected, StorageError
 from dicom_node.model import StoredInstance
 
-__all__ = ["Sent", "read_header", "write_outgoing"]
+__all__ = ["Sent", "opened_data_set", "read_header", "write_outgoing"]
 
 PIECE = 256 * 1024
 _BATCH = 512  # items
@@ -79,10 +79,14 @@ class Sent:
     identifiable: bool
 
 
-def read_header(instance: StoredInstance) -> Dataset:
-    """The attributes `privacy` works on, without pixel data. Raises EngineRejected when it cannot be read."""
+def read_header(instance: StoredInstance, *more: str) -> Dataset:
+    """The attributes `privacy` works on and those of the keywords `more`, without pixel data.
+
+    Raises EngineRejected when it cannot be read.
+    """
+    tags = [tag for keyword in more if (tag := tag_for_keyword(keyword)) is not None]
     with _opened(instance) as source:
-        return _header(source, *_coding(instance.transfer_syntax_uid))
+        return _header(source, *_coding(instance.transfer_syntax_uid), more=tags)
 
 
 def write_outgoing(
@@ -149,6 +153,11 @@ def _coding(transfer_syntax_uid: str) -> tuple[bool, bool]:
     return transfer_syntax_uid == ImplicitVRLittleEndian, transfer_syntax_uid != ExplicitVRBigEndian
 
 
+def opened_data_set(instance: StoredInstance) -> tuple[AbstractContextManager[BinaryIO], bool, bool]:
+    """The data set at its start, inflated where it is deflated; implicit VR; little endian. Raises EngineRejected."""
+    return _opened(instance), *_coding(instance.transfer_syntax_uid)
+
+
 def _file(instance: StoredInstance) -> BinaryIO:
     try:
         file = open(instance.path, "rb")  # noqa: SIM115 - handed to the caller
@@ -190,9 +199,10 @@ def _inflate(source: BinaryIO, out: BinaryIO) -> None:
         out.write(piece)
 
 
-def _header(source: BinaryIO, implicit: bool, little: bool) -> Dataset:
+def _header(source: BinaryIO, implicit: bool, little: bool, *, more: Sequence[int] = ()) -> Dataset:
     """Read up to the pixel data; `source` then stands at it."""
-    wanted = frozenset(_TAGS)
+    tags: list[BaseTag | int] = [*_TAGS, *more]
+    wanted = frozenset(tags)
 
     def stop(tag: BaseTag, _vr: str | None, length: int) -> bool:
         if _UNDEFINED > length > MAX_HEADER_VALUE_BYTES and tag in wanted:
@@ -202,7 +212,7 @@ def _header(source: BinaryIO, implicit: bool, little: bool) -> Dataset:
     try:
         with warnings.catch_warnings(), config.disable_value_validation():
             warnings.simplefilter("ignore")
-            return read_dataset(source, implicit, little, stop_when=stop, specific_tags=_TAGS)
+            return read_dataset(source, implicit, little, stop_when=stop, specific_tags=tags)
     except OSError as exc:
         raise EngineRejected(f"an image's file cannot be read ({exc.strerror})") from exc
     except _UNREADABLE as exc:

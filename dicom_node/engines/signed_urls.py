@@ -191,6 +191,11 @@ class Signer:
         self._clock = clock
         self._base_url = base_url.rstrip("/")
 
+    @property
+    def base_url(self) -> str:
+        """What URLs begin with, '' when nobody said how engines reach the node."""
+        return self._base_url
+
     def url(self, job: str, object_id: str, *, lifetime_s: float, method: str = "GET") -> str:
         """A URL that opens the object with `method` for `lifetime_s` seconds, at most 8 days, or until revoked.
 

@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dicom_node.breaker import Breaker, BreakerState
+from dicom_node.budget import VolumeMemory, volume_bytes
 from dicom_node.config import EngineSettings, JobSettings
 from dicom_node.errors import ConfigError, EngineCrashed, EngineTimeout, EngineUnavailable, PackageError
 from dicom_node.interfaces import Heartbeat
-from dicom_node.model import EngineTask, Priority
+from dicom_node.model import EngineTask
 from dicom_node.models import classify, segment
 from dicom_node.models.manifest import ClassificationManifest, SegmentationManifest
 from dicom_node.models.package import ModelPackage
@@ -48,7 +49,8 @@ class LocalModelEngine:
     where models are installed. When another version is enabled, jobs under way finish on theirs and the next job takes
     the new one. `settings.options.threads` bounds torch's CPU threads (0 = its default). `devices` as in
     `config.JobSettings`: one runtime process for each, shared by every local engine of this process that is given the
-    same ones; `jobs` bounds their memory and how long they may be silent. Construction reads nothing; the package is
+    same ones; `jobs` bounds their memory and how long they may be silent; `memory` is what the volumes of all engines
+    share, without it the engine has its own. Construction reads nothing; the package is
     read on `check` or the first `run`, torch starts with the first `run`. Raises ConfigError for wrong options.
 
     Several series may be run at a time, from threads: one is read while another is on the device.
@@ -62,6 +64,7 @@ class LocalModelEngine:
         devices: tuple[str, ...] = ("auto",),
         models_dir: Path | None = None,
         jobs: JobSettings | None = None,
+        memory: VolumeMemory | None = None,
     ) -> None:
         self.name = name
         if not settings.model:
@@ -76,7 +79,9 @@ class LocalModelEngine:
             raise ConfigError("jobs.devices: empty; name at least one device, e.g. [auto]")
         self._settings = settings
         self._devices = devices
-        self._limits = _limits(jobs or JobSettings(), models_dir)
+        jobs = jobs or JobSettings()
+        self._limits = _limits(jobs, models_dir)
+        self._memory = memory or VolumeMemory(jobs.prepared_mb << 20)
         self._coming = 0  # radiographs that are read and will soon be asked about
         self._guard = Lock()
         self._model = ModelReference(settings.model, models_dir)
@@ -124,10 +129,8 @@ class LocalModelEngine:
         with self._package() as package, self._rested():  # what is enabled meanwhile is for the next job
             manifest = package.manifest
             if isinstance(manifest, SegmentationManifest):
-                pool = self._runtimes()
-                memory = pool.urgent_volumes if task.priority is Priority.URGENT else pool.volumes
                 watch.waiting = True
-                with memory.taken(_volume_bytes(task), task.priority.rank, watch):
+                with self._memory.taken(volume_bytes(task), task.priority, watch):
                     watch.waiting = False
                     return self._segment(package, manifest, task, watch)
             return self._classify(package, manifest, task, watch)
@@ -295,17 +298,9 @@ def _limits(jobs: JobSettings, models_dir: Path | None) -> Limits:
         memory_bytes=jobs.memory_mb << 20,
         hang_s=jobs.hang_s,
         start_s=max(jobs.hang_s, _START_S),
-        prepared_bytes=jobs.prepared_mb << 20,
         models_dir=str(models_dir.absolute()) if models_dir is not None else "",
         trusted_code=frozenset(jobs.trusted_code),
     )
-
-
-def _volume_bytes(task: EngineTask) -> int:
-    """What the series takes once it is read: two bytes a voxel."""
-    known = [image for image in task.header.geometry if image.get("Rows") and image.get("Columns")]
-    voxels = sum(int(image["Rows"]) * int(image["Columns"]) * int(image.get("NumberOfFrames") or 1) for image in known)
-    return 2 * voxels if known else sum(instance.data_set_length for instance in task.instances)
 
 
 def _stages(answer: Answer, *, prepare: float, finish: float) -> dict[str, float]:

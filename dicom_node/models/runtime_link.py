@@ -42,15 +42,14 @@ class Limits:
 
     `hang_s`: a child that has work and is silent so long is killed. It speaks between batches of windows, so this
     bounds one batch; a child that found a batch of its network to be slow gets more. `start_s`: until it first says
-    something. `prepared_bytes`: of volumes that are read and not yet finished; urgent ones have as much again.
-    `models_dir`: where the node installs models, in the folder of its data, of which the process can read nothing else
-    (`sandbox`); "" where there is no such data. `trusted_code`: digests of the Python that packages may run.
+    something. `models_dir`: where the node installs models, in the folder of its data, of which the process can read
+    nothing else (`sandbox`); "" where there is no such data. `trusted_code`: digests of the Python that packages may
+    run.
     """
 
     memory_bytes: int = 0
     hang_s: float = 120.0
     start_s: float = 120.0
-    prepared_bytes: int = 2 << 30
     models_dir: str = ""
     trusted_code: frozenset[str] = frozenset()
 

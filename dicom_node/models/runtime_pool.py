@@ -13,7 +13,6 @@ from typing import Any
 
 from dicom_node.breaker import Breaker
 from dicom_node.errors import NodeError
-from dicom_node.models.budget import ByteBudget
 from dicom_node.models.package import ModelPackage
 from dicom_node.models.runtime import Answer, DeviceFault, Limits, OutOfMemory, Runtime
 from dicom_node.models.wire import Array
@@ -27,17 +26,12 @@ log = logging.getLogger(__name__)
 
 
 class RuntimePool:
-    """The runtimes of some devices. A device that fails again and again rests, its work is done on the CPU meanwhile.
-
-    `volumes`: the memory that volumes in preparation share; `urgent_volumes`: those of urgent requests, which never
-    wait for what others hold.
-    """
+    """The runtimes of some devices. A device that fails again and again rests: the CPU does its work meanwhile."""
 
     def __init__(
         self, devices: tuple[str, ...], limits: Limits, *, breaker: Callable[[], Breaker] | None = None
     ) -> None:
         self._limits = limits
-        self.volumes, self.urgent_volumes = ByteBudget(limits.prepared_bytes), ByteBudget(limits.prepared_bytes)
         made = breaker or (lambda: Breaker(failures=_FAILURES, rest_s=_REST_S))
         self._breakers = {device: made() for device in devices}
         self.runtimes = tuple(Runtime(device, limits=limits, on_end=self._counted(device)) for device in devices)

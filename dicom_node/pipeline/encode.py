@@ -16,12 +16,19 @@ from dicom_node.interfaces import ResultEncoder
 from dicom_node.model import EngineTask, StoredInstance
 from dicom_node.pipeline.headers_of import read_data_set
 from dicom_node.values import (
+    Annotations,
+    Document,
     EngineResult,
     Findings,
     LabelVolume,
+    Mesh,
+    Picture,
     Provenance,
+    Quantities,
     ResultContext,
     ResultValue,
+    ReturnedInstances,
+    SlideLabels,
 )
 
 __all__ = ["data_set_bytes", "encoded", "result_context", "syntax_of"]
@@ -36,14 +43,20 @@ def encoded(
     kinds: Collection[str],
     heartbeat: Callable[[], None],
 ) -> Sequence[Dataset]:
-    """The data sets of the `kinds` asked for, in the order of `encoders`. Raises EncodingError, StorageError."""
+    """The data sets of the `kinds` asked for, in the order of `encoders`; then copies of what the engine stored here.
+
+    Raises EncodingError, StorageError.
+    """
+    copies = [copy for value in result.values if isinstance(value, ReturnedInstances) for copy in value.copies]
+    if result.values and all(isinstance(value, ReturnedInstances) for value in result.values):
+        return copies  # DICOM already: nothing is said about images that were read
     sources = [read_data_set(instance) for instance in _analysed(task, result.values)]
     made: list[Dataset] = []
     for encoder in encoders:
         if encoder.kind in kinds:
             made += encoder.encode(result.values, sources, context, tuple(made))
             heartbeat()
-    return made
+    return made + copies
 
 
 def result_context(
@@ -105,13 +118,17 @@ def data_set_bytes(ds: Dataset, syntax: UID) -> bytes:
 
 
 def _analysed(task: EngineTask, values: Sequence[ResultValue]) -> Sequence[StoredInstance]:
-    """The instances the values speak of, in the order of the task; all of them if none is named."""
+    """The instances the values speak of, in the order of the task; all of them if none is named, or a surface is among
+    the values, which lies in the space of the whole series.
+    """
     named: set[str] = set()
     for value in values:
-        if isinstance(value, LabelVolume):
+        if isinstance(value, LabelVolume | Document | Quantities):
             named.update(value.sop_instance_uids)
-        elif isinstance(value, Findings):
+        elif isinstance(value, Findings | Picture | Annotations | SlideLabels):
             named.add(value.sop_instance_uid)
+        elif isinstance(value, Mesh):
+            return task.instances
     found = [instance for instance in task.instances if instance.sop_instance_uid in named]
     return found or task.instances
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from dicom_node.errors import EngineRejected, EngineTimeout, EngineUnavailable, LeaseLost, NodeError, NotFound
+from dicom_node.apart import Apart
+from dicom_node.errors import (
+    EngineError,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
+    LeaseLost,
+    NodeError,
+    NotFound,
+)
 from dicom_node.interfaces import Clock, Engine, EngineLedger
 from dicom_node.model import (
+    NOTE_MAX,
     Cancellation,
     Job,
     Sending,
@@ -18,9 +31,9 @@ from dicom_node.model import (
     Tell,
 )
 from dicom_node.pipeline.observe import Observer
-from dicom_node.values import Pending
+from dicom_node.values import EngineResult, Pending
 
-__all__ = ["STOP_DELAYS_S", "Keep", "Stops", "counted_call", "quarantined", "recorder"]
+__all__ = ["STOP_DELAYS_S", "Keep", "Stops", "checked_answer", "counted_call", "quarantined", "recorder"]
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +41,8 @@ T = TypeVar("T")
 
 # how long until an engine is told once more to stop; after the last of these nobody tells it again (half a day)
 STOP_DELAYS_S = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 14400.0)
+
+STOP_S = 60.0  # how long an engine may take to hear it
 
 
 class Keep(Protocol):
@@ -52,6 +67,28 @@ def counted_call(observer: Observer, clock: Clock, engine: str, call: Callable[[
         raise
     finally:
         observer.engine_called(engine, outcome, clock.boot().seconds - began_s)
+
+
+def checked_answer(engine: str, answer: object) -> EngineResult | Pending:
+    """What an engine answered, its outside checked: encoders check the values. Raises EngineError for nonsense."""
+    if isinstance(answer, EngineResult):
+        stages = answer.stage_seconds
+        if isinstance(stages, Mapping) and all(_seconds(one) for one in stages.values()):
+            return answer
+        log.warning("the times of an answer make no sense and are left out", extra={"engine": engine})
+        return replace(answer, stage_seconds={})
+    if not isinstance(answer, Pending):
+        raise EngineError(f"engine {engine!r} answered with a {type(answer).__name__}, which is no result")
+    if not isinstance(answer.handle, str) or not 0 < len(answer.handle) <= NOTE_MAX:
+        raise EngineError(f"engine {engine!r} works on under a handle that is no text of 1 to {NOTE_MAX} characters")
+    if not _seconds(answer.poll_after_s):
+        raise EngineError(f"engine {engine!r} does not say in how many seconds it wants to be asked again")
+    return answer
+
+
+def _seconds(value: object) -> bool:
+    """Whether it is a length of time: no NaN, no infinity, nothing that is no number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _outcome(exc: NodeError) -> str:
@@ -126,11 +163,14 @@ class Stops:
         self._engines = engines
         self._clock = clock
         self._observer = observer
+        self._guard = threading.Lock()
+        self._lanes: dict[str, Apart] = {}
 
     def tell_one(self) -> bool:
         """Tell the first that is due; False when there is none. What fails is tried again after STOP_DELAYS_S.
 
-        Raises StorageError when the catalog cannot be had, and what an engine must not raise; that try is used then.
+        Whatever the engine does, this returns within STOP_S: a call that takes longer goes on apart, and while it does
+        the engine is told nothing else. Raises StorageError when the catalog cannot be had.
         """
         cancellation = self._ledger.next_cancellation(STOP_DELAYS_S)
         if cancellation is None:
@@ -139,15 +179,21 @@ class Stops:
         try:
             tell = self._call(cancellation)
             if tell is not None:
-                counted_call(self._observer, self._clock, cancellation.engine, tell)
-        except NodeError as exc:
+                counted_call(self._observer, self._clock, cancellation.engine, self._apart(cancellation.engine, tell))
+        except Exception as exc:  # edge: a plug-in's code; what it raises is one try come to nothing
             last = cancellation.attempts >= len(STOP_DELAYS_S)
-            self._ledger.end_cancellation(cancellation, str(exc), final=last)
+            why = str(exc) if isinstance(exc, NodeError) else f"unforeseen: {type(exc).__name__}"
+            self._ledger.end_cancellation(cancellation, why, final=last)
             log.warning("an engine could not be told to stop", extra=fields, exc_info=exc)
             return True
         self._ledger.end_cancellation(cancellation, "" if tell else "this engine cannot be told to stop")
         log.info("an engine was told to stop" if tell else "an engine cannot be told to stop", extra=fields)
         return True
+
+    def _apart(self, engine: str, tell: Callable[[], None]) -> Callable[[], None]:
+        with self._guard:
+            apart = self._lanes.setdefault(engine, Apart(f"engine {engine}: to be told to stop"))
+        return lambda: apart.call(tell, STOP_S)
 
     def _call(self, cancellation: Cancellation) -> Callable[[], None] | None:
         """What tells the engine, None when it has no ear for it. Raises NotFound: it may be configured again."""

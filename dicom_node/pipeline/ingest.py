@@ -198,7 +198,7 @@ class Ingest:
             "instance": record.header.sop_instance_uid,
             "association": record.source.association_id,
         }
-        if outcome in (StoreOutcome.NEW, StoreOutcome.DUPLICATE):
+        if outcome in (StoreOutcome.NEW, StoreOutcome.DUPLICATE, StoreOutcome.SET_ASIDE):
             log.debug("instance stored", extra=extra)
             return StoreResult(status=SUCCESS, outcome=outcome)
         log.warning("instance differs from the one kept under its UID", extra=extra)

@@ -43,10 +43,10 @@ from dicom_node.model import (
     StoredInstance,
 )
 from dicom_node.pipeline.encode import data_set_bytes, encoded, result_context, syntax_of
-from dicom_node.pipeline.external import Keep, Stops, counted_call, quarantined, recorder
+from dicom_node.pipeline.external import Keep, Stops, checked_answer, counted_call, quarantined, recorder
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.observe import Observer
-from dicom_node.values import EngineResult, Pending, ResultContext
+from dicom_node.values import EngineResult, Pending, ResultContext, ReturnedInstances
 
 __all__ = ["Stage", "Worker", "data_set_bytes"]
 
@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0  # of an engine whose configuration names none
 MAX_STRIKES = 2
+Asked = Callable[[], EngineResult | Pending]
 MIN_POLL_S = 1.0
 ENCODE_S = 300.0  # on top of the engine's own time, for encoding and archiving
 
@@ -98,10 +99,12 @@ class Worker:
         stopping: Callable[[], bool] = lambda: False,
         jitter: Callable[[], float] = random.random,
         keep: Keep | None = None,
+        study_instances: Callable[[str], Iterable[StoredInstance]] = lambda study: (),
     ) -> None:
         """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent.
 
         `stopping`: whether the node is being stopped; what then fails is not the job's fault. `keep`: the quarantine's.
+        `study_instances`: the visible instances of a study by its UID.
         """
         self._queue = queue
         self._engines = engines
@@ -117,6 +120,7 @@ class Worker:
         self._stopping = stopping
         self._jitter = jitter
         self._keep = keep
+        self._study_instances = study_instances
         self._stops = Stops(queue, engines, clock, observer)
 
     def run_once(self, worker: str, *, at_least: Priority = Priority.BACKGROUND) -> bool:
@@ -158,10 +162,10 @@ class Worker:
             return "rejected"
         except NodeError as exc:
             return self._failed(job, str(exc), retryable=exc.retryable, exc=exc)
-        except Exception as exc:  # noqa: BLE001 - edge: the worker's loop; an engine's bug is one job's failure
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - edge: the worker's loop; an engine's bug fails one job
             return self._failed(job, f"unforeseen: {type(exc).__name__}", retryable=True, exc=exc)
 
-    def _failed(self, job: Job, error: str, *, retryable: bool, exc: Exception) -> str:
+    def _failed(self, job: Job, error: str, *, retryable: bool, exc: BaseException) -> str:
         if self._stopping():  # its engine was closed under it
             self._queue.retry_job_later(job, "interrupted: the node was stopped", 0.0, outage=True)
             log.info("job interrupted", extra=_fields(job))
@@ -183,11 +187,11 @@ class Worker:
         log.warning("job will be tried again", extra=_fields(job) | {"delay_s": round(delay_s, 1)}, exc_info=exc)
         return "retry"
 
-    def _expired(self, job: Job, error: str, exc: Exception | None = None) -> str:
+    def _expired(self, job: Job, error: str, exc: BaseException | None = None) -> str:
         why = f"EXPIRED: not done within {self._settings.deadline_s:g} s" + (f"; last: {error}" if error else "")
         return self._give_up(job, "deadline", why, exc)
 
-    def _give_up(self, job: Job, reason: str, error: str, exc: Exception | None = None) -> str:
+    def _give_up(self, job: Job, reason: str, error: str, exc: BaseException | None = None) -> str:
         self._queue.give_up_job(job, error)
         self._observer.dead_letter("job", reason)
         log.error("job given up", extra=_fields(job) | {"reason": reason}, exc_info=exc)
@@ -256,16 +260,18 @@ class Worker:
             remember=lambda note: self._queue.remember(job, note),
             record=recorder(self._queue, job=job, **names),
             quarantine=quarantined(self._keep, job_id=job.id, **names),
+            study_instances=lambda: self._study_instances(job.study_instance_uid),
         )
 
     def _ask(self, engine: Engine, job: Job, task: EngineTask, keeper: LeaseKeeper) -> EngineResult | Pending:
         handle = job.handle
         if handle is None:
-            return counted_call(self._observer, self._clock, job.engine, lambda: engine.run(task, keeper))
+            run: Asked = lambda: checked_answer(job.engine, engine.run(task, keeper))  # noqa: E731
+            return counted_call(self._observer, self._clock, job.engine, run)
         poll = getattr(engine, "poll", None)
         if poll is None:
             raise EngineError(f"engine {job.engine!r} cannot be asked for the answer of an earlier run")
-        asked: Callable[[], EngineResult | Pending] = lambda: poll(task, handle)  # noqa: E731
+        asked: Asked = lambda: checked_answer(job.engine, poll(task, handle))  # noqa: E731
         return counted_call(self._observer, self._clock, job.engine, asked)
 
     def _finish(self, job: Job, task: EngineTask, result: EngineResult, keeper: LeaseKeeper) -> None:
@@ -276,8 +282,14 @@ class Worker:
             produced.append(self._staged(ds))
             keeper()
         stages = {**result.stage_seconds, "encode": self._clock.boot().seconds - began}
-        uids = [record.header.sop_instance_uid for record in produced]
-        self._queue.finish_job(job, produced, uids, stages)
+        taken = [
+            instance.sop_instance_uid
+            for value in result.values
+            if isinstance(value, ReturnedInstances)
+            for instance in value.instances
+        ]
+        uids = list(dict.fromkeys([*(record.header.sop_instance_uid for record in produced), *taken]))
+        self._queue.finish_job(job, produced, uids, stages, taken=taken)
         self._observer.inference(job.engine, stages)
         log.info("job done", extra=_fields(job) | {"results": uids})
 

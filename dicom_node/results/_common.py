@@ -52,7 +52,7 @@ __all__ = [
 _LIMITS = {"CS": 16, "SH": 16, "LO": 64, "ST": 1024, "LT": 10240}
 _ONE_LINE = frozenset({"CS", "SH", "LO"})
 _SERIES_BANDS = 90  # 9000, 9010 ... 9890: one band of ten series numbers for an algorithm
-_KIND_OFFSETS = {"seg": 1, "sr": 2, "labelmap": 3}
+_KIND_OFFSETS = {"seg": 1, "sr": 2, "labelmap": 3, "stl": 4, "sc": 5, "pdf": 6, "ann": 7}
 MAKER = "dicom-node"
 
 

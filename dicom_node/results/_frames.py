@@ -21,7 +21,17 @@ from pydicom.filewriter import write_dataset
 
 from dicom_node.results import codes
 
-__all__ = ["Frame", "PlaneReference", "functional_groups", "label_pixels", "mask_pixels"]
+__all__ = [
+    "Frame",
+    "PlaneReference",
+    "element",
+    "encoded_item_of",
+    "functional_groups",
+    "item",
+    "label_pixels",
+    "mask_pixels",
+    "sequence",
+]
 
 _FRAMES_PER_BYTE = 8  # so many frames are whole bytes, whatever the matrix
 _LONG_VRS = frozenset({"SQ", "OB", "OW"})
@@ -86,30 +96,30 @@ def _even(pixels: BytesIO) -> bytes:
 
 def functional_groups(frames: Sequence[Frame], references: Sequence[PlaneReference]) -> bytes:
     """Per-Frame Functional Groups Sequence of `frames`, in their order, as an encoded element."""
-    derivation = _encoded_item_of(DerivationCodeSequence=[codes.concept(codes.SEGMENTATION)])
-    purpose = _encoded_item_of(PurposeOfReferenceCodeSequence=[codes.concept(codes.SOURCE_IMAGE)])
+    derivation = encoded_item_of(DerivationCodeSequence=[codes.concept(codes.SEGMENTATION)])
+    purpose = encoded_item_of(PurposeOfReferenceCodeSequence=[codes.concept(codes.SOURCE_IMAGE)])
     planes = {frame.plane for frame in frames}
     derived = {plane: _derivation(references[plane], derivation, purpose) for plane in planes}
     placed = {plane: _position(references[plane]) for plane in planes}
     segments = {frame.segment_number: _segment(frame.segment_number) for frame in frames}
     items = [
-        _item(derived[frame.plane] + _content(frame) + placed[frame.plane] + segments[frame.segment_number])
+        item(derived[frame.plane] + _content(frame) + placed[frame.plane] + segments[frame.segment_number])
         for frame in frames
     ]
-    return _element(0x5200, 0x9230, "SQ", b"".join(items))
+    return element(0x5200, 0x9230, "SQ", b"".join(items))
 
 
 def _derivation(image: PlaneReference, derivation: bytes, purpose: bytes) -> bytes:
     # C.7.6.16.2.6: which image this frame was made from; pixel for pixel, so locations are preserved
     number = image.frame_number
     source = (
-        _element(0x0008, 0x1150, "UI", image.sop_class_uid.encode())
-        + _element(0x0008, 0x1155, "UI", image.sop_instance_uid.encode())
-        + (b"" if number is None else _element(0x0008, 0x1160, "IS", str(number).encode()))
-        + _element(0x0028, 0x135A, "CS", b"YES")
+        element(0x0008, 0x1150, "UI", image.sop_class_uid.encode())
+        + element(0x0008, 0x1155, "UI", image.sop_instance_uid.encode())
+        + (b"" if number is None else element(0x0008, 0x1160, "IS", str(number).encode()))
+        + element(0x0028, 0x135A, "CS", b"YES")
         + purpose
     )
-    return _sequence(0x0008, 0x9124, _sequence(0x0008, 0x2112, source) + derivation)
+    return sequence(0x0008, 0x9124, sequence(0x0008, 0x2112, source) + derivation)
 
 
 def _content(frame: Frame) -> bytes:
@@ -118,24 +128,24 @@ def _content(frame: Frame) -> bytes:
         values = struct.pack("<L", frame.position_index)
     else:
         values = struct.pack("<2L", frame.segment_number, frame.position_index)
-    return _sequence(0x0020, 0x9111, _element(0x0020, 0x9157, "UL", values))
+    return sequence(0x0020, 0x9111, element(0x0020, 0x9157, "UL", values))
 
 
 def _position(image: PlaneReference) -> bytes:
-    return _sequence(0x0020, 0x9113, _element(0x0020, 0x0032, "DS", "\\".join(image.position).encode()))
+    return sequence(0x0020, 0x9113, element(0x0020, 0x0032, "DS", "\\".join(image.position).encode()))
 
 
 def _segment(number: int | None) -> bytes:
     # C.8.20.3.1, per frame even when there is one segment: not every reader looks into the shared groups
     if number is None:
         return b""
-    return _sequence(0x0062, 0x000A, _element(0x0062, 0x000B, "US", struct.pack("<H", number)))
+    return sequence(0x0062, 0x000A, element(0x0062, 0x000B, "US", struct.pack("<H", number)))
 
 
 # --- elements --------------------------------------------------------------------------------------------------------
 
 
-def _element(group: int, number: int, vr: str, value: bytes) -> bytes:
+def element(group: int, number: int, vr: str, value: bytes) -> bytes:
     if len(value) % 2:
         value += b" " if vr in ("CS", "DS", "IS") else b"\0"
     if vr in _LONG_VRS:
@@ -143,15 +153,15 @@ def _element(group: int, number: int, vr: str, value: bytes) -> bytes:
     return struct.pack("<HH2sH", group, number, vr.encode(), len(value)) + value
 
 
-def _item(content: bytes) -> bytes:
+def item(content: bytes) -> bytes:
     return struct.pack("<HHL", 0xFFFE, 0xE000, len(content)) + content
 
 
-def _sequence(group: int, number: int, content: bytes) -> bytes:
-    return _element(group, number, "SQ", _item(content))
+def sequence(group: int, number: int, content: bytes) -> bytes:
+    return element(group, number, "SQ", item(content))
 
 
-def _encoded_item_of(**elements: Sequence[Dataset]) -> bytes:
+def encoded_item_of(**elements: Sequence[Dataset]) -> bytes:
     item = Dataset()
     for keyword, value in elements.items():
         setattr(item, keyword, value)

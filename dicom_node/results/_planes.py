@@ -19,7 +19,7 @@ from dicom_node.errors import EncodingError
 from dicom_node.results._sources import decoded, numbers
 from dicom_node.values import LabelVolume
 
-__all__ = ["Grid", "Plane", "grid_of"]
+__all__ = ["Grid", "Plane", "decimals", "grid_of"]
 
 _SAME_DIRECTION = 1e-3  # of a direction cosine
 _SAME_PLACE_MM = 1e-3
@@ -138,9 +138,9 @@ def _macro(groups: Dataset, keyword: str) -> Dataset | None:
 
 
 def _plane(image: Dataset, number: int | None, place: Dataset, direction: Dataset, measures: Dataset) -> Plane:
-    position = _decimals(place, "ImagePositionPatient", 3)
-    orientation = _decimals(direction, "ImageOrientationPatient", 6)
-    spacing = _decimals(measures, "PixelSpacing", 2)
+    position = decimals(place, "ImagePositionPatient", 3)
+    orientation = decimals(direction, "ImageOrientationPatient", 6)
+    spacing = decimals(measures, "PixelSpacing", 2)
     if position is None or orientation is None or spacing is None:
         raise EncodingError("an image of a label volume has no position, orientation or pixel spacing")
     thickness = numbers(measures, "SliceThickness", 1)
@@ -154,7 +154,7 @@ def _plane(image: Dataset, number: int | None, place: Dataset, direction: Datase
     )
 
 
-def _decimals(source: Dataset, keyword: str, count: int) -> tuple[str, ...] | None:
+def decimals(source: Dataset, keyword: str, count: int) -> tuple[str, ...] | None:
     """DS of each number as the source wrote it, when that fits the VR."""
     if numbers(source, keyword, count) is None:
         return None

@@ -157,13 +157,17 @@ def evaluation(of: Code, presence: Presence) -> sr.QualitativeEvaluation:
     return sr.QualitativeEvaluation(name=codes.concept(of), value=codes.concept(codes.PRESENCE[presence]))
 
 
-def measured(name: Code, value: float, unit: Code, digits: int, derivation: Code | None = None) -> sr.Measurement:
-    """A number rounded by us, so that its text (DS, 16 characters) is the number. Raises EncodingError: not finite."""
+def measured(
+    name: Code, value: float, unit: Code, digits: int | None, derivation: Code | None = None
+) -> sr.Measurement:
+    """A number rounded by us, so that its text (DS, 16 characters) is the number: to `digits` after the point, or where
+    that is None to ten significant ones. Raises EncodingError: not finite.
+    """
     if not abs(value) < float("inf"):
         raise EncodingError(f"{name.meaning}: {value} is no measurement")
     return sr.Measurement(
         name=codes.concept(name),
-        value=round(float(value), digits),
+        value=float(f"{value:.9e}") if digits is None else round(float(value), digits),
         unit=codes.concept(unit),
         derivation=codes.concept(derivation) if derivation else None,
     )

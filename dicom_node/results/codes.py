@@ -150,6 +150,18 @@ COMMENT = _dcm("121106", "Comment")
 DEVICE = _dcm("121007", "Device")
 SEGMENTATION = _dcm("113076", "Segmentation")
 SOURCE_IMAGE = _dcm("121322", "Source image for image processing operation")
+SOURCE_OF_DOCUMENT = _dcm("121324", "Source image")  # CID 7060
+BACKGROUND = _dcm("125040", "Background")
+FINDING = _dcm("121071", "Finding")
+LATERALITY = _sct("272741003", "Laterality")
+TOPOGRAPHICAL_MODIFIER = _sct("106233006", "Topographical modifier")
+TRACKING_IDENTIFIER = _dcm("112039", "Tracking Identifier")
+TRACKING_UID = _dcm("112040", "Tracking Unique Identifier")
+MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
+# CID 7061
+CT_MODEL = Code(value="85040-4", scheme="LN", meaning="CT 3D CAM model")
+MR_MODEL = Code(value="85041-2", scheme="LN", meaning="MR 3D CAM model")
+US_MODEL = _dcm("129018", "US 3D CAM model")
 
 _SITES: Mapping[tuple[str, str], Code] = {
     (row.code.scheme, row.code.value): row.site for row in FINDINGS.values() if row.site is not None

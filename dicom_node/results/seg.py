@@ -1,4 +1,4 @@
-"""Label volumes as Segmentation objects (PS3.3 A.51 and C.8.20, Explicit VR Little Endian).
+"""Labels as Segmentation objects (PS3.3 A.51 and C.8.20, Explicit VR Little Endian); those of slides: `_slides`.
 
 One object per label volume: BINARY, a frame of bits for each segment on each plane, which every viewer with SEG
 support reads; or LABELMAP, one frame of segment numbers for each plane, a third of the size and faster with many
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
-from highdicom.color import CIELabColor
 from highdicom.seg import SegmentationTypeValues
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
@@ -23,23 +22,25 @@ from pydicom.valuerep import format_number_as_ds
 from dicom_node import __version__
 from dicom_node.errors import EncodingError
 from dicom_node.results import _common as common
-from dicom_node.results import codes
-from dicom_node.results._colors import display_color
 from dicom_node.results._frames import Frame, PlaneReference, functional_groups, label_pixels, mask_pixels
 from dicom_node.results._planes import Grid, Plane, grid_of
+from dicom_node.results._segments import check_values, content_description, description, values_of
+from dicom_node.results._slides import slide_segmentation
 from dicom_node.results._sources import by_uid, decoded, reference, skeleton
 from dicom_node.values import (
     LabelVolume,
     ResultContext,
     ResultValue,
     Segment,
+    SlideLabels,
 )
 
 __all__ = ["LabelmapEncoder", "SegEncoder"]
 
 
 class SegEncoder:
-    """Kind `seg`: every LabelVolume that holds a label becomes one BINARY segmentation on its source grid.
+    """Kind `seg`: every LabelVolume that holds a label becomes one BINARY segmentation on its source grid, and so do
+    SlideLabels on the extent of their slide.
 
     `encode` returns data sets in Explicit VR Little Endian, not decoded yet, with `file_meta`. Segment numbers are 1
     to n over the segments that have voxels, in the order of their labels: what names a segment over objects and runs
@@ -58,9 +59,10 @@ class SegEncoder:
     ) -> Sequence[Dataset]:
         """See `interfaces.ResultEncoder`. Raises EncodingError when labels and sources do not fit each other."""
         volumes = [value for value in values if isinstance(value, LabelVolume)]
+        slides = [value for value in values if isinstance(value, SlideLabels)]
         made = []
         with common.quiet():
-            found = by_uid(sources) if volumes else {}
+            found = by_uid(sources) if volumes or slides else {}
             for number, volume in enumerate(volumes, start=1):
                 present = _labels_present(volume)
                 segments = [segment for segment in volume.segments if present[:, segment.number].any()]
@@ -69,6 +71,9 @@ class SegEncoder:
                     grid = grid_of(volume, found)
                     header = _header(self.kind, self._type, volume, segments, grid, context, number)
                     made.append(self._object(header, volume, segments, present, grid))
+            for number, labels in enumerate(slides, start=len(volumes) + 1):
+                if (one := slide_segmentation(self.kind, labels, found, context, number)) is not None:
+                    made.append(one)
         return made
 
     def _object(
@@ -141,26 +146,11 @@ def _labels_present(volume: LabelVolume) -> npt.NDArray[np.bool_]:
         raise EncodingError(f"frame_numbers: {len(volume.frame_numbers)} for {len(uids)} planes")
     if len(set(zip(uids, volume.frame_numbers or (1,) * len(uids), strict=True))) != len(uids):
         raise EncodingError("sop_instance_uids: an image has two planes")
-    known = [segment.number for segment in volume.segments]
-    if len(set(known)) != len(known) or not all(1 <= number <= 255 for number in known):
-        raise EncodingError(f"segments: numbers {known} are not distinct and within 1 to 255")
-    present = np.array([_values_of(plane) for plane in labels])
+    present = np.array([values_of(plane) for plane in labels])
     present[:, 0] = False
-    stray = np.setdiff1d(np.flatnonzero(present.any(axis=0)), known)
-    if stray.size:
-        raise EncodingError(f"labels: value {stray[0]} has no segment")
+    anywhere: npt.NDArray[np.bool_] = np.any(present, axis=0)
+    check_values(anywhere, volume.segments)
     return present
-
-
-def _values_of(plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """(256,): which values there are. Two pixels are looked up at a time, twice as fast as one."""
-    flat = np.ascontiguousarray(plane).reshape(-1)
-    pairs = np.zeros(65536, np.bool_)
-    pairs[flat[: flat.size // 2 * 2].view(np.uint16)] = True
-    square = pairs.reshape(256, 256)
-    values = np.logical_or(square.any(axis=0), square.any(axis=1))
-    values[flat[-1:]] = True
-    return values
 
 
 # --- header ----------------------------------------------------------------------------------------------------------
@@ -185,7 +175,7 @@ def _header(
         pixel_array=dummy,
         segmentation_type=type_,
         segment_descriptions=[
-            _description(segment, number, context, algorithm) for number, segment in enumerate(segments, start=1)
+            description(segment, number, context, algorithm) for number, segment in enumerate(segments, start=1)
         ],
         series_instance_uid=common.result_uid("series", context.run_key, kind, series),
         series_number=common.series_number(context, kind),
@@ -197,7 +187,7 @@ def _header(
         device_serial_number=common.clean(context.node_name, "LO") or common.MAKER,
         series_description=common.series_description(context, algorithm, "Segmentation"),
         content_label="AI_SEGMENTATION",
-        content_description=_content_description(volume.notes, segments),
+        content_description=content_description(volume.notes, segments),
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     header = common.finish(made, first, context, algorithm)
@@ -215,12 +205,6 @@ def _header(
     if part := str(decoded(first, "BodyPartExamined") or ""):
         header.BodyPartExamined = common.clean(part.upper(), "CS")
     return header
-
-
-def _content_description(notes: Sequence[str], segments: Sequence[Segment]) -> str:
-    """LO, which viewers list the object by: what was repaired, then what is in it. Image Comments has all of it."""
-    names = ", ".join(common.clean(segment.label, "LO") for segment in segments)
-    return common.clean("; ".join((*notes, names)), "LO")
 
 
 def _plane_skeleton(plane: Plane) -> Dataset:
@@ -261,36 +245,6 @@ def _measure(measures: Dataset, grid: Grid) -> None:
         measures.SpacingBetweenSlices = format_number_as_ds(grid.spacing_mm)
     elif "SpacingBetweenSlices" in measures:
         del measures.SpacingBetweenSlices  # highdicom's guess from one plane
-
-
-def _description(
-    segment: Segment, number: int, context: ResultContext, algorithm: common.Algorithm
-) -> hd.seg.SegmentDescription:
-    label = common.clean(segment.label, "LO") or segment.key
-    described = hd.seg.SegmentDescription(
-        segment_number=number,
-        segment_label=label,
-        segmented_property_category=codes.concept(segment.category),
-        segmented_property_type=codes.concept(segment.type),
-        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=algorithm.name,
-            family=codes.concept(context.provenance.family),
-            version=algorithm.version,
-            source=algorithm.manufacturer,
-        ),
-        tracking_uid=common.tracking_uid(context, segment.key),
-        tracking_id=common.tracking_identifier(algorithm, label),
-        display_color=CIELabColor.from_rgb(*(segment.color_rgb or display_color(segment.number))),
-    )
-    if algorithm.parameters:
-        # highdicom wants a mapping; ours are sentences already (LT)
-        text = common.clean("; ".join(algorithm.parameters), "LT")
-        described.SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters = text
-    if segment.modifier is not None:
-        kind = described.SegmentedPropertyTypeCodeSequence[0]
-        kind.SegmentedPropertyTypeModifierCodeSequence = [codes.concept(segment.modifier)]
-    return described
 
 
 def _name_dimensions(header: Dataset) -> None:

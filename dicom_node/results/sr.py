@@ -4,7 +4,8 @@ Radiograph findings: one TID 1501 group each, absent and undetermined ones too, 
 looked for. Organ measurements: a TID 1411 group tied to its segment by reference and Tracking UID; an organ without
 voxels, or without a segmentation to point at, gets a TID 1501 group that says Absent, Undetermined or Present. The
 two kinds of group go into two documents of one series: PixelMed's validator, which decides for others whether a report
-is fit, applies one of the two templates to every group of a document and finds errors where they are mixed.
+is fit, applies one of the two templates to every group of a document and finds errors where they are mixed. Numbers
+that an engine elsewhere gives as they are (Quantities): one TID 1501 group with all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dicom_node.errors import EncodingError
 from dicom_node.results import _common as common
 from dicom_node.results import _report as report
 from dicom_node.results import codes
+from dicom_node.results._shell import images_of
 from dicom_node.results._sources import by_uid
 from dicom_node.values import (
     Code,
@@ -28,6 +30,7 @@ from dicom_node.values import (
     LabelVolume,
     Measurements,
     Presence,
+    Quantities,
     ResultContext,
     ResultValue,
     Segment,
@@ -41,7 +44,8 @@ _CERTAINTY_REMARK = "Certainty of Finding is the algorithm's confidence, in perc
 
 
 class SrEncoder:
-    """Kind `sr`: every Findings and every Measurements with something in it becomes one report.
+    """Kind `sr`: every Findings, every Measurements and every Quantities with something in it becomes one report, or
+    two of Measurements, see above.
 
     `encode` returns data sets in Explicit VR Little Endian, not decoded yet, with `file_meta`. A report succeeds
     (Predecessor Documents) the reports among `context.predecessors`.
@@ -59,7 +63,7 @@ class SrEncoder:
         """See `interfaces.ResultEncoder`. Raises EncodingError for a confidence or measurement that is no number in
         its range, and for an image the findings are on that is not among the sources.
         """
-        told = [value for value in values if isinstance(value, Findings | Measurements) and value.items]
+        told = [value for value in values if isinstance(value, Findings | Measurements | Quantities) and value.items]
         if not told:
             return []
         with common.quiet():
@@ -67,9 +71,11 @@ class SrEncoder:
             algorithm = common.Algorithm.of(context.provenance)
             volumes = [value for value in values if isinstance(value, LabelVolume)]
             reports: list[report.Report] = []
-            for value in told:
+            for number, value in enumerate(told, start=1):
                 if isinstance(value, Findings):
                     reports.append(_findings_report(value, found, context, algorithm))
+                elif isinstance(value, Quantities):
+                    reports.append(_quantities_report(value, number, found, context, algorithm))
                 else:
                     reports += _measurement_reports(value, _images(volumes, found), already, context, algorithm)
             return [report.document(made, number, context, algorithm) for number, made in enumerate(reports, start=1)]
@@ -129,6 +135,46 @@ def _certainty(finding: Finding) -> list[sr.Measurement] | None:
     if not 0.0 <= finding.confidence <= 1.0:
         raise EncodingError(f"{finding.key}: confidence {finding.confidence} is not within 0 to 1")
     return [report.measured(codes.CERTAINTY, 100.0 * finding.confidence, codes.PERCENT, 2)]
+
+
+# --- numbers about images ---------------------------------------------------------------------------------------------
+
+
+def _quantities_report(
+    quantities: Quantities,
+    number: int,
+    sources: Mapping[str, Dataset],
+    context: ResultContext,
+    algorithm: common.Algorithm,
+) -> report.Report:
+    images = images_of(quantities.sop_instance_uids, sources, "a measurement")
+    series, first = str(images[0].SeriesInstanceUID), images[0]
+    single = [first] if len(images) == 1 else []  # of a volume the evidence lists every slice, and that is enough
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(
+            uid=common.tracking_uid(context, "quantities", series),
+            identifier=common.tracking_identifier(algorithm, "Measurements"),
+        ),
+        algorithm_id=report.algorithm_identification(algorithm),
+        measurements=[report.measured(item.code, item.value, item.unit, None) for item in quantities.items],
+        source_images=[
+            sr.SourceImageForMeasurementGroup(
+                referenced_sop_class_uid=str(image.SOPClassUID), referenced_sop_instance_uid=str(image.SOPInstanceUID)
+            )
+            for image in single
+        ]
+        or None,
+    )
+    remarks = common.remarks(context, quantities.notes)
+    return report.Report(
+        key=f"quantities {number} {series}",
+        what="Measurements",
+        source=first,
+        groups=[group],
+        images=images,
+        library=single,
+        comments=[remarks] if remarks else [],
+    )
 
 
 # --- measurements on segments ----------------------------------------------------------------------------------------

@@ -19,14 +19,12 @@ import yaml
 
 from dicom_node.errors import ConfigError, RuleError
 from dicom_node.model import LatePolicy, Priority, SendWhat
+from dicom_node.plugins import encoder_kinds
 from dicom_node.routing import vocabulary
 from dicom_node.routing.expressions import Expression, parse_expression
 from dicom_node.routing.rules import SENDER, Rule, RuleSet
 
 __all__ = ["check_rules", "load_rules"]
-
-RESULTS = ("seg", "sr")
-"""Kinds of result a rule may ask for, in the order they are encoded."""
 
 MAX_FILE_BYTES = 256 * 1024
 MAX_BRACKETS = 50
@@ -44,11 +42,12 @@ _E = TypeVar("_E", bound=Enum)
 
 
 def load_rules(
-    folder: Path, *, engines: Collection[str], destinations: Collection[str], results: Collection[str] = RESULTS
+    folder: Path, *, engines: Collection[str], destinations: Collection[str], results: Collection[str] | None = None
 ) -> RuleSet:
     """The rules of `folder/*.yaml`. An empty folder gives a rule set without rules.
 
-    `engines` and `destinations` are the configured names, `results` the kinds of result there are encoders for.
+    `engines` and `destinations` are the configured names, `results` the kinds of result there are encoders for
+    (None: every kind there is).
     Raises RuleError for the first mistake and ConfigError when the folder is missing; nothing is half loaded.
     """
     reader = _read(folder, engines, destinations, results)
@@ -59,20 +58,23 @@ def load_rules(
 
 
 def check_rules(
-    folder: Path, *, engines: Collection[str], destinations: Collection[str], results: Collection[str] = RESULTS
+    folder: Path, *, engines: Collection[str], destinations: Collection[str], results: Collection[str] | None = None
 ) -> list[RuleError]:
     """Everything that is wrong with the rules of `folder`, in the order of the files. Raises ConfigError as above."""
     return _read(folder, engines, destinations, results).problems
 
 
-def _read(folder: Path, engines: Collection[str], destinations: Collection[str], results: Collection[str]) -> _Reader:
+def _read(
+    folder: Path, engines: Collection[str], destinations: Collection[str], results: Collection[str] | None
+) -> _Reader:
     try:
         if not folder.is_dir():
             raise ConfigError(f"rules folder {folder} does not exist; create it (an empty one is a plain archive)")
         paths = sorted(folder.iterdir())
     except OSError as exc:
         raise ConfigError(f"rules folder {folder} cannot be read: {exc.strerror}; correct its permissions") from exc
-    reader = _Reader(engines=engines, destinations=destinations, results=results)
+    kinds = encoder_kinds() if results is None else results
+    reader = _Reader(engines=engines, destinations=destinations, results=kinds)
     for path in paths:
         if path.name.startswith(".") or not path.is_file():
             continue
@@ -293,7 +295,7 @@ class _Reader:
             self._known(item, result, "kind of result", self.results, "")
         if not results:
             message = "the rule runs an engine and asks for no result"
-            self.fault(run.line_of("results"), message, f"Add `results: [{', '.join(self.results)}]` or one of them")
+            self.fault(run.line_of("results"), message, f"Add `results:` with one or more of {', '.join(self.results)}")
         return engine, self._choice(run, "priority", Priority, Priority.ROUTINE), results
 
     def _send(self, fields: _Fields, *, runs: bool) -> tuple[tuple[str, ...], SendWhat]:

@@ -90,7 +90,13 @@ def open_catalog(
         archive=archive,
         index=SqliteIndex(database, archive.path, clock, epoch),
         queue=SqliteQueue(database, archive.path, clock, options),
-        quarantine=Quarantine(data_dir / "quarantine", clock, free_bytes=archive.free_bytes),
+        quarantine=Quarantine(
+            data_dir / "quarantine",
+            clock,
+            free_bytes=archive.free_bytes,
+            max_bytes=storage.quarantine_bytes,
+            max_files=storage.quarantine_files,
+        ),
         epoch=epoch,
     )
 

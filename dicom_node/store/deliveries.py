@@ -7,7 +7,7 @@ recognises by its SOP Instance UID. What was acknowledged and noted is never sen
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dicom_node.errors import IllegalTransition, NotFound
@@ -18,7 +18,7 @@ from dicom_node.model import (
     Job,
     StoredInstance,
 )
-from dicom_node.store.rows import CatalogPart, check_lease, insert, update, utc
+from dicom_node.store.rows import CatalogPart, QueueOptions, check_lease, insert, update, utc
 
 __all__ = ["Deliveries", "queue_results", "queue_source"]
 
@@ -230,10 +230,13 @@ def queue_results(
     connection: sqlite3.Connection,
     job: Job,
     sending_order: Sequence[str],
-    takes: Callable[[str, str], bool],
+    options: QueueOptions,
     times: Mapping[str, Any],
 ) -> None:
-    """Queue a finished job's results, in sending order, for each of its destinations that takes any of them."""
+    """Queue a finished job's results, in sending order, for each of its destinations that takes any of them.
+
+    None of them goes to the engine they are from.
+    """
     marks = ", ".join("?" * len(sending_order))
     kept = connection.execute(
         f"SELECT sop_instance_uid, sha256, modality FROM instance WHERE sop_instance_uid IN ({marks})",
@@ -241,7 +244,9 @@ def queue_results(
     ).fetchall()
     by_uid = {row["sop_instance_uid"]: row for row in kept}
     for destination in dict.fromkeys(job.destinations):
-        rows = [by_uid[uid] for uid in sending_order if takes(destination, by_uid[uid]["modality"])]
+        if options.is_engine(destination, job.engine):
+            continue
+        rows = [by_uid[uid] for uid in sending_order if options.takes(destination, by_uid[uid]["modality"])]
         columns = {
             "study_instance_uid": job.study_instance_uid,
             "series_instance_uid": job.series_instance_uid,

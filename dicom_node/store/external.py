@@ -29,6 +29,10 @@ _DUE = """
 SELECT * FROM cancellation INDEXED BY cancellation_due
 WHERE state = 'pending' AND (not_before_boot_id IS NOT :boot OR not_before_s <= :now) ORDER BY id LIMIT 1
 """
+_UNENDED = """
+SELECT id, note, handle FROM job WHERE state IN ('pending', 'leased', 'waiting')
+UNION ALL SELECT job, note, handle FROM cancellation WHERE state = 'pending'
+"""
 
 
 class External(CatalogPart):
@@ -44,6 +48,13 @@ class External(CatalogPart):
             update(connection, "job", job.id, {"note": note})
 
         self.database.write(write)
+
+    def still_wanted(self) -> tuple[frozenset[int], str]:
+        """The jobs that have not ended or are still to be cancelled, and all that their engines remember of them."""
+        with self.database.read() as connection:
+            rows = connection.execute(_UNENDED).fetchall()
+        texts = [text for row in rows for text in (row["note"], row["handle"]) if text]
+        return frozenset(int(row["id"]) for row in rows), "\n".join(texts)
 
     # --- sendings
 

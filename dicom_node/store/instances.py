@@ -2,7 +2,8 @@
 
 Patients, studies and series follow from instances: the first value of an attribute wins, later ones fill gaps. Only a
 new image of origin RECEIVED moves completion: it opens its series, and the study's next revision when none is open. So
-does one sent again to a series that was never routed (`_waited_for`).
+does one sent again to a series that was never routed (`_waited_for`). What an engine returns is noted each time, see
+`store.returned`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dicom_node.model import (
     StoreOutcome,
 )
 from dicom_node.store.names import name_key
+from dicom_node.store.returned import about_study, note_return
 from dicom_node.store.rows import json_text, utc_text
 
 __all__ = ["KEY_SUFFIX", "insert_instance", "mark_instance", "restore_instance"]
@@ -42,15 +44,36 @@ def insert_instance(
     `same_pixels`: whether its pixel data is that of the instance already known under this UID; None when nobody looked.
     A PRODUCED instance whose UID is known is DUPLICATE whatever its content: the existing one is adopted and kept.
     """
-    return _insert(connection, record, policy, same_pixels, moves_completion=True)
+    if record.origin is not Origin.RETURNED:
+        return _insert(connection, record, policy, same_pixels, moves_completion=True)
+    about = about_study(connection, record)
+    if about is None:
+        outcome = _insert(connection, record, policy, same_pixels, moves_completion=True)
+    else:
+        outcome = _set_aside(connection, record)
+    note_return(connection, record, outcome, about or record.header.study_instance_uid)
+    return outcome
+
+
+def _set_aside(connection: sqlite3.Connection, record: InstanceRecord) -> StoreOutcome:
+    """Keep what came under UIDs of one job beside the index: its patient and study are nobody's, and no user's."""
+    same = (record.header.sop_instance_uid, record.file.sha256, record.header.transfer_syntax_uid)
+    if connection.execute(
+        "SELECT 1 FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?", same
+    ).fetchone():
+        _write_place(connection, "variant", record)
+        return StoreOutcome.DUPLICATE
+    return _keep_variant(connection, record, StoreOutcome.SET_ASIDE)
 
 
 def restore_instance(connection: sqlite3.Connection, record: InstanceRecord) -> StoreOutcome:
     """Index an instance found in the archive (fsck): as `insert_instance` keeping the first, but nothing is run for it.
 
     Its series stays at routing 'none', so nothing that was analysed once is analysed again; an image that is sent, new
-    or again, opens it.
+    or again, opens it. What came back under UIDs of one job is set aside again.
     """
+    if record.origin is not Origin.PRODUCED and about_study(connection, record):
+        return _set_aside(connection, record)
     return _insert(connection, record, ConflictPolicy.KEEP_FIRST, None, moves_completion=False)
 
 
@@ -125,6 +148,10 @@ def _insert_known(
         return StoreOutcome.DUPLICATE
     if record.origin is Origin.PRODUCED:
         return StoreOutcome.DUPLICATE
+    # what an engine makes of an image is never that image, not even when its own file is gone
+    altered = record.origin is Origin.RETURNED and known["origin"] == Origin.RECEIVED.value
+    if altered and policy is ConflictPolicy.REPLACE:
+        policy = ConflictPolicy.KEEP_FIRST
     if record.origin is Origin.RECEIVED:
         study = connection.execute(
             "SELECT patient_id, issuer FROM study WHERE study_instance_uid = ?", (header.study_instance_uid,)
@@ -139,7 +166,7 @@ def _insert_known(
     if variant is not None and not (taken_back and policy is ConflictPolicy.REPLACE):
         _write_place(connection, "variant", record)
         return StoreOutcome.DUPLICATE
-    if known["state"] == "present":
+    if known["state"] == "present" or altered:
         if not same_syntax:
             return _keep_variant(connection, record, StoreOutcome.OTHER_SYNTAX)
         if policy is ConflictPolicy.REFUSE:

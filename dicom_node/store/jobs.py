@@ -27,6 +27,7 @@ from dicom_node.model import (
 from dicom_node.store.deliveries import queue_results
 from dicom_node.store.external import ask_to_stop
 from dicom_node.store.instances import insert_instance
+from dicom_node.store.returned import take_returned
 from dicom_node.store.rows import (
     CatalogPart,
     check_lease,
@@ -53,6 +54,7 @@ WHERE job.state IN ('pending', 'leased', 'waiting')
   AND (:conflicts OR held IS NOT 1) AND job.rank <= :rank
 ORDER BY job.rank, job.id LIMIT 1
 """
+_LATER = "not_before_boot_id IS :boot AND not_before_s > :now"
 
 
 class Jobs(CatalogPart):
@@ -115,10 +117,13 @@ class Jobs(CatalogPart):
         produced: Sequence[InstanceRecord],
         sending_order: Sequence[str],
         stage_seconds: Mapping[str, float] | None = None,
+        *,
+        taken: Sequence[str] = (),
     ) -> None:
         """One transaction: results become visible, deliveries are queued (`sending_order`: SOP Instance UIDs), the job
         is DONE. Raises LeaseLost and writes nothing when the token is stale. A produced instance whose UID is known
         is adopted: the one that is there stays, whatever its digest. `stage_seconds` are kept for the timeline.
+        `taken`: what an engine stored here that is this job's now.
         """
         stages = json.dumps({stage: round(seconds, 3) for stage, seconds in (stage_seconds or {}).items()})
 
@@ -126,10 +131,11 @@ class Jobs(CatalogPart):
             check_lease(connection, "job", job.id, job.token)
             for record in produced:
                 insert_instance(connection, record, ConflictPolicy.KEEP_FIRST)
+            take_returned(connection, job.id, taken)
             for position, uid in enumerate(sending_order):
                 insert(connection, "job_result", {"job": job.id, "position": position, "sop_instance_uid": uid})
             if job.send_what is not SendWhat.SOURCE:
-                queue_results(connection, job, sending_order, self.options.takes, self._new_delivery_columns())
+                queue_results(connection, job, sending_order, self.options, self._new_delivery_columns())
             self._move(connection, job.id, "finish", error="", handle=None, stages=stages)
 
         self.database.write(write)
@@ -161,6 +167,26 @@ class Jobs(CatalogPart):
         changes: dict[str, Any] = {"not_before_s": not_before_s, "not_before_boot_id": boot_id}
         changes |= self._now_columns() if renew else {}
         self._end_job_lease(job, "park", error="", handle=pending.handle, **changes)
+
+    def wake_job(self, job_id: int) -> bool:
+        """A WAITING job becomes due now: its engine says that something happened. Whether it was waiting for later.
+
+        A job in any other state, or none of that number, is left as it is: whoever calls this knows nothing for sure.
+        """
+        waiting = "SELECT 1 FROM job WHERE id = :job AND state = 'waiting' AND " + _LATER
+        now = self.clock.boot()
+        wanted = {"job": job_id, "boot": now.boot_id, "now": now.seconds}
+
+        def write(connection: sqlite3.Connection) -> bool:
+            found = connection.execute(waiting, wanted).fetchone() is not None
+            if found:
+                update(connection, "job", job_id, {"not_before_s": now.seconds, "not_before_boot_id": now.boot_id})
+            return found
+
+        with self.database.read() as connection:  # strangers' hints must not take the writers' lock
+            if connection.execute(waiting, wanted).fetchone() is None:
+                return False
+        return self.database.write(write)
 
     def give_up_job(self, job: Job, error: str) -> None:
         """FAILED: dead letter; what its engine works on for it (`job.handle`) is to be stopped. Raises LeaseLost."""

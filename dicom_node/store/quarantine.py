@@ -4,7 +4,8 @@
     <data_dir>/quarantine/job-12-3fa94c0d51b2.json   why, when, from which engine, for which study and series
 
 Such a file may name the patient, so folder and files are the node's own (0700, 0600); names and reasons do not. The
-folder is bounded: the oldest give way to a new one, and one that is larger than all of it is not kept. Nothing of the
+folder is bounded (`storage.quarantine_bytes`, `storage.quarantine_files`): the oldest give way to a new one, and one
+that is larger than all of it is not kept. Nothing of the
 node depends on what is in it; anything may be deleted by hand.
 """
 
@@ -27,8 +28,6 @@ __all__ = ["Quarantine", "Quarantined"]
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 4 * 1024**3
-MAX_FILES = 200
 _PIECE = 1024 * 1024
 
 
@@ -56,10 +55,12 @@ class Quarantine:
         clock: Clock,
         *,
         free_bytes: Callable[[], int],
-        max_bytes: int = MAX_BYTES,
-        max_files: int = MAX_FILES,
+        max_bytes: int,
+        max_files: int,
     ) -> None:
-        """`folder` is made with the first file. `free_bytes`: what may be used of the disk."""
+        """`folder` is made with the first file. `free_bytes`: what may be used of the disk. 0 of either maximum: no
+        file is kept, and those that are there stay.
+        """
         self._folder = folder
         self._clock = clock
         self._free_bytes = free_bytes
@@ -75,7 +76,7 @@ class Quarantine:
         """
         try:
             size = path.stat().st_size
-            if size > self._max_bytes or size > self._free_bytes():
+            if self._max_files < 1 or size > self._max_bytes or size > self._free_bytes():
                 log.warning("no room in the quarantine", extra={"engine": engine, "job": job_id, "bytes": size})
                 return ""
             self._folder.mkdir(mode=0o700, exist_ok=True)

@@ -11,6 +11,7 @@ from dicom_node.store.deliveries import Deliveries
 from dicom_node.store.external import External
 from dicom_node.store.jobs import Jobs
 from dicom_node.store.ledger import Ledger
+from dicom_node.store.returned import Returned
 from dicom_node.store.rows import QueueOptions
 from dicom_node.store.status import Stuck
 from dicom_node.store.timeline import timeline
@@ -18,8 +19,8 @@ from dicom_node.store.timeline import timeline
 __all__ = ["QueueOptions", "SqliteQueue", "Stuck"]
 
 
-class SqliteQueue(Ledger, Jobs, Deliveries, External):
-    """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger` and `Status` on SQLite."""
+class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned):
+    """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger`, `Returns` and `Status` on SQLite."""
 
     def snapshot(self) -> Mapping[str, Any]:
         """Counts for metrics and readiness; the keys are those of `store.status.snapshot`."""

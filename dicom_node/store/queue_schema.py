@@ -155,6 +155,33 @@ def engine_ledger(db: Database) -> None:
             db.execute(statement)
 
 
+@queue_migrations()
+def returned_objects(db: Database) -> None:
+    """What engines that answer by C-STORE sent back, each time it came, and the UIDs studies left the node under."""
+    for statement in _RETURNED_TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
+_RETURNED_TABLES = """
+CREATE TABLE returned (                          -- never removed; once more of what no job took replaces the one before
+    id INTEGER PRIMARY KEY AUTOINCREMENT,        -- the order of arrival
+    sop_instance_uid TEXT NOT NULL, sop_class_uid TEXT NOT NULL,
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    modality TEXT NOT NULL, transfer_syntax_uid TEXT NOT NULL, sha256 TEXT NOT NULL,
+    calling_ae_title TEXT NOT NULL,
+    outcome TEXT NOT NULL,                       -- a StoreOutcome value
+    about_study TEXT NOT NULL,                   -- its study here; its own unless it came under UIDs of one job
+    job INTEGER REFERENCES job (id),             -- whose result it is
+    at TEXT NOT NULL, at_s REAL NOT NULL, at_boot_id TEXT NOT NULL
+);
+CREATE INDEX returned_study ON returned (study_instance_uid, id);
+CREATE INDEX returned_about ON returned (about_study, id);
+CREATE INDEX returned_instance ON returned (sop_instance_uid);
+CREATE INDEX returned_job ON returned (job);
+CREATE INDEX sending_remote ON sending (remote_id) WHERE remote_id <> ''
+"""
+
 _ENGINE_TABLES = """
 CREATE TABLE sending (                           -- what left the node for an engine; never removed
     id INTEGER PRIMARY KEY,

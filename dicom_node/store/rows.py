@@ -99,18 +99,24 @@ def _takes_all(destination: str, modality: str) -> bool:
     return True
 
 
+def _no_engine(destination: str, engine: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueOptions:
     """What of the configuration the catalog's side of the work has to know.
 
     `takes(destination, modality)`: whether a destination is sent results of that modality. `immediate_modalities`: a
     series of one single image of these need not wait. `analyse_conflicts`: studies under two patient identities are
-    analysed without a person's release.
+    analysed without a person's release. `is_engine(destination, engine)`: whether the destination is that engine's own
+    AE, which never gets back what it made.
     """
 
     takes: Callable[[str, str], bool] = _takes_all
     immediate_modalities: tuple[str, ...] = ("CR", "DX", "MG")
     analyse_conflicts: bool = False
+    is_engine: Callable[[str, str], bool] = _no_engine
 
 
 class CatalogPart:

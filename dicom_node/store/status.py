@@ -71,6 +71,7 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
     * `cancellations`: engine -> state (pending, failed) -> work there that is still to be stopped, or cannot be.
     * `deliveries`: destination -> state -> the same.
     * `dead_letters`: jobs, deliveries. `variants`: kind -> count. `associations`: open, by_calling_ae.
+    * `returned`: what engines stored here: taken (results of a job), untaken (kept; of no job so far).
     * `undelivered_bytes`: of data sets not yet at a destination. `last_match`: rule -> Unix time it last matched.
     """
     with part.database.read() as connection:
@@ -90,11 +91,17 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
             },
             "variants": dict(connection.execute("SELECT kind, count(*) FROM variant GROUP BY kind").fetchall()),
             "associations": _associations(connection),
+            "returned": _returned(connection),
             "undelivered_bytes": connection.execute(_UNDELIVERED_BYTES).fetchone()[0],
             "last_match": {
                 row["rule"]: utc(row["routed_at"]).timestamp() for row in connection.execute(_LAST_MATCH).fetchall()
             },
         }
+
+
+def _returned(connection: sqlite3.Connection) -> dict[str, int]:
+    row = connection.execute("SELECT count(job) AS taken, count(*) - count(job) AS untaken FROM returned").fetchone()
+    return {"taken": row["taken"], "untaken": row["untaken"]}
 
 
 def _count(connection: sqlite3.Connection, table_where: str) -> int:

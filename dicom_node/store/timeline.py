@@ -72,6 +72,7 @@ def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEve
             *_notes(connection, study_instance_uid),
             *_sendings(connection, study_instance_uid),
             *_cancellations(connection, study_instance_uid),
+            *_returned(connection, study_instance_uid),
         ]
     return sorted(events, key=lambda event: event.at)
 
@@ -178,6 +179,30 @@ def _measured(row: sqlite3.Row) -> str:
     size = f", {row['bytes']} bytes" if row["bytes"] is not None else ""
     digest = f", sha256 {row['sha256']}" if row["sha256"] else ""
     return size + digest + (f", there {row['remote_id']}" if row["remote_id"] else "")
+
+
+_RETURNED = """
+SELECT calling_ae_title, job, outcome IN ('duplicate', 'variant', 'header-changed', 'other-syntax', 'refused')
+  AND EXISTS (SELECT 1 FROM instance WHERE instance.sop_instance_uid = returned.sop_instance_uid
+              AND origin = 'received') AS own,
+  EXISTS (SELECT 1 FROM returned AS taken WHERE taken.sop_instance_uid = returned.sop_instance_uid
+          AND taken.job IS NOT NULL) AS again,
+  count(*) AS objects, max(at) AS last, group_concat(DISTINCT modality) AS modalities
+FROM returned WHERE about_study = :study OR study_instance_uid = :study
+GROUP BY calling_ae_title, job, own, again
+"""
+
+
+def _returned(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    for row in connection.execute(_RETURNED, {"study": study}).fetchall():
+        what = f"{row['objects']} objects ({row['modalities'].replace(',', ', ')}) came back from"
+        if row["job"] is not None:
+            became = f"results of job {row['job']}"
+        elif row["own"]:
+            became = "they are images the node has, and no result"
+        else:
+            became = "of a job that has them already" if row["again"] else "of no job so far; they are kept"
+        yield TimelineEvent(at=utc(row["last"]), text=f"{what} {row['calling_ae_title']}: {became}")
 
 
 def _cancellations(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:

@@ -311,6 +311,23 @@ def test_polling_a_parked_job_is_no_attempt(bench: Bench) -> None:
     assert (job.handle, job.attempts) == ("ext-7", 2)  # the engine still works on it
 
 
+def test_a_parked_job_that_is_woken_is_due_now_and_no_other_job_is_touched(bench: Bench) -> None:
+    job = _with_job(bench)
+    assert not bench.queue.wake_job(job.id)  # somebody works on it
+    bench.queue.park_job(job, Pending(handle="ext-7", poll_after_s=3600))
+    assert bench.queue.lease_job("w", 30) is None
+    before = bench.dump()
+    assert not bench.queue.wake_job(job.id + 1)
+    assert bench.dump() == before
+    assert bench.queue.wake_job(job.id)
+    assert not bench.queue.wake_job(job.id)  # it is due already
+    woken = bench.leased()
+    assert (woken.id, woken.handle, woken.attempts) == (job.id, "ext-7", 1)
+    bench.queue.retry_job_later(woken, "not reachable", 3600)
+    assert not bench.queue.wake_job(job.id)  # it waits for the engine to be back, which a stranger's word does not mend
+    assert bench.queue.lease_job("w", 30) is None
+
+
 def test_a_person_retries_and_cancels(bench: Bench) -> None:
     job = _with_job(bench)
     bench.queue.give_up_job(job, "broken")

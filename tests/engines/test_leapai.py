@@ -10,8 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
@@ -20,14 +19,10 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.filereader import _read_file_meta_info
 
-from dicom_node.config import EngineSettings
 from dicom_node.demo.packages import _FINDING_CODES
 from dicom_node.demo.phantom_cxr import FINDING_NAMES
-from dicom_node.demo.phantom_dicom import write_cxr
 from dicom_node.engines import _leapai_answers as answers
-from dicom_node.engines.leapai import LeapAiEngine
 from dicom_node.errors import (
     ConfigError,
     EngineCrashed,
@@ -38,35 +33,26 @@ from dicom_node.errors import (
     LeaseLost,
 )
 from dicom_node.model import (
-    EngineTask,
     Origin,
-    Sending,
     SeriesView,
     Source,
-    StoredInstance,
-    Tell,
 )
 from dicom_node.pipeline.encode import encoded, result_context
-from dicom_node.pipeline.headers_of import read_series_header
-from dicom_node.plugins import engine_class
 from dicom_node.results.codes import FINDINGS
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
 from dicom_node.values import (
-    EngineResult,
-    Finding,
     Findings,
     Presence,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-CALLED = "/share/in"
-NAME = "DOE^JOHN THE SECRET"
+CALLED, NAME = "/share/in", "DOE^JOHN THE SECRET"
 
 
 def _load() -> ModuleType:
-    name = "leapai_test_server"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "servers" / "leapai.py")
+    name = "leapai_test_bench"
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "leapai_bench.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -74,117 +60,8 @@ def _load() -> ModuleType:
     return module
 
 
-leap = _load()
-
-
-@dataclass
-class Bench:
-    """A server, a shared folder under two names, a token in a file."""
-
-    server: Any
-    shared: Path
-    token: Path
-    folder: Path
-    host: str = "127.0.0.1"
-    recorded: list[tuple[str, Sending]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def options(self, **more: Any) -> dict[str, Any]:
-        return {
-            "base_url": f"http://{self.host}:{self.server.port}",
-            "token": f"file:{self.token}",
-            "node_folder": str(self.shared),
-            "engine_folder": CALLED,
-            "backoff_s": 0.01,
-            **more,
-        }
-
-    def engine(self, *, clock: Any = None, **more: Any) -> LeapAiEngine:
-        settings = EngineSettings(kind="leapai", options=self.options(**more))
-        made = engine_class("leapai")("cxr", settings, devices=("cpu",), clock=clock)
-        assert isinstance(made, LeapAiEngine)
-        return made
-
-    def image(self, seed: int = 1, **more: Any) -> StoredInstance:
-        path = self.folder / f"{seed}.dcm"
-        keys = {"rows": 64, "columns": 64, "view": "PA", "patient_name": NAME, **more}
-        write_cxr(path, seed, **keys)
-        return stored(path)
-
-    def task(self, *instances: StoredInstance, job: int = 7, note: str = "") -> EngineTask:
-        header = read_series_header(instances)
-
-        @contextmanager
-        def record(sending: Sending) -> Iterator[Tell]:
-            latest = [sending]
-            try:
-                yield lambda sent: latest.__setitem__(0, sent)
-            except BaseException:
-                self.recorded.append(("failed", latest[0]))
-                raise
-            self.recorded.append(("sent", latest[0]))
-
-        return EngineTask(
-            job_id=job,
-            study_instance_uid=instances[0].study_instance_uid,
-            series_instance_uid=header.series_instance_uid,
-            instances=instances,
-            header=header,
-            timeout_s=30.0,
-            note=note,
-            remember=self.notes.append,
-            record=record,
-        )
-
-    def run(self, *instances: StoredInstance, **more: Any) -> EngineResult:
-        engine = self.engine(**more)
-        try:
-            return engine.run(self.task(*(instances or (self.image(),))), lambda: None)
-        finally:
-            engine.close()
-            assert list(self.shared.iterdir()) == [], "an image was left in the shared folder"
-
-
-def stored(path: Path) -> StoredInstance:
-    """The file as the archive hands it out."""
-    with path.open("rb") as file:
-        file.seek(132)
-        meta = _read_file_meta_info(file)
-        offset = file.tell()
-    ds = pydicom.dcmread(path, stop_before_pixels=True)
-    return StoredInstance(
-        sop_class_uid=str(ds.SOPClassUID),
-        sop_instance_uid=str(ds.SOPInstanceUID),
-        study_instance_uid=str(ds.StudyInstanceUID),
-        series_instance_uid=str(ds.SeriesInstanceUID),
-        transfer_syntax_uid=str(meta.TransferSyntaxUID),
-        path=str(path),
-        data_set_offset=offset,
-        data_set_length=path.stat().st_size - offset,
-        sha256="0" * 64,
-        origin=Origin.RECEIVED,
-        modality=str(ds.Modality),
-    )
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    shared, folder, token = tmp_path / "shared", tmp_path / "images", tmp_path / "token"
-    shared.mkdir()
-    folder.mkdir()
-    token.write_text(leap.issue(time.time() + 30 * 86400) + "\n")
-    with leap.LeapAi(mounts={CALLED: shared, "D:\\in": shared}) as server:
-        yield Bench(server=server, shared=shared, token=token, folder=folder)
-
-
-def only(result: EngineResult) -> Findings:
-    (findings,) = result.values
-    assert isinstance(findings, Findings)
-    return findings
-
-
-def by_key(result: EngineResult) -> dict[str, Finding]:
-    return {item.key: item for item in only(result).items}
+kit = _load()
+bench, leap, stored, only, by_key = kit.bench, kit.leap, kit.stored, kit.only, kit.by_key
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -197,7 +74,7 @@ def test_the_findings_have_the_keys_names_and_codes_of_the_local_model() -> None
     assert {key: code for key, (_, code) in answers.CONDITIONS.items()} == {k: r.code for k, r in FINDINGS.items()}
 
 
-def test_every_condition_is_reported_with_presence_confidence_and_threshold(bench: Bench) -> None:
+def test_every_condition_is_reported_with_presence_confidence_and_threshold(bench: Any) -> None:
     image = bench.image()
     result = bench.run(image)
     findings = only(result)
@@ -210,21 +87,21 @@ def test_every_condition_is_reported_with_presence_confidence_and_threshold(benc
     assert (result.provenance.version, result.provenance.manufacturer) == ("1.4.2", "LeapAI")
 
 
-def test_a_configured_threshold_decides_instead_of_the_engines_word(bench: Bench) -> None:
+def test_a_configured_threshold_decides_instead_of_the_engines_word(bench: Any) -> None:
     found = by_key(bench.run(thresholds={"cardiomegaly": 0.95, "fibrosis": 0.05}))
     assert (found["cardiomegaly"].presence, found["cardiomegaly"].threshold) == (Presence.ABSENT, 0.95)
     assert (found["fibrosis"].presence, found["fibrosis"].threshold) == (Presence.PRESENT, 0.05)
     assert found["infiltration"].presence is Presence.PRESENT
 
 
-def test_the_engines_own_word_stands_where_the_documented_threshold_does_not_explain_it(bench: Bench) -> None:
+def test_the_engines_own_word_stands_where_the_documented_threshold_does_not_explain_it(bench: Any) -> None:
     bench.server.misbehave("contradiction")
     cardiomegaly = by_key(bench.run())["cardiomegaly"]
     assert (cardiomegaly.presence, cardiomegaly.confidence) == (Presence.ABSENT, 0.91)
     assert cardiomegaly.threshold is None
 
 
-def test_names_are_matched_however_spelled_and_unknown_ones_are_kept_under_a_private_code(bench: Bench) -> None:
+def test_names_are_matched_however_spelled_and_unknown_ones_are_kept_under_a_private_code(bench: Any) -> None:
     bench.server.misbehave("spelling")
     findings = only(bench.run())
     assert findings.items[7].key == "nodule_mass" and findings.items[7].confidence == 0.22
@@ -237,7 +114,7 @@ def test_names_are_matched_however_spelled_and_unknown_ones_are_kept_under_a_pri
     assert (unknown.presence, unknown.code.meaning) == (Presence.PRESENT, "Aortic Enlargement")
 
 
-def test_what_the_engine_does_not_speak_of_is_undetermined_not_absent(bench: Bench) -> None:
+def test_what_the_engine_does_not_speak_of_is_undetermined_not_absent(bench: Any) -> None:
     bench.server.misbehave("no-findings")
     findings = only(bench.run())
     assert {item.presence for item in findings.items} == {Presence.UNDETERMINED}
@@ -246,7 +123,7 @@ def test_what_the_engine_does_not_speak_of_is_undetermined_not_absent(bench: Ben
     assert "the engine said nothing of 11 of the 11 conditions" in findings.notes
 
 
-def test_a_warning_is_kept_and_said(bench: Bench) -> None:
+def test_a_warning_is_kept_and_said(bench: Any) -> None:
     bench.server.misbehave("warning")
     findings = only(bench.run())
     assert 'the engine flagged its answer with a warning: "Image quality is low"' in findings.notes
@@ -256,7 +133,7 @@ def test_a_warning_is_kept_and_said(bench: Bench) -> None:
 # --- what is sent ----------------------------------------------------------------------------------------------------
 
 
-def test_the_request_is_the_documented_one_with_a_bare_token_and_the_engines_path(bench: Bench) -> None:
+def test_the_request_is_the_documented_one_with_a_bare_token_and_the_engines_path(bench: Any) -> None:
     image = bench.image()
     bench.run(image)
     (seen,) = bench.server.seen
@@ -269,7 +146,7 @@ def test_the_request_is_the_documented_one_with_a_bare_token_and_the_engines_pat
     assert seen.request["patient_id"].startswith("JOB-")
 
 
-def test_bearer_is_an_option(bench: Bench) -> None:
+def test_bearer_is_an_option(bench: Any) -> None:
     bench.server.bearer = True
     assert len(only(bench.run(bearer=True)).items) == 11
     assert bench.server.seen[0].headers["authorization"].startswith("Bearer ey")
@@ -277,12 +154,12 @@ def test_bearer_is_an_option(bench: Bench) -> None:
         bench.run()
 
 
-def test_a_windows_engine_gets_a_windows_path(bench: Bench) -> None:
+def test_a_windows_engine_gets_a_windows_path(bench: Any) -> None:
     bench.run(engine_folder="D:\\in\\")
     assert bench.server.seen[0].request["input_image_path"].startswith("D:\\in\\2.25.")
 
 
-def test_on_this_machine_the_image_leaves_as_it_is_and_is_recorded_as_identifiable(bench: Bench) -> None:
+def test_on_this_machine_the_image_leaves_as_it_is_and_is_recorded_as_identifiable(bench: Any) -> None:
     image = bench.image()
     bench.run(image)
     sent = pydicom.dcmread(io.BytesIO(bench.server.seen[0].file))
@@ -291,7 +168,7 @@ def test_on_this_machine_the_image_leaves_as_it_is_and_is_recorded_as_identifiab
     assert (state, sending.identifiable, sending.bytes) == ("sent", True, len(bench.server.seen[0].file))
 
 
-def test_another_machine_gets_no_identification_and_the_answer_finds_the_image_again(bench: Bench) -> None:
+def test_another_machine_gets_no_identification_and_the_answer_finds_the_image_again(bench: Any) -> None:
     bench.host = "0.0.0.0"  # not loopback by the rule, and yet this machine
     image = bench.image()
     result = bench.run(image)
@@ -307,14 +184,14 @@ def test_another_machine_gets_no_identification_and_the_answer_finds_the_image_a
     assert bench.server.seen[0].request["input_image_path"].endswith(f"/{sent.SOPInstanceUID}.dcm")
 
 
-def test_send_identifiable_lets_another_machine_see_the_patient(bench: Bench) -> None:
+def test_send_identifiable_lets_another_machine_see_the_patient(bench: Any) -> None:
     bench.host = "0.0.0.0"
     bench.run(send_identifiable=True)
     assert b"SECRET" in bench.server.seen[0].file
     assert bench.recorded[0][1].identifiable is True
 
 
-def test_an_image_that_may_name_the_patient_in_its_pixels_is_refused_before_anything_is_written(bench: Bench) -> None:
+def test_an_image_that_may_name_the_patient_in_its_pixels_is_refused_before_anything_is_written(bench: Any) -> None:
     bench.host = "0.0.0.0"
     image = bench.image()
     ds = pydicom.dcmread(image.path)
@@ -325,7 +202,7 @@ def test_an_image_that_may_name_the_patient_in_its_pixels_is_refused_before_anyt
     assert bench.recorded == [] and bench.server.asked == [] and bench.notes == []
 
 
-def test_only_frontal_images_are_sent_and_the_others_are_accounted_for(bench: Bench) -> None:
+def test_only_frontal_images_are_sent_and_the_others_are_accounted_for(bench: Any) -> None:
     frontal, lateral = bench.image(1), bench.image(2)
     ds = pydicom.dcmread(lateral.path)
     ds.ViewPosition = "LL"
@@ -338,7 +215,7 @@ def test_only_frontal_images_are_sent_and_the_others_are_accounted_for(bench: Be
         bench.run(stored(Path(lateral.path)))
 
 
-def test_the_view_may_be_coded_or_by_option_unknown(bench: Bench) -> None:
+def test_the_view_may_be_coded_or_by_option_unknown(bench: Any) -> None:
     coded, silent = bench.image(1), bench.image(2, sop_class="CR", omit=("ViewPosition",))
     ds = pydicom.dcmread(coded.path)
     assert ds.ViewCodeSequence[0].CodeValue == "272479007"  # PA (PS3.16 CID 4010)
@@ -354,7 +231,7 @@ def test_the_view_may_be_coded_or_by_option_unknown(bench: Bench) -> None:
         bench.run(stored(Path(coded.path)), view_missing="allow")
 
 
-def test_raw_detector_values_are_not_sent(bench: Bench) -> None:
+def test_raw_detector_values_are_not_sent(bench: Any) -> None:
     image = bench.image()
     ds = pydicom.dcmread(image.path)
     ds.PresentationIntentType = "FOR PROCESSING"
@@ -364,7 +241,7 @@ def test_raw_detector_values_are_not_sent(bench: Bench) -> None:
     assert bench.server.asked == []
 
 
-def test_several_jobs_may_be_run_at_a_time(bench: Bench) -> None:
+def test_several_jobs_may_be_run_at_a_time(bench: Any) -> None:
     engine = bench.engine()
     images = [bench.image(seed) for seed in range(1, 7)]
     with ThreadPoolExecutor(3) as pool:
@@ -375,7 +252,7 @@ def test_several_jobs_may_be_run_at_a_time(bench: Bench) -> None:
     assert list(bench.shared.iterdir()) == []
 
 
-def test_two_images_of_one_series_get_their_own_findings(bench: Bench) -> None:
+def test_two_images_of_one_series_get_their_own_findings(bench: Any) -> None:
     one, two = bench.image(1), bench.image(2)
     result = bench.run(one, two)
     told = [value.sop_instance_uid for value in result.values if isinstance(value, Findings)]
@@ -386,7 +263,7 @@ def test_two_images_of_one_series_get_their_own_findings(bench: Bench) -> None:
 # --- the shared folder -----------------------------------------------------------------------------------------------
 
 
-def test_the_names_are_remembered_before_the_first_image_is_written(bench: Bench) -> None:
+def test_the_names_are_remembered_before_the_first_image_is_written(bench: Any) -> None:
     task = bench.task(bench.image())
 
     def remember(note: str) -> None:
@@ -398,7 +275,7 @@ def test_the_names_are_remembered_before_the_first_image_is_written(bench: Bench
     assert bench.server.asked == [] and list(bench.shared.iterdir()) == []
 
 
-def test_what_a_crash_left_is_removed_by_the_next_try_and_by_the_end_of_the_job(bench: Bench) -> None:
+def test_what_a_crash_left_is_removed_by_the_next_try_and_by_the_end_of_the_job(bench: Any) -> None:
     image = bench.image()
     bench.run(image)
     (note,) = bench.notes
@@ -406,7 +283,11 @@ def test_what_a_crash_left_is_removed_by_the_next_try_and_by_the_end_of_the_job(
     left = bench.shared / note.splitlines()[1]
     other = bench.shared / "another.dcm"
     engine = bench.engine()
-    for remove in (lambda: engine.cancel_noted(note), lambda: engine.run(bench.task(image, note=note), lambda: None)):
+    removals: tuple[Callable[[], Any], ...] = (
+        lambda: engine.cancel_noted(note),
+        lambda: engine.run(bench.task(image, note=note), lambda: None),
+    )
+    for remove in removals:
         left.write_bytes(b"DICM")
         left.with_suffix(".part").write_bytes(b"DI")
         other.write_bytes(b"not ours")
@@ -416,7 +297,7 @@ def test_what_a_crash_left_is_removed_by_the_next_try_and_by_the_end_of_the_job(
     engine.close()
 
 
-def test_a_missing_shared_folder_is_an_outage_and_check_names_the_option(bench: Bench, tmp_path: Path) -> None:
+def test_a_missing_shared_folder_is_an_outage_and_check_names_the_option(bench: Any, tmp_path: Path) -> None:
     engine = bench.engine(node_folder=str(tmp_path / "unmounted"))
     with pytest.raises(ConfigError, match=r"engines\.cxr\.options\.node_folder"):
         engine.check()
@@ -426,7 +307,7 @@ def test_a_missing_shared_folder_is_an_outage_and_check_names_the_option(bench: 
     engine.close()
 
 
-def test_an_engine_that_sees_another_folder_is_an_outage_that_says_so(bench: Bench) -> None:
+def test_an_engine_that_sees_another_folder_is_an_outage_that_says_so(bench: Any) -> None:
     with pytest.raises(EngineUnavailable, match="node_folder and engine_folder"):
         bench.run(engine_folder="/elsewhere")
     with pytest.raises(ConfigError, match=r"engines\.cxr\.options\.engine_folder: expected an absolute path"):
@@ -449,9 +330,9 @@ DOCUMENTED = [
     (500, "Unable to create output folder: /x", EngineUnavailable),
     (500, "Single Inference failed due to an internal error", EngineCrashed),
     (400, "input_folder_path is required in the request", EngineError),
-    (400, "Invalid path input_folder_path: /x", EngineError),
-    (400, "Input folder path does not exist: /x", EngineError),
-    (400, "No Dicom images found in the provided path", EngineError),
+    (400, "Invalid path input_folder_path: /x", EngineUnavailable),
+    (400, "Input folder path does not exist: /x", EngineUnavailable),
+    (400, "No Dicom images found in the provided path", EngineUnavailable),
     (500, "Bulk inference failed due to an internal error", EngineCrashed),
     (401, "Token missing", EngineUnavailable),
     (401, "Token expired", EngineUnavailable),
@@ -497,7 +378,7 @@ def test_every_message_of_the_vendors_table_has_a_row_of_its_own() -> None:
     ],
 )
 def test_an_engine_that_does_wrong_is_told_as_what_it_is(
-    bench: Bench, wrong: str, kind: type[EngineError], says: str
+    bench: Any, wrong: str, kind: type[EngineError], says: str
 ) -> None:
     bench.server.misbehave(wrong)
     with pytest.raises(EngineError, match=says) as caught:
@@ -508,20 +389,20 @@ def test_an_engine_that_does_wrong_is_told_as_what_it_is(
 
 
 @pytest.mark.parametrize("wrong", ["drop", "unavailable", "partial"])
-def test_a_lost_answer_is_asked_for_again_because_an_inference_changes_nothing(bench: Bench, wrong: str) -> None:
+def test_a_lost_answer_is_asked_for_again_because_an_inference_changes_nothing(bench: Any, wrong: str) -> None:
     bench.server.misbehave(wrong)
     assert len(only(bench.run()).items) == 11
     assert len(bench.server.seen) == 2
     assert [state for state, _ in bench.recorded] == ["sent"]
 
 
-def test_a_silent_engine_is_a_timeout_and_the_image_is_taken_back(bench: Bench) -> None:
+def test_a_silent_engine_is_a_timeout_and_the_image_is_taken_back(bench: Any) -> None:
     bench.server.misbehave("slow")
     with pytest.raises(EngineTimeout):
         bench.run(read_timeout_s=0.5, retries=0)
 
 
-def test_a_dead_engine_is_unavailable_and_then_rests(bench: Bench, free_port: Callable[[], int]) -> None:
+def test_a_dead_engine_is_unavailable_and_then_rests(bench: Any, free_port: Callable[[], int]) -> None:
     engine = bench.engine(base_url=f"http://127.0.0.1:{free_port()}", retries=0, breaker_failures=1)
     with pytest.raises(EngineUnavailable):
         engine.run(bench.task(bench.image()), lambda: None)
@@ -533,7 +414,7 @@ def test_a_dead_engine_is_unavailable_and_then_rests(bench: Bench, free_port: Ca
         engine.run(bench.task(bench.image()), lambda: None)
 
 
-def test_a_lost_lease_takes_the_image_back(bench: Bench) -> None:
+def test_a_lost_lease_takes_the_image_back(bench: Any) -> None:
     bench.server.misbehave("slow")
     asked = [0]
 
@@ -549,7 +430,7 @@ def test_a_lost_lease_takes_the_image_back(bench: Bench) -> None:
     engine.close()
 
 
-def test_one_image_refused_does_not_cost_the_other_its_findings(bench: Bench) -> None:
+def test_one_image_refused_does_not_cost_the_other_its_findings(bench: Any) -> None:
     one, two = sorted((bench.image(1), bench.image(2)), key=lambda image: image.sop_instance_uid)
     image = replace(one, data_set_length=one.data_set_length + 10**6)  # its file is shorter than it should be
     findings = only(bench.run(image, two))
@@ -557,13 +438,13 @@ def test_one_image_refused_does_not_cost_the_other_its_findings(bench: Bench) ->
     assert any("shorter than it should be" in note for note in findings.notes)
 
 
-def test_an_engine_exchanged_between_two_images_is_asked_again(bench: Bench) -> None:
+def test_an_engine_exchanged_between_two_images_is_asked_again(bench: Any) -> None:
     bench.server.misbehave("old-version")
     with pytest.raises(EngineUnavailable, match="version changed"):
         bench.run(bench.image(1), bench.image(2))
 
 
-def test_requests_are_observed_as_what_they_came_to(bench: Bench) -> None:
+def test_requests_are_observed_as_what_they_came_to(bench: Any) -> None:
     heard: list[tuple[str, str]] = []
     engine = bench.engine(retries=0)
     engine.observe(lambda name, outcome, seconds: heard.append((name, outcome)))
@@ -581,7 +462,7 @@ def test_requests_are_observed_as_what_they_came_to(bench: Bench) -> None:
 # --- the token -------------------------------------------------------------------------------------------------------
 
 
-def test_an_expired_token_is_an_outage_with_its_reason_until_a_new_one_lies_there(bench: Bench) -> None:
+def test_an_expired_token_is_an_outage_with_its_reason_until_a_new_one_lies_there(bench: Any) -> None:
     good = bench.token.read_text()
     bench.token.write_text(leap.issue(time.time() - 86400))
     engine, task = bench.engine(), bench.task(bench.image())
@@ -601,7 +482,7 @@ def test_an_expired_token_is_an_outage_with_its_reason_until_a_new_one_lies_ther
     engine.close()
 
 
-def test_a_missing_token_is_a_wrong_setting_when_checked_and_an_outage_when_a_job_waits(bench: Bench) -> None:
+def test_a_missing_token_is_a_wrong_setting_when_checked_and_an_outage_when_a_job_waits(bench: Any) -> None:
     bench.token.unlink()
     engine = bench.engine()
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -615,13 +496,13 @@ def test_a_missing_token_is_a_wrong_setting_when_checked_and_an_outage_when_a_jo
 
 
 def test_the_end_of_the_token_is_told_and_warned_of_once_a_day_from_three_days_before(
-    bench: Bench, moved_clock: Any, caplog: pytest.LogCaptureFixture
+    bench: Any, moved_clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     moved_clock.at = datetime.now(UTC)
     ends = moved_clock.at + timedelta(days=30)
     bench.token.write_text(leap.issue(ends.timestamp()))
     engine = bench.engine(clock=moved_clock)
-    with caplog.at_level(logging.WARNING, "dicom_node.engines.leapai"):
+    with caplog.at_level(logging.WARNING, "dicom_node.engines._leapai_client"):
         assert engine.gauges()["token_expires_seconds"] == pytest.approx(30 * 86400, abs=2)
         moved_clock.move(26.9 * 86400)
         engine.gauges()
@@ -644,7 +525,7 @@ def test_a_token_that_does_not_say_when_it_ends_does_no_harm(token: str) -> None
     assert answers.token_expiry(token) is None
 
 
-def test_the_report_asks_ping_without_the_token_and_tries_the_token_without_an_image(bench: Bench) -> None:
+def test_the_report_asks_ping_without_the_token_and_tries_the_token_without_an_image(bench: Any) -> None:
     engine = bench.engine()
     engine.check()
     told = dict(engine.report())
@@ -659,7 +540,7 @@ def test_the_report_asks_ping_without_the_token_and_tries_the_token_without_an_i
     assert bench.token.read_text().strip() not in json.dumps(told)
 
 
-def test_the_options_are_checked_by_name_and_the_token_is_never_a_value(bench: Bench) -> None:
+def test_the_options_are_checked_by_name_and_the_token_is_never_a_value(bench: Any) -> None:
     for key, value, says in [
         ("token", "eyJhbGciOi.secret.x", "never the value itself"),
         ("node_folder", "relative", "absolute"),
@@ -677,7 +558,7 @@ def test_the_options_are_checked_by_name_and_the_token_is_never_a_value(bench: B
 
 
 def test_the_example_rule_sends_a_frontal_chest_to_the_engine_and_its_findings_become_a_report(
-    bench: Bench, tmp_path: Path
+    bench: Any, tmp_path: Path
 ) -> None:
     rules = tmp_path / "rules"
     rules.mkdir()
@@ -697,7 +578,7 @@ def test_the_example_rule_sends_a_frontal_chest_to_the_engine_and_its_findings_b
     )
     loaded = load_rules(rules, engines={"leapai-cxr"}, destinations={"PACS"})
     (job,) = loaded.evaluate(view, now=view.received_at, destination_of={"DX1": "PACS"}.get).jobs
-    assert (job.engine, job.results, job.destinations) == ("leapai-cxr", ("sr",), ("PACS",))
+    assert (job.engine, job.results, job.destinations) == ("leapai-cxr", ("sr", "sc"), ("PACS",))
     result = bench.run(image)
     context = result_context(
         result.provenance,
@@ -720,7 +601,7 @@ def test_the_example_rule_sends_a_frontal_chest_to_the_engine_and_its_findings_b
 
 
 def test_a_real_node_asks_the_engine_and_keeps_the_report_and_the_sending(
-    bench: Bench,
+    bench: Any,
     running_node: Callable[..., Any],
     wait_for: Callable[..., None],
     tool: Callable[[str], str],

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -585,6 +587,48 @@ def test_a_model_must_be_named(engine: Make) -> None:
         engine(model="")
 
 
+# --- a server that answers nobody while it works ---------------------------------------------------------------------
+
+
+def test_series_take_turns_and_none_fails_because_the_server_works_on_another(
+    engine: Make, peer: Any, series: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicom_node.engines.monai_label._INFO_S", 0.4)
+    one = engine()
+    peer.slow_s = 1.0
+    peer.misbehave("slow", "slow")
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(_run, one, series.task()) for _ in range(2)]
+    for done in running:
+        _assert_right(done.result(), series)
+    assert peer.paths() == ["GET /info/", "POST /infer/threshold"] * 2
+
+
+def test_a_series_whose_turn_does_not_come_in_time_is_put_off_and_not_blamed(
+    engine: Make, peer: Any, series: Series
+) -> None:
+    one = engine()
+    peer.slow_s = 1.5
+    peer.misbehave("slow")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(_run, one, series.task())
+        while len(peer.paths()) < 2:
+            time.sleep(0.01)
+        with pytest.raises(EngineUnavailable, match="its turn"):
+            _run(one, series.task(timeout_s=0.5))
+        _assert_right(first.result(), series)
+    assert peer.paths().count("POST /infer/threshold") == 1
+
+
+def test_a_server_that_works_for_somebody_else_is_an_outage_and_no_fault_of_the_series(
+    engine: Make, peer: Any, series: Series, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicom_node.engines.monai_label._INFO_S", 0.4)
+    with peer.working, pytest.raises(EngineUnavailable, match="answers nobody while it works"):
+        _run(engine(), series.task())
+    assert series.sent == []
+
+
 # --- the example rule and the server by hand -------------------------------------------------------------------------
 
 
@@ -639,7 +683,7 @@ def test_a_node_whose_work_process_is_killed_meanwhile_sends_once_and_keeps_one_
         completion={"quiet_s": 0.5},
         jobs={"workers": 1, "lease_s": 2.0, "backoff_s": 0.2},
     )
-    peer.slow_s = 60.0
+    peer.slow_s = 8.0
     peer.misbehave("slow")
     images = [instance.path for instance in series.instances]
     storescu = [tool("storescu"), "-aet", "CT1", "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port)]

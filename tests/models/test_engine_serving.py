@@ -122,7 +122,7 @@ def test_no_more_is_read_ahead_than_there_is_memory_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = made(ct_folder, prepared_mb=1)
-    runtime, volumes = warm(engine), engine._runtimes().volumes
+    runtime, volumes = warm(engine), engine._memory
     read: list[str] = []
     prepare = segment.prepare
 
@@ -135,7 +135,7 @@ def test_no_more_is_read_ahead_than_there_is_memory_for(
         first = threads.submit(engine.run, task_for(series[0]), nothing)
         until(lambda: runtime.calls == 1, "the first study is on the device")
         second = threads.submit(engine.run, task_for(series[1]), nothing)
-        until(lambda: len(volumes._waiting) == 1, "the second waits for memory")
+        until(lambda: volumes.waiting == 1, "the second waits for memory")
         assert len(read) == 1 and volumes.taken_bytes == 24 * 128 * 128 * 2
         with pytest.raises(EngineUnavailable, match="waits its turn"):  # and no longer than it may
             engine.run(task_for(series[1], timeout_s=0.3), nothing)
@@ -231,12 +231,12 @@ def test_a_closed_engine_starts_nothing_any_more(
     threads: ThreadPoolExecutor,
 ) -> None:
     engine = made(ct_folder, prepared_mb=1)
-    runtime, volumes = warm(engine), engine._runtimes().volumes
+    runtime, volumes = warm(engine), engine._memory
     with stopped(runtime):
         first = threads.submit(engine.run, task_for(series[0]), nothing)
         until(lambda: runtime.calls == 1, "the first study is on the device")
         second = threads.submit(engine.run, task_for(series[1]), nothing)
-        until(lambda: len(volumes._waiting) == 1, "the second waits for memory")
+        until(lambda: volumes.waiting == 1, "the second waits for memory")
         engine.close()
     for waited in (first, second):
         with pytest.raises(EngineUnavailable):

@@ -31,6 +31,10 @@ from dicom_node.values import (
 
 PACKAGES = {
     "dciodvfy": "Debian package dicom3tools",
+    "dcmdump": "Debian package dcmtk",
+    "findscu": "Debian package dcmtk",
+    "dcm2pnm": "Debian package dcmtk",
+    "dcm2pdf": "Debian package dcmtk",
     "dsrdump": "Debian package dcmtk",
     "dsr2html": "Debian package dcmtk",
     "java": "Debian package default-jre-headless",
@@ -307,3 +311,76 @@ def written(tmp_path: Path) -> Callable[[Dataset], Path]:
 def reread(written: Callable[[Dataset], Path]) -> Callable[[Dataset], Dataset]:
     """A data set as anyone reads it from its file."""
     return lambda dataset: dcmread(written(dataset))
+
+
+# --- slides and what engines elsewhere bring -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def slide() -> Callable[..., Dataset]:
+    """The header of a slide image: 0.5 micrometre pixels, columns running along -y and rows along -x of the slide."""
+
+    def build(rows: int = 900, columns: int = 1300, **changes: object) -> Dataset:
+        ds = _image("1.2.840.10008.5.1.4.1.1.77.1.6", "SM", 256, 256)
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
+        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = generate_uid(), "SLIDE_CORNER"
+        ds.TotalPixelMatrixRows, ds.TotalPixelMatrixColumns = rows, columns
+        ds.ImageOrientationSlide = [0.0, -1.0, 0.0, -1.0, 0.0, 0.0]
+        ds.NumberOfFrames = -(-rows // 256) * -(-columns // 256)
+        ds.ImagedVolumeDepth = 4.0
+        ds.LossyImageCompression = "01"
+        ds.LossyImageCompressionRatio, ds.LossyImageCompressionMethod = 12.5, "ISO_10918_1"
+        origin, shared, measures, specimen = Dataset(), Dataset(), Dataset(), Dataset()
+        origin.XOffsetInSlideCoordinateSystem, origin.YOffsetInSlideCoordinateSystem = "20.5", "41.25"
+        ds.TotalPixelMatrixOriginSequence = [origin]
+        measures.PixelSpacing, measures.SliceThickness = [0.0005, 0.0005], 0.004
+        shared.PixelMeasuresSequence = [measures]
+        ds.SharedFunctionalGroupsSequence = [shared]
+        specimen.SpecimenIdentifier, specimen.SpecimenUID = "S-24-7 A1", generate_uid()
+        ds.ContainerIdentifier, ds.SpecimenDescriptionSequence = "S-24-7", [specimen]
+        for keyword, value in changes.items():
+            if value is None:
+                delattr(ds, keyword)
+            else:
+                setattr(ds, keyword, value)
+        return ds
+
+    return build
+
+
+TISSUES = (("tumour", "Tumour", "108369006", "Neoplasm"), ("stroma", "Stroma", "85756007", "Tissue"))
+
+
+@pytest.fixture(scope="session")
+def tissues() -> tuple[Segment, ...]:
+    """Tumour is label 3, stroma label 7."""
+    return tuple(
+        Segment(
+            number=number,
+            key=key,
+            label=label,
+            category=Code(value="49755003", scheme="SCT", meaning="Morphologically Abnormal Structure"),
+            type=Code(value=value, scheme="SCT", meaning=meaning),
+        )
+        for number, (key, label, value, meaning) in zip((3, 7), TISSUES, strict=True)
+    )
+
+
+@pytest.fixture(scope="session")
+def no_errors(
+    tool: Callable[[str], str], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> Callable[[Path], list[str]]:
+    """What dciodvfy finds wrong, and dcmtk cannot dump, in a file: nothing, one hopes."""
+
+    def check(path: Path) -> list[str]:
+        told = run(tool("dciodvfy"), "-new", path)
+        errors = [line for line in (told.stderr + told.stdout).splitlines() if line.startswith("Error")]
+        if told.returncode and not errors:
+            errors.append(f"dciodvfy: exit status {told.returncode}")
+        dumped = run(tool("dcmdump"), "+L", path)
+        errors += [line for line in dumped.stderr.splitlines() if line.startswith("E:")]
+        if dumped.returncode:
+            errors.append(f"dcmdump: exit status {dumped.returncode}")
+        return errors
+
+    return check

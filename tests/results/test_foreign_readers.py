@@ -21,13 +21,23 @@ from pydicom.dataset import Dataset
 from dicom_node.errors import EncodingError
 from dicom_node.model import Origin, StoredInstance
 from dicom_node.results import _common as common
+from dicom_node.results import codes
+from dicom_node.results.pdf import PdfEncoder
+from dicom_node.results.sc import ScEncoder
 from dicom_node.results.seg import SegEncoder
 from dicom_node.results.sr import SrEncoder
+from dicom_node.results.stl import StlEncoder
 from dicom_node.values import (
+    Code,
+    Document,
     Findings,
     LabelVolume,
     Measurements,
+    Mesh,
+    Picture,
     Presence,
+    Quantities,
+    Quantity,
     ResultContext,
 )
 
@@ -64,6 +74,16 @@ def _received(image: Dataset) -> Dataset:
     buffer = BytesIO()
     dcmwrite(buffer, image)
     return dcmread(buffer, force=True)
+
+
+def _quantities(images: list[Dataset]) -> Quantities:
+    unit = Code(value="mm2", scheme="UCUM", meaning="square millimeter")
+    items = (
+        Quantity(code=Code(value="42798000", scheme="SCT", meaning="Area"), value=1234.56789012345, unit=unit),
+        Quantity(code=Code(value="RATIO", scheme="99DICOMNODE", meaning="Ratio"), value=-2.5e-7, unit=codes.PERCENT),
+    )
+    uids = tuple(str(image.SOPInstanceUID) for image in images)
+    return Quantities(sop_instance_uids=uids, items=items, notes=("counted twice",))
 
 
 @pytest.fixture(scope="session")
@@ -130,11 +150,13 @@ def cases(
             origin=Origin.PRODUCED,
         )
         run(name, [findings_on(image, ("a note",))], [image], predecessors=(followed,))
+    for name, images in (("numbers", [radiograph()]), ("numbers of a volume", ct_series())):
+        run(name, [_quantities(images)], images)
     return found
 
 
 CT_CASES = ("axial", "oblique", "gaps", "lacking", "nothing", "japanese", "bare", "no-seg")
-CASES = (*CT_CASES, "cr", "dx")
+CASES = (*CT_CASES, "cr", "dx", "numbers", "numbers of a volume")
 
 
 # --- dciodvfy --------------------------------------------------------------------------------------------------------
@@ -213,7 +235,8 @@ def test_pixelmed_finds_no_error_in_any_kind_of_report(
     for jar, package in JARS.items():
         if not (JAVA / jar).exists():
             pytest.skip(f"needs {jar} (Debian package {package})")
-    good = [cases["cr"].reports[0], *cases["lacking"].reports]  # TID 1501 findings, 1411 and 1501 organs
+    # TID 1501 findings, 1411 and 1501 organs, 1501 numbers
+    good = [cases["cr"].reports[0], *cases["lacking"].reports, cases["numbers"].reports[0]]
     broken = _broken_report(good[0], tmp_path)
     (tmp_path / "batch.xsl").write_text(BATCH)
     files = "".join(f"<file>{html.escape(str(path))}</file>" for path in (*good, broken))
@@ -323,7 +346,7 @@ def test_dcmqi_reads_the_same_voxels_in_the_same_places(
         np.testing.assert_allclose(_ordered(read), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["axial", "lacking", "cr"])
+@pytest.mark.parametrize("name", ["axial", "lacking", "cr", "numbers"])
 def test_dcmqi_reads_the_same_values(
     cases: dict[str, Case], name: str, tool: Callable[[str], str], run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -337,6 +360,8 @@ def test_dcmqi_reads_the_same_values(
             for item in value.items:
                 numbers = [] if item.volume_cm3 is None or item.mean_hu is None else [item.volume_cm3, item.mean_hu]
                 expected[item.segment.label] = numbers
+        elif isinstance(value, Quantities):
+            expected["Measurements"] = [quantity.value for quantity in value.items]
     read: dict[str, list[float]] = {}
     for number, path in enumerate(cases[name].reports):
         output = tmp_path / f"{number}.json"
@@ -377,11 +402,22 @@ def test_real_headers_give_objects_without_an_error(
         pytest.skip("DICOM_NODE_CORPUS is not set")
     source = dcmread(Path(corpus) / path, stop_before_pixels=True, force=True)
     made = list(SrEncoder().encode([findings_on(source)], [source], context, []))
+    uid = str(source.SOPInstanceUID)
+    picture = Picture(pixels=np.zeros((9, 7), np.uint8), sop_instance_uid=uid, title="Heat map")
+    made += ScEncoder().encode([picture], [source], context, [])
+    made += PdfEncoder().encode([Document(pdf=b"%PDF-", sop_instance_uids=(uid,), title="R")], [source], context, [])
     array = np.zeros((1, int(source.Rows), int(source.Columns)), dtype=np.uint8)
     array[0, 1:4, 2:5] = 1
     volume = LabelVolume(labels=array, sop_instance_uids=(str(source.SOPInstanceUID),), segments=organs[:1])
     if REAL[path]:
         made += SegEncoder().encode([volume], [source], context, [])
+        surface = Mesh(
+            vertices=np.eye(3, dtype=np.float32),
+            triangles=np.array([[0, 1, 2]], np.uint32),
+            title="Liver",
+            segments=organs[:1],
+        )
+        made += StlEncoder().encode([surface], [source], context, [])
     else:
         with pytest.raises(EncodingError):
             SegEncoder().encode([volume], [source], context, [])

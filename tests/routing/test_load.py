@@ -122,8 +122,8 @@ def test_loading_raises_the_first_mistake_with_file_line_and_remedy(tmp_path: Pa
         ("ct-abdomen", "xyz", 9, "engine 'xyz' is not known", "Use one of ct-abdomen, cxr-findings (or add it under"),
         ("background", "soon", 10, "`priority: soon` is not known", "Use one of urgent, routine, background"),
         ("background", "urgnet", 10, "`priority: urgnet` is not known", "Did you mean 'urgent'?"),
-        ("[seg, sr]", "[seg, mesh]", 11, "kind of result 'mesh' is not known", "Use one of seg, sr"),
-        ("[seg, sr]", "[]", 11, "the rule runs an engine and asks for no result", "Add `results: [seg, sr]`"),
+        ("[seg, sr]", "[seg, mesh]", 11, "kind of result 'mesh' is not known", "one of ann, labelmap, pdf, sc, seg"),
+        ("[seg, sr]", "[]", 11, "the rule runs an engine and asks for no result", "one or more of seg, labelmap, sr"),
         ("[seg, sr]", "sr", 11, "`results:` must be a list", "Write `results:` and then items"),
         (
             "[PACS, sender]",

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dicom_node.clock import SystemClock
-from dicom_node.store.catalog import Catalog
+from dicom_node.config import StorageSettings
+from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.quarantine import Quarantine
 
 NAMES: dict[str, Any] = {"engine": "ai", "study_instance_uid": "1.2", "series_instance_uid": "1.2.1"}
@@ -20,7 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def made(folder: Path, free_bytes: int = 1 << 30, **bounds: int) -> Quarantine:
-    return Quarantine(folder, SystemClock(), free_bytes=lambda: free_bytes, **bounds)
+    limits = {"max_bytes": 1 << 30, "max_files": 200} | bounds
+    return Quarantine(folder, SystemClock(), free_bytes=lambda: free_bytes, **limits)
 
 
 def file(folder: Path, content: bytes, at_s: int = 0) -> Path:
@@ -47,6 +49,17 @@ def test_the_same_file_is_kept_once(folder: Path) -> None:
     names = {quarantine.keep(file(folder, b"content"), f"try {n}", job_id=3, **NAMES) for n in range(3)}
     assert len(names) == 1
     assert [kept.reason for kept in quarantine.listed()] == ["try 0"]
+
+
+@pytest.mark.parametrize("bounds", [{"quarantine_bytes": 0}, {"quarantine_files": 0}, {"quarantine_bytes": 6}])
+def test_the_settings_bound_what_is_kept_and_nothing_may_be_kept_at_all(tmp_path: Path, bounds: dict[str, int]) -> None:
+    storage = StorageSettings(reserve_bytes=0, reserve_ratio=0, **bounds)  # type: ignore[arg-type]
+    catalog = open_catalog(tmp_path / "data", SystemClock(), storage)
+    try:
+        name = catalog.quarantine.keep(file(tmp_path / "data", b"content"), "r", job_id=1, **NAMES)
+        assert name == "" and list(catalog.quarantine.listed()) == []
+    finally:
+        catalog.close()
 
 
 @pytest.mark.parametrize("bounds", [{"max_files": 3}, {"max_bytes": 30}])

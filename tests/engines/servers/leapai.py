@@ -3,8 +3,10 @@
 Written from the vendor's pages alone, not from the adapter. By hand:
 `python -m tests.engines.servers.leapai --port 8500 --mount /share/in=/tmp/share` prints a token; `/share/in` is what
 requests call the folder `/tmp/share`. `POST /_misbehave {"what": WORD, "times": N}` makes it do wrong: drop, slow,
-partial, garbage, unavailable, failure, failure-undocumented, warning, crash, no-folder, other-image, no-findings,
-spelling, contradiction, twice, no-data, old-version, bad-confidence, html-401.
+partial, garbage, unavailable, failure, failure-undocumented, warning, crash, patient, no-folder, other-image,
+no-findings, spelling, contradiction, twice, no-data, old-version, bad-confidence, html-401; of heatmaps and reports:
+other-shape, bomb, no-png, grey, alpha, bad-report, no-report; of bulk: skip, skip-all, half, link, bulk-crash,
+no-images.
 """
 
 import argparse
@@ -12,9 +14,11 @@ import base64
 import hashlib
 import hmac
 import json
+import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,7 +43,33 @@ SCORES: Mapping[str, float] = {
     "Infiltration": 0.61,
     "Calcification": 0.03,
 }
-PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(64)).decode()
+PDF = b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\ntrailer <</Root 1 0 R>>\n%%EOF\n"
+
+
+def png(columns: int, rows: int, channels: int = 3, level: int = 200) -> bytes:
+    """A PNG of one colour, 8 bits: grey (1), RGB (3) or RGBA (4)."""
+    kind = {1: 0, 3: 2, 4: 6}[channels]
+    line = b"\0" + bytes([level]) * (columns * channels)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", columns, rows, 8, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(line * rows)) + chunk(b"IEND", b"")
+    )
+
+
+def heatmap(ds: pydicom.Dataset, wrong: str) -> bytes:
+    """As large as the image, unless it goes wrong."""
+    columns, rows = int(ds.Columns), int(ds.Rows)
+    if wrong == "bomb":
+        return png(1, 1)[:16] + struct.pack(">II", 60000, 60000) + png(1, 1)[24:]
+    if wrong == "no-png":
+        return b"GIF89a" + bytes(64)
+    if wrong == "other-shape":
+        return png(columns, rows // 2)
+    return png(columns, rows, {"grey": 1, "alpha": 4}.get(wrong, 3))
 
 
 def _b64(data: bytes) -> str:
@@ -135,7 +165,7 @@ class LeapAi:
         if claims["exp"] < time.time():
             raise Refused(401, "Token expired")
 
-    def infer(self, request: Any, headers: Mapping[str, str]) -> Mapping[str, Any]:
+    def infer(self, request: Any, headers: Mapping[str, str], wrong: str = "") -> Mapping[str, Any]:
         """Data of a single inference. Raises Refused."""
         request = request if isinstance(request, dict) else {}
         if "input_image_path" not in request:
@@ -162,13 +192,59 @@ class LeapAi:
         if request["save_to_disk"] and "output_folder_path" not in request:
             raise Refused(400, "output_folder_path is required in the request when save_to_disk is True")
         self.seen.append(Seen(request=request, headers=headers, file=path.read_bytes()))
+        data = self._data(ds, patient)
+        if request["save_to_disk"]:
+            return self._saved(data, self._there(request["output_folder_path"]), ds, wrong)
+        picture = base64.b64encode(heatmap(ds, wrong)).decode()
+        return data | {"source_image": picture, "heatmap": picture}
+
+    def bulk(self, request: Any, headers: Mapping[str, str], wrong: str) -> None:
+        """Every `.dcm` below a folder; what fails is left out in silence. Raises Refused."""
+        request = request if isinstance(request, dict) else {}
+        if "input_folder_path" not in request:
+            raise Refused(400, "input_folder_path is required in the request")
+        folder, out = self._there(request["input_folder_path"]), self._there(request["output_folder_path"])
+        if not folder.is_dir():
+            raise Refused(400, f"Input folder path does not exist: {request['input_folder_path']}")
+        found = sorted(folder.rglob("*.dcm"))
+        if not found or wrong == "no-images":
+            raise Refused(400, "No Dicom images found in the provided path")
+        if wrong == "bulk-crash":
+            raise Refused(500, "Bulk inference failed due to an internal error")
+        self.seen.append(Seen(request=request, headers=headers, file=b"".join(path.read_bytes() for path in found)))
+        if wrong == "skip":
+            found = found[1:]
+        for path in () if wrong == "skip-all" else found:
+            ds = pydicom.dcmread(path, stop_before_pixels=True)
+            self._saved(self._data(ds, str(ds.PatientID)), out, ds, wrong)
+
+    def _saved(self, data: dict[str, Any], out: Path, ds: pydicom.Dataset, wrong: str) -> Mapping[str, Any]:
+        """Write all of it; the answer has the paths."""
+        patient = data["metadata"]["patient_id"]
+        there = out / patient
+        try:
+            there.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            raise Refused(500, f"Unable to create output folder: {out}") from None
+        text = json.dumps(data)
+        predictions = there / f"{patient}_predictions.json"
+        if wrong == "link":
+            (out / "elsewhere.json").write_text(text)
+            predictions.symlink_to(out / "elsewhere.json")
+        else:
+            predictions.write_text(text[: len(text) // 2] if wrong == "half" else text)
+        (there / f"{patient}_heatmap.png").write_bytes(heatmap(ds, wrong))
+        (there / f"{patient}_source_image.png").write_bytes(heatmap(ds, ""))
+        if wrong != "no-report":
+            (there / f"{patient}_report.pdf").write_bytes(b"<html>" if wrong == "bad-report" else PDF)
+        return data | {name: str(there / f"{patient}_{name}.png") for name in ("source_image", "heatmap")}
+
+    def _data(self, ds: pydicom.Dataset, patient: str) -> dict[str, Any]:
         return {
             "result": "TB Presumptive" if SCORES["Tuberculosis"] >= 0.5 else "Abnormal",
             "findings": [
                 {"name": name, "presence": score >= 0.5, "confidence": score} for name, score in SCORES.items()
             ],
-            "source_image": PNG,
-            "heatmap": PNG,
             "metadata": {
                 "model_version": self.version,
                 "patient_id": patient,
@@ -215,7 +291,7 @@ class Handler(BaseHTTPRequestHandler):
         self.owner.asked.append(("POST", self.path, dict(self.headers)))
         try:
             self.owner.authenticate(self.headers.get("authorization"))
-            if self.path != "/single_inference":
+            if self.path not in ("/single_inference", "/bulk_inference"):
                 self._send(404, b"not found")
                 return
             try:
@@ -232,11 +308,16 @@ class Handler(BaseHTTPRequestHandler):
             "failure": (200, "Single Inference failed due to an internal error"),
             "failure-undocumented": (200, "Mr Doe's picture is odd"),
             "crash": (500, "Single Inference failed due to an internal error"),
+            "patient": (400, "Patient ID is empty or None in the DICOM file"),
             "no-folder": (500, "Unable to create output folder: /out"),
         }
         if wrong in refusals:
             raise Refused(*refusals[wrong])
-        data: Any = dict(self.owner.infer(request, dict(self.headers)))
+        data: Any = None
+        if self.path == "/bulk_inference":
+            self.owner.bulk(request, dict(self.headers), wrong)
+        else:
+            data = dict(self.owner.infer(request, dict(self.headers), wrong))
         if wrong == "drop":
             self.close_connection = True
         elif wrong == "unavailable":
@@ -257,7 +338,8 @@ class Handler(BaseHTTPRequestHandler):
         elif wrong == "warning":
             self._envelope(200, "Warning", data, "Image quality is low")
         else:
-            self._envelope(200, "Success", _distorted(data, wrong), "Single inference completed")
+            data = _distorted(data, wrong) if isinstance(data, dict) else None
+            self._envelope(200, "Success", data, "Inference completed")
 
     def _envelope(self, status: int, result: str, data: Any, message: str) -> None:
         self._send(status, json.dumps({"Result": result, "Data": data, "Message": message}).encode())

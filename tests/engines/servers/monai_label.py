@@ -86,6 +86,7 @@ class MonaiLabelServer:
         """Bind; `__enter__` answers."""
         self._next: list[str] = []
         self._guard = threading.Lock()
+        self.working = threading.Lock()
         self.stopping = threading.Event()
         handler = type("Bound", (_Handler,), {"owner": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
@@ -129,7 +130,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             request = self._read()
             self.owner.requests.append(request)
-            self._answer(request)
+            if request.path == "/_misbehave":
+                self.owner.misbehave(request.query["next"])
+                return self._json({})
+            with self.owner.working:  # an inference runs where requests are taken: nobody is answered meanwhile
+                self._answer(request)
         except Refused as refused:
             self._send(refused.status, refused.body, refused.content_type)
 
@@ -152,9 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _answer(self, request: Request) -> None:
-        if request.path == "/_misbehave":
-            self.owner.misbehave(request.query["next"])
-            return self._json({})
         if (
             self.owner.token
             and request.headers.get("authorization", "").lower() != f"bearer {self.owner.token}".lower()

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dicom_node.errors import LeaseLost
-from dicom_node.models.budget import ByteBudget
+from dicom_node.budget import ByteBudget, VolumeMemory, volume_bytes
+from dicom_node.errors import EngineUnavailable, LeaseLost
+from dicom_node.model import EngineTask, Priority, SeriesHeader
 
 
 def nothing() -> None:
@@ -46,7 +47,7 @@ def test_no_more_is_handed_out_than_there_is_and_the_urgent_come_first() -> None
     waiting = []
     for size, rank in ((60, 2), (50, 1), (41, 0), (10, 2)):  # the last would fit, and overtakes nobody
         waiting.append(Holder(budget, size, rank, order))
-        until(lambda: len(budget._waiting) == len(waiting))
+        until(lambda: budget.waiting == len(waiting))
     assert budget.taken_bytes == 70 and order == [70]
     first.go.set()
     assert waiting[2].has.wait(5) and waiting[1].has.wait(5)
@@ -66,7 +67,7 @@ def test_what_is_larger_than_all_of_it_goes_alone() -> None:
     small = Holder(budget, 1, 1, order)
     assert small.has.wait(5)
     large = Holder(budget, 500, 1, order)
-    until(lambda: len(budget._waiting) == 1)
+    until(lambda: budget.waiting == 1)
     small.go.set()
     assert large.has.wait(5)
     large.go.set()
@@ -87,3 +88,27 @@ def test_who_waits_beats_and_may_give_up() -> None:
     holder.join(5)
     with budget.taken(100, 2, nothing):  # nobody stands in the way any more
         assert budget.taken_bytes == 100
+
+
+def test_urgent_volumes_do_not_wait_for_those_of_others_and_no_wait_is_endless() -> None:
+    memory = VolumeMemory(100)
+    with memory.taken(100, Priority.ROUTINE, nothing):
+        with memory.taken(80, Priority.URGENT, nothing):
+            assert memory.taken_bytes == 180
+        with (
+            pytest.raises(EngineUnavailable, match=r"jobs\.prepared_mb"),
+            memory.taken(1, Priority.ROUTINE, nothing, wait_s=0.0),
+        ):
+            pytest.fail("it was not there")
+        assert (memory.taken_bytes, memory.waiting) == (100, 0)
+    assert memory.taken_bytes == 0
+
+
+def test_a_volume_counts_two_bytes_a_voxel_and_without_a_described_image_what_its_files_hold() -> None:
+    def task(*geometry: dict[str, int]) -> EngineTask:
+        header = SeriesHeader(series_instance_uid="1.2", instance_count=2, values={}, geometry=geometry)
+        keys = {"study_instance_uid": "1", "series_instance_uid": "1.2", "timeout_s": 1.0}
+        return EngineTask(job_id=1, instances=(), header=header, **keys)  # type: ignore[arg-type]
+
+    assert volume_bytes(task({"Rows": 4, "Columns": 8}, {"Rows": 4, "Columns": 8, "NumberOfFrames": 3})) == 256
+    assert volume_bytes(task({})) == 0
