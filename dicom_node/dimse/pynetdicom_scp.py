@@ -1,7 +1,7 @@
 """The DICOM server of the node on pynetdicom's upper layer: connections in, associations negotiated, requests served.
 
-Owns the accept loop, the negotiation (our own: policy, choice of transfer syntax, roles, extended negotiation) and
-the record of associations. What is answered lies in `services`; how one request is carried in `pynetdicom_requests`.
+Owns the accept loop and the negotiation (our own: policy, choice of transfer syntax, roles, extended negotiation);
+everything else is shared with the node's own wire, see `serving` and `requests`.
 """
 
 from __future__ import annotations

@@ -425,8 +425,8 @@ def accepted_contexts(body: bytes) -> dict[int, tuple[int, str]]:
 def test_a_peer_that_does_not_finish_its_request_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_scp.FIRST_PDU_S", 0.3)
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_link.FIRST_PDU_S", 0.3)
+    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "association"):
+        monkeypatch.setattr(f"dicom_node.dimse.{module}.FIRST_PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)
     peer.socket.sendall(first)
@@ -437,7 +437,8 @@ def test_a_peer_that_does_not_finish_its_request_is_closed(
 def test_a_peer_that_stops_inside_a_pdu_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_link.PDU_S", 0.3)
+    for module in ("pynetdicom_link", "association"):
+        monkeypatch.setattr(f"dicom_node.dimse.{module}.PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)
     peer.associate([(1, CT, [EXPLICIT])])
