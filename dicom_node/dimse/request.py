@@ -32,10 +32,11 @@ from dicom_node.dimse.contexts import (
 )
 from dicom_node.dimse.link import Link, Message, gathered
 from dicom_node.model import Source
+from dicom_node.services.answer import Answer
 from dicom_node.services.find import FindOptions
 from dicom_node.services.identifier import BadIdentifier, InformationModel
 
-__all__ = ["Peer", "Request", "encode_identifier", "read_identifier", "respond_bad"]
+__all__ = ["Peer", "Request", "encode_answer", "encode_identifier", "read_identifier", "respond_bad"]
 
 MAX_IDENTIFIER_BYTES = 1024 * 1024
 
@@ -123,8 +124,12 @@ def respond_bad(request: Request, error: BadIdentifier) -> int:
     return error.dimse_status
 
 
+def encode_answer(answer: Answer, syntax: str) -> bytes:
+    """The identifier of a C-FIND response in the transfer syntax of its context."""
+    return answer.encoded(implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
+
+
 def encode_identifier(data_set: Dataset, syntax: str) -> bytes:
-    """The identifier of a response in the transfer syntax of its context."""
     """The identifier of a response in the transfer syntax of its context."""
     out = DicomBytesIO()
     out.is_implicit_VR, out.is_little_endian = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE

@@ -14,7 +14,7 @@ from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SO
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.request import Peer, Request, encode_identifier, read_identifier, respond_bad
+from dicom_node.dimse.request import Peer, Request, encode_answer, read_identifier, respond_bad
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
@@ -187,5 +187,5 @@ class Requests:
             if response.offending:
                 fields["OffendingElement"] = response.offending
             found = response.identifier
-            request.respond(fields, None if found is None else encode_identifier(found, request.transfer_syntax))
+            request.respond(fields, None if found is None else encode_answer(found, request.transfer_syntax))
         return status
