@@ -68,6 +68,7 @@ crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROU
 bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
+	$(BIN)/python benchmarks/wires.py
 
 bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores, serving, decoding
 	$(BIN)/python -W ignore benchmarks/zoo_spleen.py
