@@ -25,6 +25,7 @@ from dicom_node.dimse.link import (
     MAX_WAITING_MESSAGES,
     PDU_S,
     SEND_S,
+    SMALLEST_PDU,
     AgreedContext,
     AssociationLost,
     Fragments,
@@ -52,7 +53,6 @@ log = logging.getLogger(__name__)
 
 BUFFER = 256 * 1024
 SHORT_READ = 16 * 1024
-SMALLEST_PDU = 128  # a peer that takes less at once would keep the node at its headers
 BATCH = 64  # values in one write: 128 pieces, below IOV_MAX of every system
 LINGER_S = 1.0
 MAX_DISCARDED = 512 * 1024
@@ -82,7 +82,8 @@ class Buffers:
 class Association:
     """An association whose socket is connected; see `link.Link`. `connection` may already have something to send.
 
-    `traffic` is set whenever data came; the owner clears it. `released`: it ended in order, or, `was_idle`, because
+    `opened_at` (monotonic; None: now) is when the connection was made. `traffic` is set whenever data came; the owner
+    clears it. `released`: it ended in order, or, `was_idle`, because
     nothing was under way for the idle time.
     """
 
@@ -94,6 +95,7 @@ class Association:
         *,
         max_data_set_bytes: int,
         idle_timeout_s: float,
+        opened_at: float | None = None,
     ) -> None:
         self.log_fields: Mapping[str, str] = {}
         self.traffic = self.serving = self.released = self.was_idle = False
@@ -106,13 +108,14 @@ class Association:
         self._max_data_set_bytes = max_data_set_bytes
         self._held: Message | None = None  # came while another was being answered
         self._unread = False  # the data set of the last message is not read to its end
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, None] = {}  # in the order in which they came
         self._contexts: Mapping[int, AgreedContext] = {}
         self._pdu_bytes = MAX_PDU_SENT
         self._release_asked = False
         self._over = False
         self._interrupted = False
-        self._deadline = time.monotonic() + FIRST_PDU_S  # of the PDU under way
+        self._deadline = (time.monotonic() if opened_at is None else opened_at) + FIRST_PDU_S  # of the PDU under way
+        self._filled_at = 0.0
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -152,7 +155,7 @@ class Association:
             if event is None:
                 break
             if isinstance(event, ReleaseAsked):
-                self._release_asked = True
+                self._note_release()
             elif isinstance(event, Data):
                 self._held = self._message_of(event)
         if self._over or self._interrupted:
@@ -219,6 +222,7 @@ class Association:
             received = self._sock.recv_into(self._view)
             if not received:
                 return
+            self.was_idle = False  # what it sent had crossed our A-ABORT
             room -= received
 
     def _lost(self, reason: str) -> AssociationLost:
@@ -240,6 +244,9 @@ class Association:
             if event is not None:
                 return self._looked_at(event)
             if self._over or self._interrupted:
+                self._connection.abort()
+                raise self._lost("the association ended")
+            if self._connection.closing:  # an A-ABORT before there was an association is no event of its own
                 raise self._lost("the association ended")
             if not self._fill(until):
                 return None
@@ -260,6 +267,8 @@ class Association:
         began = connection.in_pdu
         if began and connection.pdus != self._pdus:
             self._pdus, self._deadline = connection.pdus, time.monotonic() + PDU_S
+        elif began and self._contexts:  # what we were busy with meanwhile, a slow disk, is not the peer's fault
+            self._deadline += time.monotonic() - self._filled_at
         wait_s = (self._deadline if began else until) - time.monotonic()
         try:
             if wait_s <= 0 and not self._poll.poll(0):
@@ -280,6 +289,7 @@ class Association:
                 with suppress(OSError):
                     self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             self._events = connection.receive(self._view[:received])
+            self._filled_at = time.monotonic()
         elif self._interrupted:  # it was not the peer who closed
             connection.abort()
             raise self._lost("the association ended")
@@ -307,12 +317,23 @@ class Association:
                     raise self._silent()
                 return None
             if isinstance(event, ReleaseAsked):
-                self._release_asked = True
+                self._note_release()
             elif isinstance(event, Data):
                 message = self._message_of(event)
                 if message is not None:
                     return message
         return None
+
+    def _note_release(self) -> None:
+        if self._messages.under_way:
+            raise self._cut_short()
+        self._release_asked = True
+
+    def _cut_short(self) -> AssociationLost:
+        """A release in the middle of a message: to agree would be to say that all was well."""
+        log.warning("a message did not come to its end", extra=dict(self.log_fields))
+        self._connection.abort()
+        return self._lost("the peer released the association in the middle of a message")
 
     def _silent(self) -> AssociationLost:
         log.warning("a message did not come to its end", extra=dict(self.log_fields))
@@ -330,11 +351,13 @@ class Association:
             except BadMessage as exc:
                 raise self._nonsense(exc) from exc
             if field == CommandField.C_CANCEL and not has_data_set:
-                if len(self._cancelled) < MAX_WAITING_MESSAGES and identity is not None:
-                    self._cancelled.add(identity)
+                if identity is not None:
+                    self._cancelled[identity] = None
+                if len(self._cancelled) > MAX_WAITING_MESSAGES:  # of operations that are over long since
+                    del self._cancelled[next(iter(self._cancelled))]
                 return None
             # a cancel that came after its operation was over must not hit the next one of the same id
-            self._cancelled.discard(identity if identity is not None else -1)
+            self._cancelled.pop(identity if identity is not None else -1, None)
             self._unread = has_data_set
             return Message(item.context_id, command, self._data_set() if has_data_set else None)
         return None
@@ -357,10 +380,8 @@ class Association:
             event = self._next_event(self.idle_timeout_s)
             if event is None:
                 raise self._silent()
-            if not isinstance(event, Data):  # a release in the middle of a message
-                log.warning("a message did not come to its end", extra=dict(self.log_fields))
-                self._connection.abort()
-                raise self._lost("the peer released the association in the middle of a message")
+            if not isinstance(event, Data):
+                raise self._cut_short()
             for item in self._fed(event):
                 if isinstance(item, CommandReceived):
                     continue
@@ -442,13 +463,18 @@ class Association:
             if received is not None:
                 if answers(received, message_id):
                     return received
-                raise AssociationLost("the peer sent an unexpected message")
+                raise self._given_up("the peer sent an unexpected message")
             if self._release_asked or self._over:
                 raise AssociationLost("the peer released the association")
             if time.monotonic() >= deadline:
-                raise AssociationLost("no response in time")
+                raise self._given_up("no response in time")
             if on_wait is not None:
                 on_wait()
+
+    def _given_up(self, reason: str) -> AssociationLost:
+        """No response can be told from another any more, and whoever waits for one of ours would wait in vain."""
+        self._connection.abort()
+        return self._lost(reason)
 
     # --- serving
 

@@ -16,6 +16,7 @@ __all__ = [
     "MAX_WAITING_MESSAGES",
     "PDU_S",
     "SEND_S",
+    "SMALLEST_PDU",
     "AgreedContext",
     "AssociationLost",
     "Fragments",
@@ -34,6 +35,7 @@ SEND_S = 20.0  # a peer that reads nothing for this long is gone
 MAX_COMMAND_SET = 64 * 1024
 MAX_WAITING_MESSAGES = 64
 MAX_PDU_SENT = 128 * 1024
+SMALLEST_PDU = 128  # a peer that takes less at once would keep the node at its headers
 
 
 class AssociationLost(NodeError):
@@ -105,11 +107,11 @@ class Link(Protocol):
 
 
 def answers(message: Message, message_id: int) -> bool:
-    """Whether it is a response to that request. Raises AssociationLost for one that cannot be read."""
+    """Whether it is a response to that request; one that cannot be read is none."""
     try:
         return message.command.responded_to == message_id and message.command.status is not None
-    except BadMessage as exc:
-        raise AssociationLost("the peer sent what is no message") from exc
+    except BadMessage:
+        return False
 
 
 def cut(parts: Fragments, size: int) -> Iterator[tuple[bytes | memoryview, bool]]:

@@ -130,18 +130,18 @@ class MessageReader:
     def __init__(self, *, max_command_bytes: int = MAX_COMMAND_BYTES) -> None:
         self._max_command_bytes = max_command_bytes
         self._command = bytearray()
-        self._context_id = 0  # of the message under way, 0 = none
+        self._context_id: int | None = None  # of the message under way
         self._in_data_set = False
         self._empty = 0
 
     @property
     def under_way(self) -> bool:
         """Whether a message has begun and not ended."""
-        return self._context_id != 0
+        return self._context_id is not None
 
     def feed(self, data: Data) -> Iterator[CommandReceived | DataSetPiece]:
         """What this piece completes. Raises BadMessage."""
-        if self._context_id not in (0, data.context_id):
+        if self._context_id not in (None, data.context_id):
             raise BadMessage("two messages are mixed")
         if not data.content and not data.last:
             self._empty += 1
@@ -174,4 +174,4 @@ class MessageReader:
         yield CommandReceived(data.context_id, command)
 
     def _end(self) -> None:
-        self._context_id, self._in_data_set, self._empty = 0, False, 0
+        self._context_id, self._in_data_set, self._empty = None, False, 0

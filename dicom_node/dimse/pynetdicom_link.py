@@ -32,7 +32,7 @@ from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu import A_ASSOCIATE_RQ
-from pynetdicom.pdu_primitives import A_ASSOCIATE, P_DATA
+from pynetdicom.pdu_primitives import A_ASSOCIATE, A_RELEASE, P_DATA
 from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse.commands import CommandField
@@ -43,6 +43,7 @@ from dicom_node.dimse.link import (
     MAX_WAITING_MESSAGES,
     PDU_S,
     SEND_S,
+    SMALLEST_PDU,
     AgreedContext,
     AssociationLost,
     Fragments,
@@ -52,8 +53,9 @@ from dicom_node.dimse.link import (
 )
 from dicom_node.dimse.messages import BadMessage, Command, CommandReceived, MessageReader
 from dicom_node.dimse.upper_layer.connection import Data
+from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
-__all__ = ["PynetdicomLink", "quiet_libraries"]
+__all__ = ["PynetdicomLink", "name_implementation", "quiet_libraries"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,12 @@ def quiet_libraries() -> None:
     pynetdicom_config.LOG_REQUEST_IDENTIFIERS = False
     pynetdicom_config.LOG_RESPONSE_IDENTIFIERS = False
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+
+
+def name_implementation(entity: ApplicationEntity) -> None:
+    """Say who the node is, not on what it runs: peers key what they know of its quirks on these (PS3.7 D.3.3.2)."""
+    entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
 
 
 class _Socket(AssociationSocket):
@@ -181,6 +189,11 @@ class _Dul(DULServiceProvider):
 
     def _process_recv_primitive(self) -> bool:
         waiting = self.to_provider_queue
+        if self.state_machine.current_state == "Sta13":
+            # what was to be answered when the association was aborted: no event of the user's has a meaning there
+            # (PS3.8 table 9-10), and pynetdicom's thread would end of it, with the connection open
+            while waiting.queue:
+                waiting.get_nowait()
         while waiting.queue and isinstance(pdu := waiting.queue[0], _EncodedPdu):
             waiting.get_nowait()
             # PS3.8 table 9-10: P-DATA may go out in Sta6 only; after an abort what is queued is void
@@ -224,11 +237,9 @@ class _DataSet:
         else:
             self._file.write(data)
 
-    def read_back(self) -> Fragments | None:
-        """Everything written, once; None when there is nothing."""
-        if not self.length:
-            return None
-        return chain([memoryview(self._memory)], self._rest())
+    def read_back(self) -> Fragments:
+        """Everything written, once."""
+        return chain([memoryview(self._memory)] if self.length else (), self._rest())
 
     def _rest(self) -> Iterator[bytes]:
         if self._file is not None:
@@ -247,7 +258,7 @@ class _Dimse(DIMSEServiceProvider):
         self._reader = MessageReader()
         self._command: CommandReceived | None = None
         self._data_set = _DataSet(None)
-        self.cancelled: set[int] = set()
+        self.cancelled: dict[int, None] = {}  # in the order in which they came
 
     @property
     def idle(self) -> bool:
@@ -275,6 +286,8 @@ class _Dimse(DIMSEServiceProvider):
             self.dul.event_queue.put("Evt19")
 
     def _receive(self, data: Data) -> None:
+        if data.context_id not in self._link._accepted_cx:
+            raise BadMessage("data in a presentation context that was not accepted")
         for item in self._reader.feed(data):
             if isinstance(item, CommandReceived):
                 if item.command.has_data_set:
@@ -290,15 +303,16 @@ class _Dimse(DIMSEServiceProvider):
                 self._command, self._data_set = None, _DataSet(None)
 
     def _deliver(self, context_id: int, command: Command, data_set: Fragments | None) -> None:
-        if command.field == CommandField.C_CANCEL:
-            if len(self.cancelled) < MAX_WAITING_MESSAGES:
-                self.cancelled.add(command.responded_to or 0)
+        if command.field == CommandField.C_CANCEL and data_set is None:
+            self.cancelled[command.responded_to or 0] = None
+            if len(self.cancelled) > MAX_WAITING_MESSAGES:  # of operations that are over long since
+                del self.cancelled[next(iter(self.cancelled))]
             return
         if self.msg_queue.qsize() >= MAX_WAITING_MESSAGES:
             raise BadMessage("too many messages wait")
         if command.message_id is not None:
             # a cancel that came after its operation was over must not hit the next one of the same id
-            self.cancelled.discard(command.message_id)
+            self.cancelled.pop(command.message_id, None)
         waiting: Any = self.msg_queue  # of pynetdicom's primitives; ours take their place
         waiting.put((context_id, Message(context_id, command, data_set)))
 
@@ -367,11 +381,13 @@ class PynetdicomLink(Association):
                 self.on_end(self)
 
     def _first_primitive(self) -> Any:
-        deadline = time.monotonic() + FIRST_PDU_S + 1.0
+        deadline, opened = time.monotonic() + FIRST_PDU_S + 1.0, False
         while time.monotonic() < deadline and self.dul.is_alive():
             primitive = self.dul.receive_pdu(wait=True, timeout=0.02)
+            state = self.dul.state_machine.current_state
+            opened = opened or state != "Sta1"  # the other thread may not have come to it yet
             # Sta1 after the start: the peer closed or aborted, or the ARTIM timer ran out
-            if primitive is not None or self.dul.state_machine.current_state in ("Sta1", "Sta13"):
+            if primitive is not None or state == "Sta13" or (opened and state == "Sta1"):
                 return primitive
         return None
 
@@ -419,7 +435,11 @@ class PynetdicomLink(Association):
 
         Raises AssociationLost.
         """
-        size = min(self.dimse.maximum_pdu_size or MAX_PDU_SENT, MAX_PDU_SENT) - 6
+        largest = self.dimse.maximum_pdu_size or MAX_PDU_SENT
+        if largest < SMALLEST_PDU:
+            self.abort(block=False)
+            raise AssociationLost(f"the peer takes only {largest} bytes at once, {SMALLEST_PDU} are needed")
+        size = min(largest, MAX_PDU_SENT) - 6
         for chunk, last in cut([command], size):
             self._send_pdu(context_id, 0x01 | (0x02 if last else 0), chunk)
         if data_set is not None:
@@ -458,8 +478,12 @@ class PynetdicomLink(Association):
             if received is not None:
                 if answers(received, message_id):
                     return received
+                self.abort()  # whoever waits for a response of ours would wait in vain
                 raise AssociationLost("the peer sent an unexpected message")
+            if isinstance(self.dul.peek_next_pdu(), A_RELEASE):
+                raise AssociationLost("the peer released the association")
             if time.monotonic() >= deadline:
+                self.abort()
                 raise AssociationLost("no response in time")
             if on_wait is not None:
                 on_wait()

@@ -12,7 +12,7 @@ from pynetdicom.transport import AddressInformation
 
 from dicom_node.config import DeliverySettings
 from dicom_node.dimse.contexts import ProposedContext
-from dicom_node.dimse.pynetdicom_link import PynetdicomLink, quiet_libraries
+from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable
 from dicom_node.model import Destination
 
@@ -32,6 +32,7 @@ def open_link(
     """See `session.OpenLink`."""
     quiet_libraries()
     entity = ApplicationEntity(ae_title=calling_ae_title)
+    name_implementation(entity)
     entity.connection_timeout = settings.connect_timeout_s
     entity.acse_timeout = settings.response_timeout_s
     entity.dimse_timeout = settings.response_timeout_s

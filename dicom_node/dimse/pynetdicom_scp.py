@@ -23,7 +23,7 @@ from dicom_node.dimse.contexts import ACCEPTED, Answer, Proposal, answer_context
 from dicom_node.dimse.link import FIRST_PDU_S, Message
 from dicom_node.dimse.negotiation import extended_answer
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.pynetdicom_link import PynetdicomLink, quiet_libraries
+from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.serving import TOUCH_S, Serving
@@ -61,6 +61,7 @@ class PynetdicomServer:
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
         )
         self._entity = ApplicationEntity(ae_title=config.ae_titles[0])
+        name_implementation(self._entity)
         self._entity.acse_timeout = FIRST_PDU_S
         self._entity.network_timeout = config.association_idle_timeout_s
         self._listener = sock
@@ -203,7 +204,8 @@ class PynetdicomServer:
     def _accept(self, link: PynetdicomLink, answers: list[Answer], peer: Peer) -> None:
         link._accepted_cx = {item.proposal.context_id: _context(item) for item in answers if item.result == ACCEPTED}
         link._rejected_cx = [_context(item) for item in answers if item.result != ACCEPTED]
-        roles = {a.proposal.abstract_syntax: a.role_reply for a in answers if a.role_reply is not None}
+        # pynetdicom cannot encode the reply "neither role"; the context is refused, which says the same
+        roles = {a.proposal.abstract_syntax: a.role_reply for a in answers if a.role_reply and any(a.role_reply)}
         for sop_class_uid, (scu, scp) in roles.items():
             role = SCP_SCU_RoleSelectionNegotiation()
             role.sop_class_uid, role.scu_role, role.scp_role = sop_class_uid, scu, scp
@@ -226,7 +228,8 @@ class PynetdicomServer:
         with self._guard:
             peer = self._links.pop(link, None)
         if peer is not None:
-            self._serving.ended(peer, over=link.is_released or link.was_idle)
+            # a release over a message that is not whole, or not answered, leaves its sender something to do
+            self._serving.ended(peer, over=link.was_idle or (link.is_released and link.messages.idle))
 
     def _touch_loop(self) -> None:
         while not self._stopping.wait(TOUCH_S):

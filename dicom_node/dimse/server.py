@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 512
 SPARE_THREADS = 16  # beyond `max_associations`: for requests that are rejected
-PRE_SPAWNED = 8
+KEPT_THREADS = 8  # that wait for work at any time, at most
 MAX_SILENT = 1024  # connections that have said nothing yet
-THREAD_IDLE_S = 60.0
 MAX_REQUEST = 256 * 1024
 
 
@@ -64,8 +63,8 @@ class DicomServer:
         self._listener = sock
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
+        self._admitted: set[Association] = set()
         self._guard = threading.Lock()
-        self._established = 0
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._pool = _Pool(self._converse, most=config.max_associations + SPARE_THREADS)
@@ -82,7 +81,7 @@ class DicomServer:
         else:
             self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
-        self._pool.spawn(PRE_SPAWNED)
+        self._pool.spawn(KEPT_THREADS)
         for target, name in ((self._accept_loop, "dicom-accept"), (self._touch_loop, "dicom-touch")):
             thread = threading.Thread(target=target, name=name, daemon=True)
             thread.start()
@@ -109,7 +108,7 @@ class DicomServer:
     @property
     def active_associations(self) -> int:
         """Associations established now."""
-        return self._established
+        return len(self._admitted)
 
     def _living(self) -> list[Association]:
         with self._guard:
@@ -154,32 +153,34 @@ class DicomServer:
                 self._buffers,
                 max_data_set_bytes=config.storage.max_object_bytes,
                 idle_timeout_s=config.association_idle_timeout_s,
+                opened_at=accepted_at,
             )
         except OSError:  # it went away while it waited
             client.close()
             return
         with self._guard:
             self._links[association] = None
-        peer: Peer | None = None
         try:
+            if self._stopping.is_set():  # `stop` may have looked before it was there
+                return
             event = association.next_event(max(accepted_at + FIRST_PDU_S - time.monotonic(), 0.1))
             if isinstance(event, AssociationRequested):
-                peer = self._negotiate(association, event.request, address)
+                self._negotiate(association, event.request, address)
+            peer = self._links[association]
             if peer is not None:
-                established = peer
-                association.serve(lambda message: self._serving.serve(association, established, message))
+                association.serve(partial(self._serving.serve, association, peer))
         except AssociationLost:
             pass
         finally:
             association.finish()
             with self._guard:
-                if self._links.pop(association) is not None:
-                    self._established -= 1
+                peer = self._links.pop(association)
+                self._admitted.discard(association)
             if peer is not None:
                 self._serving.ended(peer, over=association.released or association.was_idle)
 
-    def _negotiate(self, association: Association, request: AssociateRQ, address: str) -> Peer | None:
-        """Accept, reject or abort; the peer when it was accepted. Raises AssociationLost."""
+    def _negotiate(self, association: Association, request: AssociateRQ, address: str) -> None:
+        """Accept, reject or abort; it has a peer from then on when it was accepted. Raises AssociationLost."""
         calling, called = request.calling_ae_title, request.called_ae_title
         fields = {"calling_ae_title": repr(calling), "called_ae_title": repr(called), "address": address}
         association.log_fields = fields
@@ -192,20 +193,21 @@ class DicomServer:
             application_context=request.application_context,
         )
         with self._guard:
-            rejection = judged(established=self._established)
-            self._established += rejection is None
+            rejection = judged(established=len(self._admitted))
+            if rejection is None:
+                self._admitted.add(association)
         if rejection is not None:
             association.connection.reject(
                 AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
             )
-            return None
+            return
         agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
         if agreement is None:
             with self._guard:
-                self._established -= 1
+                self._admitted.discard(association)
             self._serving.unanswerable(fields)
             association.connection.refuse()
-            return None
+            return
         peer = self._serving.accepted(
             fields,
             calling=calling,
@@ -220,7 +222,6 @@ class DicomServer:
         association.connection.accept(agreement.answer)
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
-        return peer
 
 
 def _turn_away(client: socket.socket) -> None:
@@ -248,12 +249,14 @@ class _Lobby:
 
     def look(self, timeout_s: float) -> None:
         """Wait for something to happen, at most so long, and see to it."""
-        for fd, _ in self._poll.poll(timeout_s):
-            if fd == self._listener.fileno():
-                self._accept()
-            else:
+        ready = [fd for fd, _ in self._poll.poll(timeout_s)]
+        for fd in ready:
+            if fd in self._silent:
                 client, since = self._leave(fd)
                 self._on_spoken(client, since)
+        # last: making room may close one of the ready, and whom it lets in may get the descriptor of another
+        if self._listener.fileno() in ready:
+            self._accept()
         now = time.monotonic()
         while self._silent:
             fd, (_, since) = next(iter(self._silent.items()))
@@ -289,7 +292,7 @@ class _Lobby:
 
 
 class _Pool:
-    """Threads that are kept: made when all are busy, at most `most`; one that was idle for a while ends."""
+    """Threads that are used again: made when all are busy, at most `most`; one that is done ends when enough wait."""
 
     def __init__(self, work: Callable[[socket.socket, float], None], *, most: int) -> None:
         self._work, self._most = work, most
@@ -301,23 +304,31 @@ class _Pool:
         self._numbers = iter(range(1 << 62))
 
     def spawn(self, count: int) -> None:
-        """Have so many more, within the bound."""
+        """Have so many more, within the bound and what the system gives."""
         with self._guard:
-            for _ in range(min(count, self._most - len(self._threads))):
-                thread = threading.Thread(target=self._run, name=f"dicom-{next(self._numbers)}", daemon=True)
-                self._threads.add(thread)
-                self._idle += 1
-                thread.start()
+            while count > 0 and self._start_one():
+                count -= 1
+
+    def _start_one(self) -> bool:
+        """One more thread, `_guard` held; False when there may be no more."""
+        if len(self._threads) >= self._most:
+            return False
+        thread = threading.Thread(target=self._run, name=f"dicom-{next(self._numbers)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # a limit of the system's: one connection is turned away, the node goes on
+            log.exception("thread could not be started")
+            return False
+        self._threads.add(thread)
+        self._idle += 1
+        return True
 
     def give(self, item: tuple[socket.socket, float]) -> bool:
         """Have it done by a thread of the pool; False when all that there may be are busy."""
         with self._guard:
-            free = self._idle - self._given
-            if free <= 0 and len(self._threads) >= self._most:
+            if self._idle - self._given <= 0 and not self._start_one():
                 return False
             self._given += 1
-        if free <= 0:
-            self.spawn(1)
         self._waiting.put(item)
         return True
 
@@ -333,13 +344,8 @@ class _Pool:
 
     def _run(self) -> None:
         while True:
-            try:
-                item = self._waiting.get(timeout=THREAD_IDLE_S)
-            except queue.Empty:
-                item = None
+            item = self._waiting.get()
             with self._guard:
-                if item is None and self._given > 0 and self._idle <= self._given:
-                    continue  # something is on its way to this one
                 self._idle -= 1
                 if item is None:
                     self._threads.discard(threading.current_thread())
@@ -350,4 +356,7 @@ class _Pool:
             except Exception:  # the SCP edge: whatever happened, the thread serves the next connection
                 log.exception("association failed")
             with self._guard:
+                if self._idle - self._given >= KEPT_THREADS:
+                    self._threads.discard(threading.current_thread())
+                    return
                 self._idle += 1
