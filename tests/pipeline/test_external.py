@@ -443,3 +443,12 @@ def test_a_file_that_does_not_fit_is_kept_with_its_reason(with_job: Any, doing: 
     (kept,) = with_job.catalog.quarantine.listed()
     assert (kept.reason, kept.engine, kept.job_id) == ("another grid", "ct-abdomen", with_job.job_id)
     assert kept.name in with_job.queue.job(with_job.job_id).error
+
+
+def test_what_engines_hold_for_jobs_is_wanted_until_they_have_ended_and_were_told(with_job: Any) -> None:
+    worker = parked(with_job)
+    assert with_job.queue.still_wanted() == (frozenset({with_job.job_id}), "ext-1")
+    with_job.queue.cancel_job(with_job.job_id)
+    assert with_job.queue.still_wanted() == (frozenset({with_job.job_id}), "ext-1")  # it is still to be told
+    assert worker.stop_once()
+    assert with_job.queue.still_wanted() == (frozenset(), "")
