@@ -301,6 +301,9 @@ class MonaiLabelEngine:
             held = self._put(task, prepared, budget)
         try:
             self._ask_session(task, held, answer, budget)
+        except EngineRejected:  # the job ends with it: the images must not lie there until the session expires
+            self._end(held, budget)
+            raise
         except EngineError as exc:
             if not self._is_over(exc, held, budget):
                 raise
