@@ -6,6 +6,7 @@ expected. This file knows no part of the node.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Destination
@@ -30,6 +32,7 @@ __all__ = [
     "NodeConfig",
     "PeerSettings",
     "StorageSettings",
+    "is_loopback",
     "load_config",
     "packaged",
 ]
@@ -281,8 +284,19 @@ class NodeConfig(_Settings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    """Whether `host`, a name or an address as a connection uses it, is this machine and nothing else.
+
+    Of names only `localhost` counts: any other, also one that begins like an address, may resolve to anything.
+    """
+    bare = host.strip().removeprefix("[").removesuffix("]").casefold()
+    if bare == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def load_config(
@@ -325,8 +339,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{where}: not readable as YAML: {exc}") from exc
+    except yaml.YAMLError as exc:  # its own text quotes the line, and what stands there may be a secret
+        mark = getattr(exc, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        problem = getattr(exc, "problem", None) or "no text that YAML knows"
+        raise ConfigError(f"{where}: not readable as YAML: {problem}{place}") from None
 
 
 def _put(settings: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
@@ -345,6 +362,14 @@ def _explain(exc: ValidationError, path: Path | None) -> str:
         message = error["msg"].removeprefix("Value error, ")
         if error["type"] == "extra_forbidden":
             message = "unknown key; config/node.yaml shows every key there is"
-        shown = "" if isinstance(error["input"], dict | NodeConfig) else f" (got {error['input']!r})"
+        shown = f" (got {error['input']!r})" if _may_be_shown(error) else ""
         lines.append(f"{where}: {message}{shown}")
     return f"{path or 'settings'}: " + "; ".join(lines)
+
+
+def _may_be_shown(error: ErrorDetails) -> bool:
+    """Not what stands where nothing like it belongs, nor what may hold credentials: screens and logs show it."""
+    key, value = error["loc"], error["input"]
+    if isinstance(value, dict | NodeConfig) or error["type"] == "extra_forbidden":
+        return False
+    return key[:1] != ("http_public_url",) and not (key[:1] == ("engines",) and key[2:] in ((), ("options",)))

@@ -63,7 +63,7 @@ def engines_list(arguments: argparse.Namespace) -> int:
                 " ".join(states.get(name, "not configured").split()) + stops.get(name, ""),
             )
         )
-    table(("ENGINE", "KIND", "PENDING", "PARKED", "DEAD", "STATE"), rows, "no engines")
+    table(("ENGINE", "KIND", "PENDING", "WAITING", "FAILED", "STATE"), rows, "no engines")
     return OK
 
 
@@ -115,13 +115,13 @@ def engines_check(arguments: argparse.Namespace) -> int:
         try:
             with kept_in(name, "check"):
                 engine.check()
-            print(f"{name}: can run")
-            _print_facts([("kind", settings.kind), *([("model", settings.model)] if settings.model else [])])
             with kept_in(name, "report"):
-                _print_facts(getattr(engine, "report", tuple)())
+                facts = tuple(getattr(engine, "report", tuple)())
+            print(f"{name}: can run")
+            _print_facts([("kind", settings.kind), *([("model", settings.model)] if settings.model else []), *facts])
         except NodeError as exc:
             wrong += 1
-            print(f"dicom-node: {name}: {exc}", file=sys.stderr)
+            print(f"dicom-node: {name}: CANNOT RUN: {str(exc).replace(f'engine {name}: ', '')}", file=sys.stderr)
         finally:
             put_away(name, engine)
     return FAILED if wrong else OK
@@ -219,24 +219,45 @@ class _ByHand:
         )
 
     def _answer(self, task: EngineTask) -> EngineResult:
-        """Its answer, waited for. Raises EngineTimeout, having cancelled, when it does not come in time."""
+        """Its answer, waited for; told to stop when it fails. Raises EngineTimeout when it does not come in time."""
         deadline = time.monotonic() + self._timeout_s
         answer = self._engine.run(task, lambda: None)
+        told = ""
         try:
             while isinstance(answer, Pending):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise EngineTimeout(f"no answer within {self._timeout_s:g} s; --timeout gives it more")
-                print(f"series {task.series_instance_uid}: the engine works on {answer.handle}", flush=True)
+                if answer.handle != told:
+                    told = answer.handle
+                    print(f"series {task.series_instance_uid}: the engine works on {told}", flush=True)
                 time.sleep(min(max(answer.poll_after_s, _POLL_MIN_S), _POLL_MAX_S, left_s))
-                poll: Callable[[EngineTask, str], EngineResult | Pending] = self._engine.poll  # type: ignore[attr-defined]
-                answer = poll(task, answer.handle)
-        except (EngineTimeout, KeyboardInterrupt):
-            cancel: Callable[[str], None] | None = getattr(self._engine, "cancel", None)
-            if isinstance(answer, Pending) and cancel is not None:
-                cancel(answer.handle)
+                answer = self._asked(task, answer)
+        except (NodeError, KeyboardInterrupt):
+            if isinstance(answer, Pending):
+                self._cancel(answer)
             raise
         return answer
+
+    def _asked(self, task: EngineTask, pending: Pending) -> EngineResult | Pending:
+        """What it says now; still `pending` where it cannot be asked at the moment: it may work on all the same."""
+        poll: Callable[[EngineTask, str], EngineResult | Pending] = self._engine.poll  # type: ignore[attr-defined]
+        try:
+            return poll(task, pending.handle)
+        except NodeError as exc:
+            if not exc.retryable:
+                raise
+            print(f"series {task.series_instance_uid}: {exc}; it is asked again", file=sys.stderr, flush=True)
+            return pending
+
+    def _cancel(self, pending: Pending) -> None:
+        """Nobody waits any more."""
+        cancel: Callable[[str], None] | None = getattr(self._engine, "cancel", None)
+        try:
+            if cancel is not None:
+                cancel(pending.handle)
+        except NodeError as exc:
+            print(f"dicom-node: {pending.handle} could not be cancelled there: {exc}", file=sys.stderr)
 
     def _keep(self, task: EngineTask, result: EngineResult) -> None:
         from dicom_node.pipeline.encode import data_set_bytes, encoded, result_context, syntax_of

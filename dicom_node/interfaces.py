@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -373,9 +373,17 @@ class StudyLedger(Protocol):
 class JobQueue(Protocol):
     """Work, leased with fencing tokens."""
 
-    def lease_job(self, worker: str, lease_s: float, *, at_least: Priority = Priority.BACKGROUND) -> Job | None:
+    def lease_job(
+        self,
+        worker: str,
+        lease_s: float,
+        *,
+        at_least: Priority = Priority.BACKGROUND,
+        engine: str | None = None,
+        without: Collection[str] = (),
+    ) -> Job | None:
         """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
-        `at_least`: none that is less urgent.
+        `at_least`: none that is less urgent. `engine`: of this one only; `without`: of none of these.
         """
         ...
 
@@ -470,7 +478,9 @@ class EngineLedger(Protocol):
         ...
 
     def stop_engine(self, job: Job, handle: str) -> None:
-        """`handle` came when the job had been cancelled meanwhile: have it stopped. Of a job that goes on, nothing."""
+        """`handle` came when the job had been cancelled or given up meanwhile: have it stopped. Of one that goes on,
+        nothing.
+        """
         ...
 
     def next_cancellation(self, delays_s: Sequence[float]) -> Cancellation | None:
@@ -509,7 +519,7 @@ class OpenJob:
     engine: str
     series_instance_uid: str
     sop_instance_uids: frozenset[str]
-    note: str
+    note: str = field(repr=False)
 
 
 class Returns(Protocol):

@@ -423,7 +423,8 @@ class Job:
     age_s: float = 0.0  # when it was read: since it was made, or since a person retried it
     outages: int = 0  # of `attempts`, those that came to nothing for the node's sake: no fault of the job
     strikes: int = 0  # of `attempts`, those that killed or hung what runs the engine
-    note: str = ""  # what its engine remembered, until the job ends; see `EngineTask.remember`
+    # what its engine remembered, until the job ends; see `EngineTask.remember`
+    note: str = field(default="", repr=False)
 
 
 class DeliveryState(Enum):
@@ -538,7 +539,7 @@ class Cancellation:
     job_id: int
     engine: str
     handle: str
-    note: str
+    note: str = field(repr=False)
     attempts: int  # this one included
 
 
@@ -596,7 +597,7 @@ class EngineTask:
     timeout_s: float
     priority: Priority = Priority.ROUTINE
     strikes: int = 0
-    note: str = ""
+    note: str = field(default="", repr=False)
     remember: Callable[[str], None] = field(default=_not_remembered, repr=False, compare=False)
     record: Callable[[Sending], AbstractContextManager[Tell]] = field(default=_not_recorded, repr=False, compare=False)
     quarantine: Callable[[Path, str], str] = field(default=_not_kept, repr=False, compare=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = ["NodeFacts", "render_status"]
 
 STUCK_SHOWN = 12
 WIDTH = 120
+WHY_LINES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ def _node(facts: NodeFacts) -> list[str]:
             lines.append(f"rules       {service.facts['rules']} in force{broken}")
         work = facts.pulses.get("work")
         for engine, why in (work.facts.get("unusable", {}) if work else {}).items():
-            lines.append(f"engine      {engine} CANNOT RUN, its jobs wait: {' '.join(why.split())}"[:WIDTH])
+            lines += _wrapped(f"engine      {engine} CANNOT RUN, its jobs wait: {why}", " " * 12)
         for runtime in work.facts.get("runtimes", ()) if work else ():
             if runtime["breaker"]:
                 lines.append(f"device      {runtime['device']} FAILED AGAIN AND AGAIN, the CPU does its work"[:WIDTH])
@@ -110,12 +112,19 @@ def _stuck(found: Sequence[Stuck]) -> list[str]:
     lines = [f"waiting or stuck: {len(found)}"]
     for one in ordered[:STUCK_SHOWN]:
         number = f" {one.id}" if one.id is not None else ""
-        why = " ".join(one.why.split())
-        lines.append(f"  {one.kind}{number} {one.state} for {_age(one.age_s)}: {one.name}; {why}"[:WIDTH])
-        lines.append(f"    study {one.study_instance_uid}; {_next(one)}"[:WIDTH])
+        lines += _wrapped(f"  {one.kind}{number} {one.state} for {_age(one.age_s)}: {one.name}; {one.why}", " " * 4)
+        lines += _wrapped(f"    study {one.study_instance_uid}; {_next(one)}", " " * 6)
     if len(ordered) > STUCK_SHOWN:
         lines.append(f"  ... and {len(ordered) - STUCK_SHOWN} more: --json, jobs list, deliveries list")
     return lines
+
+
+def _wrapped(text: str, under: str) -> list[str]:
+    """The text on few lines: what helps often stands at the end of a reason."""
+    head = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(), WIDTH, initial_indent=head, subsequent_indent=under, max_lines=WHY_LINES, break_on_hyphens=False
+    )
 
 
 def _next(one: Stuck) -> str:

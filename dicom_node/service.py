@@ -19,7 +19,7 @@ from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse
 from dicom_node.routing.rules import RuleSet
-from dicom_node.wiring import destinations, node_catalog
+from dicom_node.wiring import destinations, engine_workers, node_catalog
 
 if TYPE_CHECKING:
     from dicom_node.handing_out import Shelving
@@ -152,7 +152,7 @@ class Service:
             if self._config.jobs.workers == 0:
                 return Check(name="workers", ok=True, detail="none configured")
             alive = self._workers_alive()
-            wanted = self._config.jobs.workers + 1  # one takes urgent jobs only
+            wanted = self._config.jobs.workers + 1 + sum(engine_workers(self._config).values())  # one: urgent jobs only
             return Check(name="workers", ok=alive > 0, detail=f"{alive} of {wanted}")
 
         def engines() -> Check:

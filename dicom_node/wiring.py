@@ -35,6 +35,7 @@ __all__ = [
     "Unmade",
     "destinations",
     "encoders",
+    "engine_workers",
     "engines",
     "kept_in",
     "models_dir",
@@ -49,6 +50,18 @@ log = logging.getLogger(__name__)
 
 # Kind of result by its Modality (0008,0060); label maps are SEG, pictures OT
 _KINDS = {"SEG": "seg", "SR": "sr", "M3D": "stl", "OT": "sc", "DOC": "pdf", "ANN": "ann"}
+
+
+# Workers of each engine outside: while it has one series, the next is read or the last is encoded.
+_OUTSIDE_WORKERS = 2
+
+
+def engine_workers(config: NodeConfig) -> Mapping[str, int]:
+    """How many workers each engine outside has for itself, by its name; the `jobs.workers` and the urgent one do the
+    rest. One engine that is slow or never answers thus holds up nobody else.
+    """
+    count = min(config.jobs.workers, _OUTSIDE_WORKERS)
+    return {name: count for name, settings in config.engines.items() if settings.kind != "local"}
 
 
 def node_catalog(config: NodeConfig, clock: Clock) -> Catalog:

@@ -2,6 +2,9 @@
 
 Several workers make a pipeline: while one waits for the device, another reads its series, a third encodes its results.
 One more takes urgent jobs only, so that these never wait for a worker.
+
+Each engine outside has workers of its own, which do no other's jobs: one that is slow or never answers holds up nobody
+else, however many series wait for it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from dicom_node.apart import Call
@@ -23,7 +27,7 @@ from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
 from dicom_node.watching import WAIT_S, EngineWatch, Observing, Standing, observing
-from dicom_node.wiring import encoders, engines, node_catalog, node_ingest
+from dicom_node.wiring import encoders, engine_workers, engines, node_catalog, node_ingest
 
 __all__ = ["Work"]
 
@@ -58,12 +62,9 @@ class Work:
         longest_s = max((one.timeout_s for one in self._config.engines.values()), default=TIMEOUT_S)
         self._bound_s = job_bound_s(longest_s)
         self._busy_since: dict[str, BootTime] = {}
-        wanted = [(f"work-{number}", Priority.BACKGROUND) for number in range(self._config.jobs.workers)]
-        if wanted:
-            wanted.append(("work-urgent", Priority.URGENT))
         self._threads = [
-            threading.Thread(target=self._run, args=(name, at_least), name=name, daemon=True)
-            for name, at_least in wanted
+            threading.Thread(target=self._run, args=(name, take), name=name, daemon=True)
+            for name, take in self._takers().items()
         ]
         self._others = (
             threading.Thread(target=self._warm_up, name="warm-up", daemon=True),
@@ -71,6 +72,20 @@ class Work:
         )
         for thread in (*self._threads, *(self._others if self._threads else ())):
             thread.start()
+
+    def _takers(self) -> Mapping[str, Callable[[str], bool]]:
+        """The workers by name, and how each takes a job."""
+        workers = self._config.jobs.workers
+        if not workers:
+            return {}
+        outside = engine_workers(self._config)
+        here = partial(self._worker.run_once, without=tuple(outside))
+        takers: dict[str, Callable[[str], bool]] = {f"work-{number}": here for number in range(workers)}
+        takers["work-urgent"] = partial(here, at_least=Priority.URGENT)
+        for name, count in outside.items():
+            for number in range(count):
+                takers[f"work-{name}-{number}"] = partial(self._worker.run_once, engine=name)
+        return takers
 
     def _observe(self) -> None:
         for name, engine in self._engines.items():
@@ -119,11 +134,11 @@ class Work:
             study_instances=lambda study: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [study]}),
         )
 
-    def _run(self, name: str, at_least: Priority) -> None:
+    def _run(self, name: str, take: Callable[[str], bool]) -> None:
         while not self._stopping.is_set():
             self._busy_since[name] = self._clock.boot()
             try:
-                busy, pause_s = self._worker.run_once(name, at_least=at_least), IDLE_S
+                busy, pause_s = take(name), IDLE_S
             except Exception as exc:  # edge: the worker's loop; a lost lease runs out and is done again
                 log.error("a worker stumbled", extra={"worker": name}, exc_info=exc)
                 busy, pause_s = False, WORKER_PAUSE_S

@@ -44,7 +44,7 @@ CR = "1.2.840.10008.5.1.4.1.1.1"
 # An engine as another package would bring it: it answers at the second poll and tells of itself.
 ENGINE = """
 from pathlib import Path
-from dicom_node.errors import ConfigError, EngineRejected, EngineUnavailable
+from dicom_node.errors import ConfigError, EngineError, EngineRejected, EngineUnavailable
 from dicom_node.model import Sending
 from dicom_node.values import (
     Code,
@@ -79,6 +79,10 @@ class Outside:
 
     def poll(self, task, handle):
         self._polls += 1
+        if "shaky" in self._options and self._polls < 3:
+            raise EngineUnavailable("outside: connection refused")
+        if "fails" in self._options:
+            raise EngineError("outside: the job failed there")
         if "slow" in self._options or self._polls < 2:
             return Pending(handle=handle, poll_after_s=0.0)
         if "odd" in self._options:
@@ -257,8 +261,8 @@ def test_check_says_why_an_engine_could_not_run(
     here: Path, capsys: pytest.CaptureFixture[str], option: str, expected: str
 ) -> None:
     configure(here, **{option: "1"})
-    status, _, err = said(capsys, "engines", "check")
-    assert status == 2
+    status, out, err = said(capsys, "engines", "check")
+    assert status == 2 and "outside: can run" not in out and "outside: CANNOT RUN" in err
     assert err.startswith("dicom-node: outside: ") and expected in err
 
 
@@ -318,6 +322,23 @@ def test_an_answer_that_does_not_come_is_cancelled(study: Path, capsys: pytest.C
     status, _, err = said(capsys, "engines", "run", "outside", STUDY, "--series", TAKEN, "--timeout", "0.2")
     assert status == 2
     assert "no answer within 0.2 s" in err
+    assert (study / "cancelled").read_text() == "run-5"
+
+
+def test_an_engine_that_cannot_be_asked_for_a_moment_is_asked_again(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(study, shaky="1")
+    status, out, err = said(capsys, "engines", "run", "outside", STUDY, "--series", TAKEN)
+    assert status == 0 and "Outside AI" in out
+    assert err.count("it is asked again") == 2
+    assert not (study / "cancelled").exists()
+
+
+def test_work_that_came_to_nothing_is_stopped_there(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(study, fails="1")
+    status, _, err = said(capsys, "engines", "run", "outside", STUDY, "--series", TAKEN)
+    assert status == 2 and "the job failed there" in err
     assert (study / "cancelled").read_text() == "run-5"
 
 

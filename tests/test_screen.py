@@ -1,5 +1,6 @@
 """The status screen says what is wrong first, and what to do about it."""
 
+from dataclasses import replace
 from typing import Any
 
 from dicom_node.pulse import Pulse
@@ -114,6 +115,13 @@ def test_what_needs_a_person_comes_first_with_the_command_that_helps() -> None:
         "needs a person: dicom-node route 1.2.3",
     ]
     assert remedies[4] == "goes on by itself in 30 s"
+
+
+def test_a_long_reason_is_told_to_its_end() -> None:
+    why = "engine relu: PUT storage.example: " + "a reason that goes on " * 8 + "and ends with the remedy"
+    text = screen([replace(stuck("job", 6, None), why=why)])
+    assert "ends with the remedy" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_thousand_stuck_things_still_fit_a_screen() -> None:

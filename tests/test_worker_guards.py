@@ -16,10 +16,10 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import EngineSettings, NodeConfig
 from dicom_node.errors import ConfigError, EngineTimeout, EngineUnavailable
 from dicom_node.metrics import Gauges, render
-from dicom_node.model import BootTime
+from dicom_node.model import BootTime, Priority
 from dicom_node.process import Orders
 from dicom_node.watching import LATE_S, MAX_TEXT, EngineWatch, observing
-from dicom_node.wiring import Unmade, engines
+from dicom_node.wiring import Unmade, engine_workers, engines
 from dicom_node.worker import Work
 
 PLUG_IN = '''
@@ -346,6 +346,43 @@ def test_a_hostile_engine_stalls_neither_the_signs_of_life_nor_the_others(beside
     assert 'engine_misbehaved_total{engine="bad",method="observe"} 1.0' in text
     assert 'engine_requests_total{engine="good",outcome="ok"} 1.0' in text
     assert 'engine_misbehaved_total{engine="good",method="observe"} 0.0' in text
+
+
+# --- one that is slow
+
+
+def test_an_engine_that_never_answers_takes_no_worker_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rules").mkdir()
+    outside, local = EngineSettings(kind="plug"), EngineSettings(model="demo-ct-abdomen")
+    settings: dict[str, Any] = {"data_dir": tmp_path, "rules_dir": tmp_path / "rules", "jobs": {"workers": 3}}
+    config = NodeConfig(**settings, engines={"slow": outside, "quick": outside, "ct": local})
+    made = {name: Calm() for name in config.engines}
+    monkeypatch.setattr("dicom_node.worker.engines", lambda config, **how: made)
+    go, guard, asked = threading.Event(), threading.Lock(), dict.fromkeys(("slow", "quick", "here", "urgent"), 0)
+
+    def run_once(self: Any, worker: str, **how: Any) -> bool:
+        """There are endless jobs of `slow`: whoever may take one never returns."""
+        engine, without = how.get("engine"), how.get("without", ())
+        with guard:
+            asked[engine or ("urgent" if how.get("at_least") is Priority.URGENT else "here")] += 1
+        if engine == "slow" or (engine is None and "slow" not in without):
+            go.wait(30)
+        return False
+
+    monkeypatch.setattr("dicom_node.worker.Worker.run_once", run_once)
+    work = Work(Orders(config=config, supervisor_pid=1), SystemClock())
+    try:
+        deadline = time.monotonic() + 15
+        while min(asked["quick"], asked["here"], asked["urgent"]) < 8:
+            assert time.monotonic() < deadline, asked
+            time.sleep(0.02)
+        assert asked["slow"] == engine_workers(config)["slow"] == 2
+        assert work.health()[2]["workers_alive"] == 3 + 1 + sum(engine_workers(config).values())
+    finally:
+        go.set()
+        work.stop()
 
 
 # --- making them

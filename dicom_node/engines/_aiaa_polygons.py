@@ -26,6 +26,7 @@ Slices = tuple[tuple[Polygon, ...], ...]
 
 MAX_POLYGONS = 10_000  # of one slice
 MAX_VERTICES = 5_000_000  # of one volume
+_MAX_CROSSED = 4  # rows that the edges of a slice cross, for each of its pixels: no mask has more than 1
 _ON = 1e-6  # of a pixel: nearer to an outline is on it
 
 
@@ -52,7 +53,11 @@ def polygons_of(told: Any, size: tuple[int, int]) -> tuple[Polygon, ...]:
     """Those of one slice of `size` (rows, columns); empty ones are passed over. Raises UnusablePolygons."""
     if not isinstance(told, list) or len(told) > MAX_POLYGONS:
         raise UnusablePolygons(f"a slice has no list of at most {MAX_POLYGONS} polygons")
-    return tuple(_polygon(one, size) for one in told if one != [])
+    found = tuple(_polygon(one, size) for one in told if one != [])
+    crossed = sum(float(np.abs(polygon[:, 1] - np.roll(polygon[:, 1], 1)).sum()) for polygon in found)
+    if crossed > _MAX_CROSSED * size[0] * size[1]:
+        raise UnusablePolygons("the outlines of a slice run up and down more often than there are pixels")
+    return found
 
 
 def _polygon(told: Any, size: tuple[int, int]) -> Polygon:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from dicom_node.errors import EngineError
 
@@ -63,7 +64,8 @@ def read_class_map(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes, which are bounded here, and of odd tags
         try:
-            with Image.open(path, formats=("TIFF",)) as image:
+            # not Image.open: it refuses a pyramid for its largest page, which is never decoded; `_page` bounds what is
+            with TiffImageFile(path) as image:
                 factor = _page(image, columns, rows)
                 image.load()
                 heartbeat()

@@ -135,7 +135,7 @@ class Exchange:
     def _hop(self, call: Call, hop: Hop, watch: Watch, consume: Consume[Value]) -> Value | Hop:
         headers = self._headers(call, hop)
         if hop.own and not self._breaker.admits():
-            raise Failed(self.error(Resting, call, hop, "rests after failures in a row"))
+            raise Failed(self.error(Resting, call, hop, "is not asked for now: it rests after failures in a row"))
         judged = self._breaker.dropped
         began = watch.now()
         status = None
@@ -152,6 +152,9 @@ class Exchange:
         except WireFault as exc:
             judged = self._breaker.dropped if exc.fault is Fault.FORBIDDEN else self._breaker.failed
             raise self._wire_failure(call, hop, exc, status) from exc
+        except EngineError as exc:  # the heartbeat's: nobody waits any more for the answer to what was sent
+            exc.maybe_taken = exc.maybe_taken or watch.sent
+            raise
         finally:
             if hop.own:
                 judged()
@@ -252,7 +255,8 @@ class Exchange:
 
     def forbidden(self, call: Call, url: httpx2.URL) -> EngineError:
         """The error for a URL that may not be asked."""
-        what = "a URL that is neither https nor at a host of allow_hosts is not asked"
+        where = f"{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
+        what = f"a URL that is neither https nor at a host of options.allow_hosts is not asked ({where})"
         return self.error(EngineError, call, Hop(url=url, own=False), what)
 
     def error(self, kind: type[EngineError], call: Call, hop: Hop, what: str, status: int | None = None) -> EngineError:

@@ -105,6 +105,8 @@ class _Reader:
                 if not self._more():
                     raise EngineError("the file is no JSON, or cut short") from None
                 continue
+            except ValueError:  # a whole number of thousands of digits, which Python will not convert
+                raise EngineError("the GeoJSON file holds a number that is none") from None
             if end < len(self._text) or not self._more():  # a number may go on
                 self._at = end
                 return value

@@ -35,6 +35,7 @@ _TYPES = {
     **{"float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
     **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
 }
+_WHOLE = frozenset(name for name, kind in _TYPES.items() if kind[0] in "iu")
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _INDICES = ("vertex_indices", "vertex_index")
 _MAX_HEADER = 64 * 1024
@@ -119,7 +120,7 @@ def _element(words: list[str]) -> _Element:
 
 
 def _property(words: list[str]) -> _Property:
-    if len(words) == 5 and words[1] == "list" and words[2] in _TYPES and words[3] in _TYPES:
+    if len(words) == 5 and words[1] == "list" and words[2] in _WHOLE and words[3] in _TYPES:
         return _Property(words[4], _TYPES[words[3]], _TYPES[words[2]])
     if len(words) == 3 and words[1] in _TYPES:
         return _Property(words[2], _TYPES[words[1]])
@@ -137,7 +138,8 @@ def _require_surface(elements: list[_Element]) -> None:
             raise UnusableMesh("an element of the PLY header has no properties, or two of one name")
         if element.name == "vertex" and (not {"x", "y", "z"} <= scalar or element.has_lists):
             raise UnusableMesh("vertices of the PLY file have no x, y and z")
-        if element.name == "face" and not any(n in _INDICES and n not in scalar for n in names):
+        lists = [one for one in element.properties if one.name in _INDICES and one.length_type]
+        if element.name == "face" and not any(one.type[0] in "iu" for one in lists):
             raise UnusableMesh("faces of the PLY file have no list of vertices")
 
 

@@ -52,6 +52,10 @@ class ReluApi:
         """Of the circuit breaker."""
         return self._api.state
 
+    @property
+    def _fields(self) -> Mapping[str, Any]:
+        return {"engine": self._name}
+
     def close(self) -> None:
         """Close the connections. Idempotent."""
         for client in (self._api, self._files, self.tokens):
@@ -94,21 +98,27 @@ class ReluApi:
                 f"engine {self._name}: it wants the end of the upload told at another host than that of base_url; "
                 "the token goes to no other host"
             )
-        methods = ("PUT", "POST") if self._options.notify == "put" else ("POST", "PUT")
         try:
-            try:
-                self._notify(methods[0], url, left_s, beat)
-            except EngineError as exc:
-                if exc.http_status not in _NOT_THIS_WAY:
-                    raise
-                self._notify(methods[1], url, left_s, beat)
+            self._notify(url, left_s, beat, idempotent=again)
         except EngineError as exc:
+            if not again and exc.maybe_taken and exc.http_status not in _ALREADY_TOLD:
+                log.info("whether the end of an upload was heard is not known: it is told again", extra=self._fields)
+                self.notify(url, again=True, left_s=left_s, beat=beat)
+                return
             if exc.http_status != 409 and not (again and exc.http_status in _ALREADY_TOLD):
                 raise
-            log.info("the end of an upload was told before", extra={"engine": self._name})
+            log.info("the end of an upload was told before", extra=self._fields)
 
-    def _notify(self, method: str, url: str, left_s: float, beat: Heartbeat) -> None:
-        self._asked(method, url, idempotent=True, expect=(200, 201, 202, 204), left_s=left_s, beat=beat)
+    def _notify(self, url: str, left_s: float, beat: Heartbeat, *, idempotent: bool) -> None:
+        """Not repeated by the client unless `idempotent`: what a refusal means depends on whether it is the first."""
+        methods = ("PUT", "POST") if self._options.notify == "put" else ("POST", "PUT")
+        how: dict[str, Any] = {"idempotent": idempotent, "expect": (200, 201, 202, 204), "left_s": left_s, "beat": beat}
+        try:
+            self._asked(methods[0], url, **how)
+        except EngineError as exc:
+            if exc.http_status not in _NOT_THIS_WAY:
+                raise
+            self._asked(methods[1], url, **how)
 
     def status(self, job: str, *, expect: Collection[int] = (200, 202), left_s: float, beat: Heartbeat) -> Answer:
         """The answer to whether the job is done: 202 not yet, 200 with its results."""

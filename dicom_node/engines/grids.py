@@ -50,7 +50,8 @@ def labels_on_source(
     people. The same grid within 0.001 mm at every corner of the images, however its axes are named and turned, or a
     part of it: voxel by voxel. So too one that is off by up to a quarter of a voxel; a note says by how much. Any other
     grid, and images that lie on none: each pixel takes the label of the voxel whose centre is nearest; a note says so.
-    A note also says which images the answer does not reach, and how much of it lies beside them.
+    A note also says which images the answer does not reach, how much of it lies beside them, and where its axes run the
+    other way than those of the images although these lie so that wrong signs of x and y would do just that.
 
     Raises GeometryMismatch: a place that is none (not finite, flat, voxels of no possible size, the identity that
     stands for "not known"), nothing in common with the images, every label beside them, or x and y with the wrong sign.
@@ -60,12 +61,14 @@ def labels_on_source(
     turn = _turn_of(onto, affine_lps, geometry) if geometry.regular else None
     if turn is None or not turn.covers(labels.shape, geometry.shape):
         _require_own_place(labels, affine_lps, geometry)
+    doubt = _doubt(labels, affine_lps, geometry)
     if turn is None:
-        return _nearest(labels, affine_lps, geometry, heartbeat or _nothing)
+        placed, notes = _nearest(labels, affine_lps, geometry, heartbeat or _nothing)
+        return placed, (*notes, *doubt)
     placed, reached = _turned(labels, turn, geometry.shape)
     beside = int(np.count_nonzero(labels)) - int(np.count_nonzero(placed))
     notes = (*_distance(turn), *_reach(reached, geometry.shape), *_beside(beside, labels))
-    return placed, notes
+    return placed, (*notes, *doubt)
 
 
 def _nothing() -> None:
@@ -95,11 +98,41 @@ def _require_own_place(labels: Labels, affine: Affine, geometry: VolumeGeometry)
     """An answer that is not on all of the images must at least not look like one that lost its way."""
     if np.array_equal(affine, np.eye(4)) or np.array_equal(affine, _FLIP):
         raise GeometryMismatch("the answer does not say where it lies: its affine is the identity")
-    if not geometry.regular:
-        return
-    mirrored = _turn_of(_inverse(_FLIP @ affine) @ geometry.affine, affine, geometry)
-    if mirrored is not None and mirrored.covers(labels.shape, geometry.shape):
+    fits = _same_box(labels, _FLIP @ affine, geometry) and not _same_box(labels, affine, geometry)
+    if not fits and geometry.regular:
+        mirrored = _turn_of(_inverse(_FLIP @ affine) @ geometry.affine, affine, geometry)
+        fits = mirrored is not None and mirrored.covers(labels.shape, geometry.shape)
+    if fits:
         raise GeometryMismatch("x and y of the answer have the wrong sign: left and right, front and back are swapped")
+
+
+def _same_box(labels: Labels, affine: Affine, geometry: VolumeGeometry) -> bool:
+    """Whether the box around all voxels is that of the images, to a voxel of either."""
+    onto = _inverse(geometry.affine) @ affine
+    faces = np.array([(*face, 1.0) for face in product(*((-0.5, n - 0.5) for n in labels.shape))])
+    places = (faces @ onto.T)[:, :3]
+    slack = np.maximum(np.abs(onto[:3, :3]).sum(axis=1), 1.0)
+    low, high = places.min(axis=0) + 0.5, places.max(axis=0) + 0.5 - geometry.grid_shape
+    return bool((np.abs(low) <= slack).all() and (np.abs(high) <= slack).all())
+
+
+def _doubt(labels: Labels, affine: Affine, geometry: VolumeGeometry) -> tuple[str, ...]:
+    """An engine that answers in the order it was sent, but with x and y in RAS, looks like one that turned its axes
+    where the images lie evenly around x = 0, y = 0: nothing tells them apart, so people must."""
+    if _runs_along(affine, geometry) or not _runs_along(_FLIP @ affine, geometry):
+        return ()
+    if not (_same_box(labels, affine, geometry) and _same_box(labels, _FLIP @ affine, geometry)):
+        return ()
+    return (
+        "the answer would fit the images with x and y negated too, its axes then as sent: "
+        "left and right are as its file says, and cannot be confirmed",
+    )
+
+
+def _runs_along(affine: Affine, geometry: VolumeGeometry) -> bool:
+    """Whether each axis of the answer runs along one of the images, in its sense."""
+    onto = (_inverse(geometry.affine) @ affine)[:3, :3] * np.array(geometry.spacing_mm)[:, None]
+    return all(onto[:, axis].max() == np.abs(onto[:, axis]).max() for axis in range(3))
 
 
 # --- the same grid, turned -------------------------------------------------------------------------------------------

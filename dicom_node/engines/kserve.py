@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node.breaker import BreakerState
+from dicom_node.budget import VolumeMemory, volume_bytes
 from dicom_node.config import EngineSettings
 from dicom_node.engines import _kserve_radiograph as radiograph
 from dicom_node.engines import _kserve_wire as wire
@@ -69,8 +70,9 @@ class KServeEngine:
     threads; `options.concurrency` bounds the calls.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, **node: Any) -> None:
+    def __init__(self, name: str, settings: EngineSettings, *, memory: VolumeMemory | None = None, **node: Any) -> None:
         self.name = name
+        self._memory = memory or VolumeMemory(1 << 33)
         if not settings.model:
             raise ConfigError(f"engines.{name}.model: missing; name a model of the server")
         self._model = settings.model
@@ -168,12 +170,13 @@ class KServeEngine:
             max_response_bytes=self._options.max_response_bytes,
         )
         hounsfield = recipe.input.values == "hu"
-        voxels = read_volume(images, geometry, values=recipe.input.values, heartbeat=budget.beat)
-        ready = time.perf_counter()
-        with self._sending(task, "volume", identifiable, budget) as (traffic, infer):
-            labels = label_volume(recipe, plan, voxels, geometry, infer, budget.beat)
-        answered = time.perf_counter()
-        measurements = measured(labels, voxels, geometry, hounsfield=hounsfield, heartbeat=budget.beat)
+        with self._memory.taken(volume_bytes(task), task.priority, budget.beat, wait_s=budget.left_s()):
+            voxels = read_volume(images, geometry, values=recipe.input.values, heartbeat=budget.beat)
+            ready = time.perf_counter()
+            with self._sending(task, "volume", identifiable, budget) as (traffic, infer):
+                labels = label_volume(recipe, plan, voxels, geometry, infer, budget.beat)
+            answered = time.perf_counter()
+            measurements = measured(labels, voxels, geometry, hounsfield=hounsfield, heartbeat=budget.beat)
         stages = {"prepare": ready - began, "forward": answered - ready, "finish": time.perf_counter() - answered}
         provenance = self._provenance(told, traffic.versions, _told_of(recipe, plan))
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)

@@ -137,6 +137,8 @@ def segments_of(labels: Sequence[Label]) -> tuple[Segment, ...]:
     """A segment for each. Its key is the engine's own name, which outlasts a new table and a new order of labels."""
     keys = [_slug(label.name) for label in labels]
     unique = [key if keys.count(key) == 1 else f"{key}-{label.number}" for key, label in zip(keys, labels, strict=True)]
+    if len(set(unique)) < len(unique):  # one name is another with its number behind
+        unique = [f"{key}-label-{label.number}" for key, label in zip(keys, labels, strict=True)]
     return tuple(replace(_segment(label), key=key) for key, label in zip(unique, labels, strict=True))
 
 

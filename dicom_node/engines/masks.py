@@ -69,7 +69,7 @@ def _values(array: npt.NDArray[Any], beat: Beat) -> list[int]:
     found: set[int] = set()
     for block in _blocks(array):
         found.update(_whole(block) if block.any() else (0,))
-        if len(found) > MAX_LABELS + 1:
+        if len(found - {0}) > MAX_LABELS:
             raise UnusableLabels(
                 f"more than {MAX_LABELS} different labels: a segmentation of 8 bits holds no more "
                 "(an image or a probability map instead of a mask?)"

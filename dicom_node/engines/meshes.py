@@ -34,6 +34,7 @@ __all__ = [
 
 SLACK_MM = 5.0
 _SMALLEST_MM = 1.0  # longest side of a structure: less was written in metres
+_MAX_PAIRS = 100_000_000  # of parts, one that faces inwards and one it may lie in
 _STL_HEAD, _STL_FACET = 84, 50
 _FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 
@@ -134,13 +135,16 @@ def _surface(soup: Soup, beat: Beat) -> Surface:
     closed = _is_closed(triangles, len(vertices))
     beat()
     notes: tuple[str, ...] = ()
-    enclosed_mm3 = _enclosed_mm3(vertices, triangles)
-    if enclosed_mm3 < 0:
-        triangles = np.ascontiguousarray(triangles[:, ::-1])
+    cones_mm3 = _cones_mm3(vertices, triangles)
+    if cones_mm3.sum() < 0:
+        triangles, cones_mm3 = np.ascontiguousarray(triangles[:, ::-1]), -cones_mm3
         notes = ("the triangles faced inwards and were turned",)
     if not closed:
         notes = (*notes, "the surface is not closed")
-    volume_cm3 = abs(enclosed_mm3) / 1000.0 if closed else 0.0
+    elif (inwards := _inwards(vertices, triangles, cones_mm3)).any():
+        triangles[inwards], cones_mm3[inwards] = triangles[inwards][:, ::-1], -cones_mm3[inwards]
+        notes = (*notes, "separate parts whose triangles faced inwards were turned")
+    volume_cm3 = float(cones_mm3.sum()) / 1000.0 if closed else 0.0
     return Surface(vertices=vertices, triangles=triangles, closed=closed, volume_cm3=volume_cm3, notes=notes)
 
 
@@ -175,11 +179,44 @@ def _is_closed(triangles: npt.NDArray[np.uint32], count: int) -> bool:
     return bool(np.array_equal(there, back) and (np.diff(there) > 0).all())
 
 
-def _enclosed_mm3(vertices: npt.NDArray[np.float32], triangles: npt.NDArray[np.uint32]) -> float:
-    """Sum of the signed tetrahedra over the triangles: positive when they are counter-clockwise from outside."""
+def _cones_mm3(vertices: npt.NDArray[np.float32], triangles: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    """The signed tetrahedra over the triangles: their sum is positive when they are counter-clockwise from outside."""
     centred = vertices.astype(np.float64) - vertices.mean(axis=0, dtype=np.float64)
     a, b, c = (centred[triangles[:, corner]] for corner in range(3))
-    return float(np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6.0)
+    return np.asarray(np.einsum("ij,ij->i", a, np.cross(b, c)) / 6.0, np.float64)
+
+
+def _inwards(
+    vertices: npt.NDArray[np.float32], triangles: npt.NDArray[np.uint32], cones_mm3: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Which triangles of a closed surface are of a part that faces inwards although it lies in no other: no cavity."""
+    part_of = _parts(triangles, len(vertices))
+    facing = np.bincount(part_of[triangles[:, 0]], weights=cones_mm3)
+    wrong = np.zeros(len(facing), np.bool_)
+    if (facing < 0).any():
+        order = np.argsort(part_of, kind="stable")
+        starts = np.searchsorted(part_of[order], np.arange(len(facing)))
+        low, high = (each.reduceat(vertices[order], starts) for each in (np.minimum, np.maximum))
+        outer = facing > 0
+        if int(outer.sum()) * int((facing < 0).sum()) > _MAX_PAIRS:
+            raise UnusableMesh(f"the surface is in {len(facing)} separate parts: nobody can say what is inside of it")
+        for part in np.flatnonzero(facing < 0):
+            around = (low[outer] <= low[part]).all(axis=1) & (high[outer] >= high[part]).all(axis=1)
+            wrong[part] = not around.any()
+    return np.asarray(wrong[part_of[triangles[:, 0]]])
+
+
+def _parts(triangles: npt.NDArray[np.uint32], count: int) -> npt.NDArray[np.int64]:
+    """Of each vertex the part of the surface it belongs to, counted from 0: what triangles join is one part."""
+    lowest = np.arange(count)
+    while True:
+        joined = lowest[triangles]
+        first = joined.min(axis=1)
+        if (joined == first[:, None]).all():
+            return np.asarray(np.unique(lowest, return_inverse=True)[1], np.int64).reshape(-1)
+        np.minimum.at(lowest, joined.reshape(-1), np.repeat(first, 3))
+        while (lowest[lowest] != lowest).any():
+            lowest = lowest[lowest]
 
 
 # --- where it lies ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from dicom_node.breaker import BreakerState
+from dicom_node.budget import VolumeMemory, volume_bytes
 from dicom_node.config import EngineSettings
 from dicom_node.engines._http import HttpClient, Part, parse_options
 from dicom_node.engines._limits import Slots
@@ -93,8 +94,9 @@ class MonaiLabelEngine:
     and connects nowhere. Several series may be run at a time, from threads; `options.concurrency` bounds the calls.
     """
 
-    def __init__(self, name: str, settings: EngineSettings, **node: Any) -> None:
+    def __init__(self, name: str, settings: EngineSettings, *, memory: VolumeMemory | None = None, **node: Any) -> None:
         self.name = name
+        self._memory = memory or VolumeMemory(1 << 33)
         if not settings.model:
             raise ConfigError(f"engines.{name}.model: missing; name a model that GET /info/ of the server lists")
         self._model = settings.model
@@ -171,9 +173,12 @@ class MonaiLabelEngine:
         timeout_s = min(task.timeout_s, self._timeout_s)
         patience = _Budget(self, heartbeat, timeout_s)
         stack = self._stack(task, patience)
-        with tempfile.TemporaryDirectory(prefix="monai-label-") as folder:
+        with tempfile.TemporaryDirectory(prefix="monai-label-") as folder, ExitStack() as holding:
             answer = Path(folder) / "answer"
             with self._turn(patience):
+                holding.enter_context(
+                    self._memory.taken(volume_bytes(task), task.priority, patience.beat, wait_s=patience.left_s())
+                )
                 budget = _Budget(self, heartbeat, timeout_s)
                 began = time.perf_counter()
                 info = self._info(budget.beat, min(_INFO_S, budget.left_s()))
@@ -184,9 +189,9 @@ class MonaiLabelEngine:
             answered = time.perf_counter()
             names = names_by_value(model.labels or info.labels)
             labels = self._labels(task, prepared, answer, names, budget)
-        measurements = measured(
-            labels, prepared.voxels, prepared.geometry, hounsfield=prepared.hounsfield, heartbeat=budget.beat
-        )
+            measurements = measured(
+                labels, prepared.voxels, prepared.geometry, hounsfield=prepared.hounsfield, heartbeat=budget.beat
+            )
         stages = {"prepare": ready - began, "forward": answered - ready, "finish": time.perf_counter() - answered}
         provenance = self._provenance(info, model)
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)
@@ -296,6 +301,9 @@ class MonaiLabelEngine:
             held = self._put(task, prepared, budget)
         try:
             self._ask_session(task, held, answer, budget)
+        except EngineRejected:  # the job ends with it: the images must not lie there until the session expires
+            self._end(held, budget)
+            raise
         except EngineError as exc:
             if not self._is_over(exc, held, budget):
                 raise

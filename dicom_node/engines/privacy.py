@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
@@ -27,6 +26,7 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from dicom_node.config import is_loopback
 from dicom_node.engines.allow_list import (
     CODES,
     EMPTIED,
@@ -97,20 +97,10 @@ class Identifying(Protocol):
 def must_hide(settings: Identifying, host: str) -> bool:
     """Whether what goes to `host` must be pseudonymised: anything but this machine, unless the operator allowed it.
 
-    `host` is a name or an address as the connection uses it. Of names only `localhost` counts as this machine:
-    others may resolve to anything. A tunnel or proxy on loopback that leads elsewhere cannot be seen from here.
+    `host` is a name or an address as the connection uses it, see `config.is_loopback`. A tunnel or proxy on loopback
+    that leads elsewhere cannot be seen from here.
     """
-    if settings.send_identifiable is True:
-        return False
-    bare = host.strip().removeprefix("[").removesuffix("]").casefold()
-    if bare == "localhost":
-        return False
-    try:
-        address = ipaddress.ip_address(bare)
-    except ValueError:
-        return True
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return not (mapped or address).is_loopback
+    return settings.send_identifiable is not True and not is_loopback(host)
 
 
 # --- the UIDs of one job ---------------------------------------------------------------------------------------------

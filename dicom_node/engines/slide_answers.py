@@ -38,6 +38,9 @@ MAX_QUANTITIES = 1000
 EDGE = 1.0  # pixels a shape may reach beyond the slide: rounding, which is taken back
 _BEAT = 4096  # shapes
 _UNIT = Code(value="1", scheme="UCUM", meaning="no units")
+_NOTHING = frozenset({"na", "n/a", "nan", "null", "-"})  # as tables write that there is no number
+_COMMA = re.compile(r"[+-]?[\d.' ]*,\d[\d.,]*([eE][+-]?\d+)?\s*%?")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")  # where a comma is decimal, and columns are parted by ;
 # as tables write them, to UCUM (PS3.16 chapter 7.2.2)
 _UNITS: Mapping[str, tuple[str, str]] = {
     "%": ("%", "percent"),
@@ -68,9 +71,9 @@ def annotations_of(
 ) -> Annotations:
     """The shapes of a GeoJSON file, grouped by class and kind. `labels` says what a class is, or to ignore it.
 
-    Holes are left out, and so is a shape that reaches more than a pixel beyond the slide; both are counted in the
-    notes. Raises EngineError when the file is no GeoJSON, has no shape on the slide although it has some, or is too
-    large.
+    Holes are left out, and so is a shape that reaches more than a pixel beyond the slide, or encloses nothing; all are
+    counted in the notes. Raises EngineError when the file is no GeoJSON, has no shape that can be told although it has
+    features, or is too large.
     """
     gathered = _Gathered(matrix=matrix, labels=labels)
     for number, feature in enumerate(features(path)):
@@ -82,6 +85,8 @@ def annotations_of(
         raise EngineError(
             "no shape of the GeoJSON file lies on the slide: it is of another slide, or not in its pixels"
         )
+    if not gathered.groups and (counts["unknown"] or counts["flat"]):
+        raise EngineError("no feature of the GeoJSON file is a point, a line or a polygon")
     return Annotations(sop_instance_uid=matrix.sop_instance_uid, groups=_groups(gathered), notes=tuple(_said(counts)))
 
 
@@ -115,9 +120,12 @@ class _Gathered:
             self.counts["ignored"] += 1
             return
         confidence = _confidence_of(properties)
+        self.counts["unsure"] += confidence is None and not _CONFIDENCE.isdisjoint(properties)
         for kind, points in self._shapes(feature.get("geometry")):
             fitted = self._on_the_slide(points)
-            if fitted is not None:
+            if fitted is not None and kind is GraphicType.POLYGON and _is_flat(fitted):
+                self.counts["flat"] += 1  # segmentation by thresholds leaves such; the others must not be lost with it
+            elif fitted is not None:
                 self._keep(name, kind, fitted, confidence)
 
     def _keep(self, name: str, kind: GraphicType, points: Points, confidence: float | None) -> None:
@@ -184,6 +192,11 @@ def _outline(ring: Any) -> Points:
     return points[:-1] if closed else points
 
 
+def _is_flat(points: Points) -> bool:
+    """Whether an outline has fewer than three different corners."""
+    return len(set(map(tuple, points[:3].tolist()))) < 3 and len(set(map(tuple, points.tolist()))) < 3
+
+
 def _class_of(properties: Mapping[str, Any]) -> str:
     """As QuPath and its like write it."""
     told = properties.get("classification", properties.get("class", properties.get("name")))
@@ -195,8 +208,11 @@ def _class_of(properties: Mapping[str, Any]) -> str:
 _cleaned = lru_cache(maxsize=1024)(cleaned)
 
 
+_CONFIDENCE = frozenset({"confidence", "probability", "score"})
+
+
 def _confidence_of(properties: Mapping[str, Any]) -> float | None:
-    for key in ("confidence", "probability", "score"):
+    for key in sorted(_CONFIDENCE):
         value = properties.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0:
             return float(value)
@@ -211,6 +227,7 @@ def _groups(gathered: _Gathered) -> tuple[AnnotationGroup, ...]:
     made = []
     for (name, kind), group in gathered.groups.items():
         known = [one for one in group.confidences if one is not None]
+        gathered.counts["unsure"] += len(known) if len(known) < len(group.shapes) else 0
         made.append(
             AnnotationGroup(
                 label=segments[name].label,
@@ -229,7 +246,9 @@ def _said(counts: Counter[str]) -> Iterator[str]:
         "holes": f"{counts['holes']} hole(s) in {counts['holed']} polygon(s) left out: annotations have none",
         "beyond": f"{counts['beyond']} shape(s) left out that reach beyond the slide",
         "clipped": f"{counts['clipped']} shape(s) ended less than a pixel beyond the slide and were clipped to it",
+        "flat": f"{counts['flat']} polygon(s) of fewer than three different corners left out",
         "unknown": f"{counts['unknown']} feature(s) left out that are no points, lines or polygons",
+        "unsure": f"{counts['unsure']} confidence(s) left out: none from 0 to 1, or not of every shape of a class",
         "ignored": f"{counts['ignored']} feature(s) left out as configured",
     }
     return (text for key, text in told.items() if counts[key])
@@ -277,16 +296,15 @@ def quantities_of(path: Path, sop_instance_uids: Sequence[str]) -> Quantities:
     """The numbers of a CSV table about the slide: one row of named columns, or a few rows named by their text cells.
 
     A unit is read from brackets at the end of a column's name, or from a column `unit`. Raises EngineError when the
-    file is no such table: a table of single cells has far more rows and belongs into no report.
+    file is no such table (one of single cells has far more rows and belongs into no report), and when its numbers have
+    commas, or points that may be those between thousands.
     """
     header, rows = _table(path)
     units = next((at for at, name in enumerate(header) if plain(name) in ("unit", "units")), None)
-    is_text = [at for at in range(len(header)) if at != units and any(_number(row[at]) is None for row in rows)]
-    numeric = [at for at in range(len(header)) if at != units and at not in is_text]
+    others = [at for at in range(len(header)) if at != units and (header[at] or any(row[at] for row in rows))]
     # a number that is missing here and there makes no text of its column
-    sparse = [at for at in is_text if all(not row[at] or _number(row[at]) is not None for row in rows)]
-    sparse = [at for at in sparse if any(_number(row[at]) is not None for row in rows)]
-    numeric, named = sorted([*numeric, *sparse]), [at for at in is_text if at not in sparse]
+    numeric = [at for at in others if all(not row[at] or _number(row[at]) is not None for row in rows)]
+    named = [at for at in others if at not in numeric]
     if not numeric or (len(rows) > 1 and not named):
         raise EngineError("the table has no rows that are named and no single row: nobody can say what it tells")
     items, missing = [], 0
@@ -317,7 +335,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         raise EngineError("the table is no UTF-8 text") from None
     if len(lines) > MAX_TABLE_ROWS + 3:
         raise EngineError(f"the table has {len(lines)} lines, at most {MAX_TABLE_ROWS} are taken")
-    delimiter = max(",;\t", key=lambda mark: max((line.count(mark) for line in lines), default=0))
+    delimiter = max(";\t,", key=lambda mark: _likeness(mark, lines))
     try:
         cells = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, strict=True)]
     except csv.Error:
@@ -327,7 +345,25 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         cells.pop(0)  # a title
     if len(cells) < 2 or any(len(row) != width for row in cells) or len(cells) > MAX_TABLE_ROWS + 1:
         raise EngineError("the table has no rows, or rows of different lengths")
-    return cells[0], cells[1:]
+    rows = [["" if cell.lower() in _NOTHING else cell for cell in row] for row in cells[1:]]
+    _require_plain_numbers([cell for row in rows for cell in row], delimiter)
+    return cells[0], rows
+
+
+def _likeness(mark: str, lines: Sequence[str]) -> tuple[int, int]:
+    """In how many lines a mark is equally often, and how often: a decimal comma is not in every number."""
+    counts = Counter(line.count(mark) for line in lines)
+    del counts[0]
+    return max(((many, often) for often, many in counts.items()), default=(0, 0))
+
+
+def _require_plain_numbers(cells: Sequence[str], delimiter: str) -> None:
+    """Raises EngineError for a number that other people read as another."""
+    if any(_COMMA.fullmatch(cell) for cell in cells):
+        raise EngineError("the table has numbers with a comma: nobody can say whether it is a decimal one")
+    pointed = [cell for cell in cells if "." in cell and _number(cell) is not None]
+    if delimiter == ";" and pointed and all(_THOUSANDS.fullmatch(cell) for cell in pointed):
+        raise EngineError("the table has numbers with a point: nobody can say whether it is a decimal one")
 
 
 def _number(cell: str) -> float | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -123,13 +123,20 @@ class Worker:
         self._study_instances = study_instances
         self._stops = Stops(queue, engines, clock, observer)
 
-    def run_once(self, worker: str, *, at_least: Priority = Priority.BACKGROUND) -> bool:
-        """Do the first runnable job, `at_least` so urgent; False when there is none.
+    def run_once(
+        self,
+        worker: str,
+        *,
+        at_least: Priority = Priority.BACKGROUND,
+        engine: str | None = None,
+        without: Collection[str] = (),
+    ) -> bool:
+        """Do the first runnable job, `at_least` so urgent, of `engine` only, of none of `without`; False without any.
 
         However it ends (done, refused, later, never, taken over), it ends in the catalog. Raises StorageError only when
         the catalog itself cannot be had; the job's lease then runs out and it is done again.
         """
-        job = self._queue.lease_job(worker, self._settings.lease_s, at_least=at_least)
+        job = self._queue.lease_job(worker, self._settings.lease_s, at_least=at_least, engine=engine, without=without)
         if job is None:
             return False
         try:

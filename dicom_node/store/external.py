@@ -22,7 +22,7 @@ from dicom_node.model import (
 )
 from dicom_node.store.rows import CatalogPart, check_lease, insert, update, utc, utc_text
 
-__all__ = ["External", "ask_to_stop"]
+__all__ = ["External", "ask_to_stop", "untold"]
 
 _NOW = "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')"
 _DUE = """
@@ -107,7 +107,7 @@ class External(CatalogPart):
 
         def write(connection: sqlite3.Connection) -> None:
             row = connection.execute("SELECT state FROM job WHERE id = ?", (job.id,)).fetchone()
-            if row is not None and row["state"] == JobState.CANCELLED.value:
+            if row is not None and row["state"] in (JobState.CANCELLED.value, JobState.FAILED.value):
                 _ask(connection, job.id, job.study_instance_uid, job.engine, handle, "")
 
         self.database.write(write)
@@ -153,6 +153,19 @@ def ask_to_stop(connection: sqlite3.Connection, job_id: int, newest_handle: str 
     handle = newest_handle or row["handle"] or ""
     if handle or row["note"]:
         _ask(connection, job_id, row["study_instance_uid"], row["engine"], handle, row["note"])
+
+
+def untold(connection: sqlite3.Connection, job_id: int) -> dict[str, str | None]:
+    """Take back what the job's engine was still to be told: the handle (None: it has none) and the note it is about.
+
+    What is given again is known to the engine and running there: to forget it would have it run beside the next try.
+    """
+    rows = connection.execute(
+        "DELETE FROM cancellation WHERE job = ? AND state = 'pending' RETURNING id, handle, note", (job_id,)
+    ).fetchall()
+    rows.sort(key=lambda row: int(row["id"]))
+    handles, notes = ([str(row[key]) for row in rows if row[key]] for key in ("handle", "note"))
+    return {"handle": handles[-1] if handles else None, "note": notes[-1] if notes else ""}
 
 
 def _ask(connection: sqlite3.Connection, job_id: int, study: str, engine: str, handle: str, note: str) -> None:

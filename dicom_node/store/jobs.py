@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dicom_node.errors import NotFound, StorageError
@@ -25,7 +25,7 @@ from dicom_node.model import (
     next_job_state,
 )
 from dicom_node.store.deliveries import queue_results
-from dicom_node.store.external import ask_to_stop
+from dicom_node.store.external import ask_to_stop, untold
 from dicom_node.store.instances import insert_instance
 from dicom_node.store.returned import take_returned
 from dicom_node.store.rows import (
@@ -52,6 +52,7 @@ WHERE job.state IN ('pending', 'leased', 'waiting')
         WHEN 'leased' THEN job.lease_boot_id IS NOT :boot OR job.lease_until_s <= :now
         ELSE job.not_before_boot_id IS NOT :boot OR job.not_before_s <= :now END
   AND (:conflicts OR held IS NOT 1) AND job.rank <= :rank
+  AND (:engine IS NULL OR job.engine = :engine) AND job.engine NOT IN (SELECT value FROM json_each(:without))
 ORDER BY job.rank, job.id LIMIT 1
 """
 _LATER = "not_before_boot_id IS :boot AND not_before_s > :now"
@@ -62,14 +63,22 @@ class Jobs(CatalogPart):
 
     # --- the worker's side
 
-    def lease_job(self, worker: str, lease_s: float, *, at_least: Priority = Priority.BACKGROUND) -> Job | None:
+    def lease_job(
+        self,
+        worker: str,
+        lease_s: float,
+        *,
+        at_least: Priority = Priority.BACKGROUND,
+        engine: str | None = None,
+        without: Collection[str] = (),
+    ) -> Job | None:
         """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
-        `at_least`: none that is less urgent.
+        `at_least`: none that is less urgent. `engine`: of this one only; `without`: of none of these.
 
         A lease counts as an attempt, except one that only polls an external engine. A worker that dies each time thus
         still runs out of attempts.
         """
-        wanted: dict[str, Any] = {"rank": at_least.rank}
+        wanted: dict[str, Any] = {"rank": at_least.rank, "engine": engine, "without": json.dumps(list(without))}
 
         def write(connection: sqlite3.Connection) -> Job | None:
             row = connection.execute(_RUNNABLE, wanted | self._runnable_now()).fetchone()
@@ -207,14 +216,14 @@ class Jobs(CatalogPart):
     def retry_job(self, job_id: int) -> None:
         """FAILED, REJECTED or CANCELLED back to PENDING, attempts 0, at once. Raises NotFound, IllegalTransition.
 
-        What its engine was still to be told is dropped: the new try may find the old work there and use it.
+        An engine that was still to be told to stop is not told any more: the job has its handle and its note again, and
+        goes on with what the engine has. Once it was told, the job begins anew.
         """
-        changes = {"attempts": 0, "outages": 0, "strikes": 0, "error": "", "handle": None, "not_before_boot_id": None}
+        changes = {"attempts": 0, "outages": 0, "strikes": 0, "error": "", "not_before_boot_id": None}
         changes |= self._now_columns()
 
         def write(connection: sqlite3.Connection) -> None:
-            move_job(connection, job_id, "retry", **changes)
-            connection.execute("DELETE FROM cancellation WHERE job = ? AND state = 'pending'", (job_id,))
+            move_job(connection, job_id, "retry", **changes, **untold(connection, job_id))
 
         self.database.write(write)
 

@@ -270,6 +270,9 @@ def _failed_series(part: CatalogPart, connection: sqlite3.Connection) -> list[St
     ]
 
 
+_JOB_WAITS = {"pending": "in the queue", "waiting": "its engine works on it and is asked again"}
+
+
 def _stuck_jobs(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck]:
     rows = connection.execute(
         "SELECT job.*, study.identity_conflict AND NOT study.released AS held FROM job "
@@ -284,7 +287,7 @@ def _stuck_jobs(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck
             study_instance_uid=row["study_instance_uid"],
             name=f"{row['rule']} on {row['engine']}",
             state=row["state"],
-            why=row["error"] or ("held: identity conflict" if row["held"] else "in the queue"),
+            why=row["error"] or ("held: identity conflict" if row["held"] else _JOB_WAITS.get(row["state"], "")),
             age_s=part.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
             next_s=None if row["state"] == "failed" or row["held"] else _wait_s(part, row),
         )

@@ -114,7 +114,10 @@ def _jobs(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]
         "WHERE kind = 'job' AND history.study_instance_uid = ? ORDER BY history.id",
         (study,),
     ).fetchall()
-    for row in rows:
+    for row in _without_looks(rows):
+        if isinstance(row, TimelineEvent):
+            yield row
+            continue
         name = f"job {row['ref']} ({row['engine']})"
         if row["state"] == "done":
             text = f"{name} done: {_stages(row['stages'])}"
@@ -123,6 +126,38 @@ def _jobs(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]
         else:
             text = _state(name, row)
         yield TimelineEvent(at=utc(row["at"]), text=text)
+
+
+def _without_looks(rows: Sequence[sqlite3.Row]) -> Iterator[sqlite3.Row | TimelineEvent]:
+    """Moves of jobs; of the looks at an engine that still worked, one line instead of two for each look."""
+    waiting: set[int] = set()
+    begun: dict[int, sqlite3.Row] = {}
+    looks: dict[int, list[sqlite3.Row]] = {}
+    for row in rows:
+        job, state = row["ref"], row["state"]
+        if state == "leased" and job in waiting:
+            begun[job] = row
+        elif state == "waiting" and job in begun:
+            del begun[job]
+            looks.setdefault(job, []).append(row)
+        else:
+            if seen := looks.pop(job, None):
+                yield _looked(seen)
+            if job in begun:
+                yield begun.pop(job)
+            waiting.discard(job)
+            if state == "waiting":
+                waiting.add(job)
+            yield row
+    for seen in looks.values():
+        yield _looked(seen)
+    yield from begun.values()
+
+
+def _looked(rows: Sequence[sqlite3.Row]) -> TimelineEvent:
+    last = rows[-1]
+    times = f"{len(rows)} times" if len(rows) > 1 else "once"
+    return TimelineEvent(at=utc(last["at"]), text=f"job {last['ref']} ({last['engine']}) asked {times}: not done yet")
 
 
 def _stages(text: str) -> str:

@@ -311,6 +311,41 @@ def test_polling_a_parked_job_is_no_attempt(bench: Bench) -> None:
     assert (job.handle, job.attempts) == ("ext-7", 2)  # the engine still works on it
 
 
+def test_jobs_are_leased_of_one_engine_or_without_some(bench: Bench) -> None:
+    bench.receive("1.2.3.1.1")
+    plans = [bench.plan(rule=name, engine=name) for name in ("slow", "slow-2", "quick")]
+    slow, slow_2, quick = bench.route(*plans)
+    assert bench.queue.lease_job("w", 30, engine="nobody") is None
+    assert bench.queue.lease_job("w", 30, without=("slow", "slow-2", "quick")) is None
+    taken = bench.queue.lease_job("w", 30, without=("slow", "slow-2"))
+    assert taken is not None and taken.id == quick
+    taken = bench.queue.lease_job("w", 30, engine="slow-2")
+    assert taken is not None and taken.id == slow_2
+    assert bench.leased().id == slow
+
+
+def test_the_timeline_tells_of_looks_at_a_working_engine_once(bench: Bench) -> None:
+    job = _with_job(bench)
+    for _ in range(6):
+        bench.queue.park_job(job, Pending(handle="ext-7", poll_after_s=10))
+        bench.clock.sleep(10)
+        job = bench.leased()
+    told = [event.text for event in bench.queue.timeline(STUDY) if event.text.startswith(f"job {job.id} ")]
+    assert [text.split(") ")[1] for text in told] == [
+        "pending",
+        "begun",
+        "waiting",
+        "asked 5 times: not done yet",
+        "begun",
+    ]
+    bench.queue.retry_job_later(job, "not reachable", 0)
+    bench.queue.give_up_job(bench.leased(), "broken")
+    told = [event.text for event in bench.queue.timeline(STUDY) if event.text.startswith(f"job {job.id} ")]
+    assert [text.split(") ")[1].partition(":")[0] for text in told[3:]] == [
+        *("asked 5 times", "begun", "pending", "begun", "failed"),
+    ]
+
+
 def test_a_parked_job_that_is_woken_is_due_now_and_no_other_job_is_touched(bench: Bench) -> None:
     job = _with_job(bench)
     assert not bench.queue.wake_job(job.id)  # somebody works on it

@@ -16,6 +16,7 @@ from dicom_node.config import packaged
 from dicom_node.demo.phantom_dicom import write_ct_series, write_cxr
 from dicom_node.model import Origin
 
+ELSEWHERE = pytest.mark.engine_peers  # half a minute each: in `make test-peers`, with the other real engines
 EXAMPLE = Path(__file__).resolve().parents[2] / "routing_rules" / "examples" / "dicom_engine.yaml"
 FILMS = """
 rule: films-to-ai-box
@@ -72,7 +73,10 @@ def three(running_node: Callable[..., Any], free_port: Callable[[], int], tmp_pa
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"], ids=["identifiable", "pseudonymised"])
+@pytest.mark.parametrize(
+    "host",
+    [pytest.param("127.0.0.1", id="identifiable", marks=ELSEWHERE), pytest.param("0.0.0.0", id="pseudonymised")],
+)
 def test_a_second_node_answers_and_its_results_reach_the_pacs_once(
     host: str,
     *,
@@ -133,6 +137,7 @@ def test_a_second_node_answers_and_its_results_reach_the_pacs_once(
 
 
 @pytest.mark.timeout(120)
+@ELSEWHERE
 def test_it_can_be_tried_by_hand(
     three: Callable[..., Any],
     storescu: Callable[..., subprocess.CompletedProcess[str]],

@@ -155,6 +155,14 @@ def test_what_is_no_polygon_on_these_images_is_refused(told: Any) -> None:
         slices_of(told, (3, *SIZE), _nothing)
 
 
+def test_outlines_that_run_up_and_down_for_ever_are_refused_before_they_are_painted() -> None:
+    rows, columns = SIZE
+    comb = [[column, row] for column in range(columns) for row in ((0, rows) if column % 2 else (rows, 0))]
+    assert len(polygons_of([comb], SIZE)) == 1  # as many as any mask may have
+    with pytest.raises(UnusablePolygons, match="up and down"):
+        polygons_of([comb] * 5, SIZE)
+
+
 def test_too_many_polygons_are_refused() -> None:
     with pytest.raises(UnusablePolygons, match="at most"):
         polygons_of([[[1, 1]]] * 10_001, SIZE)

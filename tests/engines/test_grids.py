@@ -437,6 +437,41 @@ def test_a_place_that_cannot_be_is_refused_with_the_reason(case: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
+def test_an_answer_in_the_other_convention_is_refused_on_another_grid_too(tmp_path: Path, seed: int) -> None:
+    patient = _patient(seed)
+    sent = _sent(patient, tmp_path)
+    finer = sent.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
+    finer[:3, 3] -= 0.25 * sent.affine[:3, :3].sum(axis=1)  # the same box
+    answer = _painted(patient, tuple(2 * side for side in sent.shape), finer)
+    assert "another grid" in _returned(answer, tmp_path, patient).notes[0]
+    wrong = nibabel.Nifti1Image(np.asanyarray(answer.dataobj), FLIP @ finer)
+    with pytest.raises(GeometryMismatch, match="wrong sign"):
+        _returned(wrong, tmp_path, patient)
+
+
+@pytest.mark.parametrize("finer", [1, 2])
+def test_where_wrong_signs_cannot_be_told_from_turned_axes_it_is_said(finer: int) -> None:
+    """Images evenly around x = 0, y = 0, as of a scanner whose field of view is centred."""
+    geometry = _geometry()
+    middle = geometry.affine @ (0, *((count - 1) / 2 for count in geometry.shape[1:]), 1)
+    geometry = replace(geometry, affine=geometry.affine - np.outer((*middle[:2], 0, 0), (0, 0, 0, 1)))
+    sent = geometry.affine[:, [2, 1, 0, 3]]
+    grid = sent @ np.diag([1 / finer] * 3 + [1])
+    grid[:3, 3] -= (finer - 1) / (2 * finer) * sent[:3, :3].sum(axis=1)
+    labels = np.zeros(tuple(finer * side for side in (8, 6, 4)), np.uint8)
+    labels[: 2 * finer, : 2 * finer] = 1
+    placed, notes = labels_on_source(labels, grid, geometry)
+    assert placed[0, 0, 0] == 1 and not any("left and right" in note for note in notes)
+    placed, notes = labels_on_source(labels, FLIP @ grid, geometry)
+    assert placed[0, -1, -1] == 1 and "left and right are as its file says, and cannot be confirmed" in notes[-1]
+    # one that turned its axes on other images is sure of its place
+    away = replace(geometry, affine=geometry.affine + np.outer((50, 0, 0, 0), (0, 0, 0, 1)))
+    turned = (FLIP @ grid) + np.outer((50, 0, 0, 0), (0, 0, 0, 1))
+    placed, notes = labels_on_source(labels, turned, away)
+    assert placed[0, -1, -1] == 1 and not any("left and right" in note for note in notes)
+
+
+@pytest.mark.parametrize("seed", range(8))
 def test_an_answer_in_the_other_convention_is_refused_whatever_the_series(tmp_path: Path, seed: int) -> None:
     patient = _patient(seed)
     sent = _sent(patient, tmp_path)

@@ -93,6 +93,8 @@ def test_keys_outlast_the_table_and_are_unique() -> None:
     twins = [Label(number=number, name="kidney", row=LabelRow()) for number in (3, 4)]
     assert [segment.key for segment in segments_of(twins)] == ["kidney-3", "kidney-4"]
     assert _segment("腎臓").key == "label"
+    tricky = [Label(number=n, name=name, row=LabelRow()) for n, name in enumerate(("x", "x", "x 2"), start=1)]
+    assert len({segment.key for segment in segments_of(tricky)}) == 3
 
 
 def test_names_of_strangers_are_made_fit_for_an_attribute() -> None:

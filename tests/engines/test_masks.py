@@ -152,6 +152,10 @@ def test_more_than_255_labels_are_refused_and_255_are_not(dtype: Any) -> None:
     array[4, 5, 8] = 7
     with pytest.raises(UnusableLabels, match="more than 255 different labels"):
         from_label_map(_answer(array), geometry)
+    array[array == 0] = 8  # none is background
+    array[array == 7] = 8
+    with pytest.raises(UnusableLabels, match="more than 255 different labels"):
+        from_label_map(_answer(array), geometry)
 
 
 def test_the_heartbeat_is_called() -> None:

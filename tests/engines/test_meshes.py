@@ -117,6 +117,49 @@ def test_a_box_turned_inside_out_is_turned_back_and_says_so(file: Callable[[byte
     assert surface.notes == ("the triangles faced inwards and were turned",)
 
 
+@pytest.mark.parametrize("inverted", ["small", "large"])
+def test_a_separate_part_turned_inside_out_is_turned_back_and_a_cavity_is_not(
+    file: Callable[[bytes], Path], inverted: str
+) -> None:
+    def both(second: Any, which: str) -> bytes:
+        """A box of 6 ml, and one an eighth of it."""
+        corners = np.concatenate([CORNERS, second])
+        parts = [TRIANGLES, [tuple(index + 8 for index in face) for face in TRIANGLES]]
+        turned = ("large", "small").index(which)
+        parts[turned] = [face[::-1] for face in parts[turned]]
+        return binary_stl(corners, parts[0] + parts[1])
+
+    beside = read_mesh(file(both(CORNERS / 2 + np.float32(50), inverted)))
+    assert beside.closed and beside.volume_cm3 == pytest.approx(6.75)
+    assert beside.notes[-1] == "separate parts whose triangles faced inwards were turned"
+    a, b, c = (beside.vertices[beside.triangles[:, corner]].astype(float) - 25 for corner in range(3))
+    assert np.einsum("ij,ij->i", a, np.cross(b, c)).sum() / 6000 == pytest.approx(6.75)  # and so it is written
+    within = read_mesh(file(both(CORNERS / 2 + np.float32(2), inverted)))
+    assert within.volume_cm3 == pytest.approx(5.25)
+
+
+def test_a_surface_in_too_many_parts_is_refused(file: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meshes, "_MAX_PAIRS", 0)
+    corners = np.concatenate([CORNERS, CORNERS / 2 + np.float32(50)])
+    data = binary_stl(corners, TRIANGLES + [tuple(index + 8 for index in face[::-1]) for face in TRIANGLES])
+    with pytest.raises(UnusableMesh, match="2 separate parts"):
+        read_mesh(file(data))
+
+
+@pytest.mark.parametrize(("length", "index"), [("float", "int"), ("uchar", "float"), ("double", "double")])
+@pytest.mark.parametrize("corners", [3, 4])
+def test_faces_of_fractions_are_refused(file: Callable[[bytes], Path], length: str, index: str, corners: int) -> None:
+    head = "ply\nformat binary_little_endian 1.0\nelement vertex 8\nproperty float x\nproperty float y\n"
+    head += f"property float z\nelement face 1\nproperty list {length} {index} vertex_indices\nend_header\n"
+    codes = {"float": "f", "double": "d", "int": "i", "uchar": "B"}
+    data = head.encode() + np.asarray(CORNERS, "<f4").tobytes()
+    nan = float("nan")
+    data += struct.pack(f"<{codes[length]}", nan if length != "uchar" else corners)
+    data += struct.pack(f"<{corners}{codes[index]}", 0, 1, *([nan] if index != "int" else [2]) * (corners - 2))
+    with pytest.raises(UnusableMesh):
+        read_mesh(file(data))
+
+
 def test_a_surface_with_a_hole_says_so_and_has_no_volume(file: Callable[[bytes], Path]) -> None:
     surface = read_mesh(file(binary_stl(triangles=TRIANGLES[:-1])))
     assert not surface.closed and surface.volume_cm3 == 0
@@ -244,7 +287,7 @@ def test_what_fits_only_with_x_and_y_negated_is_ras_and_is_converted(box_at: Cal
     turned = as_lps(surface, frame)
     assert (turned.low.tolist(), turned.high.tolist()) == ([-40, -70, 10], [-30, -50, 40])
     np.testing.assert_array_equal(turned.triangles, surface.triangles)
-    assert meshes._enclosed_mm3(turned.vertices, turned.triangles) == pytest.approx(6000.0)
+    assert meshes._cones_mm3(turned.vertices, turned.triangles).sum() == pytest.approx(6000.0)
 
 
 def test_what_fits_neither_way_is_refused_and_says_where_it_lies(box_at: Callable[..., Surface]) -> None:

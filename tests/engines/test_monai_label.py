@@ -436,6 +436,13 @@ def test_a_server_that_fails_for_another_reason_keeps_the_session(engine: Make, 
     assert peer.paths().count("PUT /session/") == 1 and len(peer.sessions) == 1
 
 
+def test_the_session_of_a_series_the_server_refuses_is_ended(engine: Make, peer: Any, series: Series) -> None:
+    peer.misbehave("unfit")
+    with pytest.raises(EngineRejected):
+        _run(engine(session=True), series.task())
+    assert peer.paths()[-1].startswith("DELETE /session/") and not peer.sessions
+
+
 def test_the_session_of_a_cancelled_job_is_ended(engine: Make, peer: Any, series: Series) -> None:
     peer.misbehave("unavailable")
     one = engine(session=True)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -635,13 +636,20 @@ def test_a_lost_answer_to_the_job_leaves_one_that_never_starts(
 
 
 def test_a_lost_answer_to_the_notification_starts_it_once(peer: Any, engine: Make, series: Series) -> None:
-    peer.misbehave("drop-notify", 2)
-    one = engine(retries=0)
-    with pytest.raises(EngineUnavailable):
-        submitted(one, series)
-    finished(engine(), series)
+    peer.misbehave("drop-notify")
+    finished(engine(retries=0), series)
     (job,) = peer.started
     assert job.notified == 2 and len(peer.jobs) == 1
+
+
+def test_a_lost_answer_to_the_notification_of_an_upload_that_is_then_unknown_starts_it_once(
+    peer: Any, engine: Make, series: Series
+) -> None:
+    peer.forgets_uploads = True
+    peer.misbehave("drop-notify")
+    finished(engine(), series)
+    (job,) = peer.started
+    assert job.notified >= 2 and len(peer.jobs) == 1
 
 
 def test_a_presigned_url_that_is_over_leads_to_a_new_job_and_not_to_many(
@@ -861,6 +869,23 @@ def test_a_lost_answer_to_a_job_with_a_link_is_left_to_a_person(
     with pytest.raises(EngineError, match="jobs retry 7") as caught:
         submitted(engine(handover="link"), series)
     assert not caught.value.retryable and served.links[0].jobs() == []
+    assert len(peer.jobs) == 1
+
+
+@pytest.mark.parametrize("how", ["out of time", "closed"])
+def test_an_answer_that_is_not_waited_for_any_more_is_a_lost_one(
+    peer: Any, engine: Make, series: Series, served: Node, how: str
+) -> None:
+    one = engine(handover="link", timeout_s=1.0 if how == "out of time" else 20.0)
+    peer.answers_after_s = 3.0
+    ending = threading.Timer(1.0, setattr, (one, "_closed", True))  # as `close`, whose sockets end a moment later
+    ending.start()
+    with pytest.raises(EngineError, match="the answer was lost"):
+        submitted(one, series)
+    ending.join()
+    peer.answers_after_s = 0.0
+    with pytest.raises(EngineError, match="the answer was lost"):
+        submitted(engine(handover="link"), series)
     assert len(peer.jobs) == 1
 
 

@@ -109,6 +109,33 @@ def test_shapes_of_another_slide_are_refused(written: Write) -> None:
         shapes(written(collection(feature("Polygon", [ring(5000, 5000)]))))
 
 
+@pytest.mark.parametrize(
+    "corners",
+    [
+        [[1, 1], [2, 2], [1, 1]],
+        [[3, 3], [3, 3], [3, 3], [3, 3]],
+        [[100.5, -0.3], [100.2, -0.1], [100.7, -0.6], [100.5, -0.3]],  # one corner once it is clipped
+    ],
+)
+def test_a_polygon_that_encloses_nothing_does_not_take_the_others_with_it(written: Write, corners: Any) -> None:
+    told = shapes(written(collection(feature("Polygon", [corners]), feature("Polygon", [ring(5, 5)]))))
+    assert [len(group.shapes) for group in told.groups] == [1]
+    assert "1 polygon(s) of fewer than three different corners left out" in told.notes
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"type": "GeometryCollection", "geometries": [{"type": "Point", "coordinates": [1, 1]}]},
+        {"type": "Polygon", "coordinates": [[[1, 1], [2, 2], [1, 1]]]},
+        None,
+    ],
+)
+def test_features_of_which_none_can_be_told_are_refused_and_not_forgotten(written: Write, geometry: Any) -> None:
+    with pytest.raises(EngineError, match="no feature"):
+        shapes(written(collection({"type": "Feature", "geometry": geometry})))
+
+
 def test_no_shapes_at_all_are_an_answer(written: Write) -> None:
     assert shapes(written(collection())).groups == ()
 
@@ -129,7 +156,9 @@ def test_confidences_are_taken_when_every_shape_has_one(written: Write) -> None:
     both = [feature("Point", [1, 1], confidence=0.5), feature("Point", [2, 2], confidence=1)]
     assert shapes(written(collection(*both))).groups[0].confidences == (0.5, 1.0)
     both[1]["properties"]["confidence"] = 50
-    assert shapes(written(collection(*both))).groups[0].confidences == ()
+    told = shapes(written(collection(*both)))
+    assert told.groups[0].confidences == ()
+    assert told.notes == ("2 confidence(s) left out: none from 0 to 1, or not of every shape of a class",)
 
 
 @pytest.mark.parametrize("form", ["list", "single", "late", "bom", "spaced"])
@@ -169,6 +198,7 @@ def test_geojson_is_the_same_however_it_is_cut(written: Write, monkeypatch: pyte
         b"[" * 100_000,
         b'{"features": [{"geometry": {"type": "Point", "coordinates": [NaN, 1]}}]}',
         b'{"features": [{"geometry": {"type": "Point", "coordinates": [1e999, 1]}}]}',
+        b'{"features": [{"geometry": {"type": "Point", "coordinates": [' + b"9" * 5000 + b", 1]}}]}",
         b'{"features": [{"geometry": {"type": "Point", "coordinates": "ab"}}]}',
         b'{"features": [{"geometry": {"type": "Polygon", "coordinates": [[[1, 1]]]}}]}',
         b'{"features": [{"geometry": {"type": "Polygon", "coordinates": []}}]}',
@@ -311,6 +341,15 @@ def test_of_a_pyramid_the_first_page_that_is_small_enough_is_taken(
         classes(path)
 
 
+def test_of_a_pyramid_as_large_as_a_slide_a_small_page_is_taken(
+    written: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own bound, for pictures that are decoded
+    monkeypatch.setattr(_class_map, "MAX_MAP_PIXELS", 1500)
+    pages = [Image.fromarray(painted(100 // n, 60 // n)) for n in (1, 2)]
+    assert classes(written(picture(pages[0], save_all=True, append_images=pages[1:]))).labels.shape == (30, 50)
+
+
 def test_a_header_that_claims_too_much_takes_no_memory(written: Write) -> None:
     data = bytearray(picture(np.zeros((60, 100), np.uint8)))
     at = data.index((256).to_bytes(2, "little") + (4).to_bytes(2, "little"))  # ImageWidth, LONG
@@ -361,6 +400,33 @@ def test_rows_named_by_their_text(written: Write) -> None:
 def test_a_list_of_names_values_and_units(written: Write) -> None:
     table = b"name,value,unit\ndensity,120,cells/mm2\nratio,0.5,\nodd,3,furlong\n"
     assert numbers(written(table)) == [("density", 120.0, "/mm2"), ("ratio", 0.5, "1"), ("odd (furlong)", 3.0, "1")]
+
+
+def test_words_for_no_number_make_no_name_of_a_column(written: Write) -> None:
+    path = written(b"class,area,count,spare\nTumor,NA,3,n/a\nStroma,12.5,4,\n")
+    assert numbers(path) == [("Tumor: count", 3.0, "1"), ("Stroma: area", 12.5, "1"), ("Stroma: count", 4.0, "1")]
+    assert quantities_of(path, ("1",)).notes == ("3 cell(s) of the table without a number left out",)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "a;b;c\n0,5;1,5;2,5\n",
+        "a;b;c\n0,5;1,5;2,5\n1,5;2,5;3,5\n",  # cut at its commas this is a table of other numbers
+        "class;area;ratio\nTumor;1.234;0,5\nStroma;2.000;0,4\n",
+        'area,count\n"1,234",4\n',
+        "class;share\nTumor;12,5 %\nStroma;87,5 %\n",
+        "area;count\n1.234;4\n",
+    ],
+)
+def test_numbers_that_may_be_others_elsewhere_are_refused(written: Write, table: str) -> None:
+    with pytest.raises(EngineError, match="nobody can say whether it is a decimal one"):
+        quantities_of(written(table.encode()), ("1",))
+
+
+def test_a_point_is_decimal_where_the_table_shows_it(written: Write) -> None:
+    assert numbers(written(b"area;ratio\n1.234;0.5\n")) == [("area", 1.234, "1"), ("ratio", 0.5, "1")]
+    assert numbers(written(b"area,count\n1.234,4\n")) == [("area", 1.234, "1"), ("count", 4.0, "1")]
 
 
 def test_equal_names_have_equal_codes_and_long_ones_stay_apart(written: Write) -> None:

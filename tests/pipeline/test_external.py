@@ -77,6 +77,25 @@ def test_a_note_is_given_again_until_the_job_ends(with_job: Any, doing: Any) -> 
     assert not any("secret" in text for text in said)
 
 
+def test_no_repr_shows_what_only_the_engine_is_to_know(with_job: Any, doing: Any) -> None:
+    def step(task: Any) -> None:
+        task.remember("run 7\nhttps://upload.example/?token=secret")
+        raise EngineUnavailable("away")
+
+    doing(step)
+    worker = with_job.worker()
+    worker.run_once("w")
+    job = with_job.queue.job(with_job.job_id)
+    (open_job,) = with_job.queue.open_jobs(job.study_instance_uid, [job.engine])
+    with_job.clock.sleep(3600)
+    worker.run_once("w")
+    task = with_job.engine.tasks[-1]
+    with_job.queue.cancel_job(job.id)
+    cancellation = with_job.queue.next_cancellation(STOP_DELAYS_S)
+    for one in (job, open_job, task, cancellation):
+        assert "secret" in one.note and "secret" not in repr(one)
+
+
 @pytest.mark.parametrize("error", [EngineRejected("not a head"), EngineError("broken")])
 def test_a_note_ends_with_its_job_and_a_person_begins_anew(with_job: Any, doing: Any, error: Exception) -> None:
     def fails(task: Any) -> None:
@@ -392,6 +411,68 @@ def test_a_job_a_person_retries_is_not_stopped_any_more(with_job: Any) -> None:
     assert with_job.engine.cancelled == []
 
 
+def test_a_job_a_person_retries_before_its_engine_was_told_goes_on_where_it_was(with_job: Any, doing: Any) -> None:
+    runs: list[str] = []
+
+    def step(task: Any) -> Pending:
+        runs.append(task.note)
+        task.remember("run 7\nnobody else knows this")
+        return Pending(handle="7", poll_after_s=5)
+
+    doing(step)
+    worker = with_job.worker()
+    worker.run_once("w")
+    with_job.queue.cancel_job(with_job.job_id)
+    assert with_job.queue.job(with_job.job_id).note == ""
+    with_job.queue.retry_job(with_job.job_id)
+    job = with_job.queue.job(with_job.job_id)
+    assert (job.handle, job.note) == ("7", "run 7\nnobody else knows this")
+    assert worker.run_once("w")
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+    assert runs == [""]  # submitted once
+    assert with_job.engine.cancelled == [] and not worker.stop_once()
+
+
+def test_a_handle_that_comes_after_another_worker_gave_the_job_up_is_stopped_too(with_job: Any, doing: Any) -> None:
+    def stalls(task: Any) -> Pending:
+        with_job.clock.sleep(3600)
+        taken_over = with_job.queue.lease_job("other", 30)
+        with_job.queue.give_up_job(taken_over, "EXPIRED")
+        return Pending(handle="late", poll_after_s=5)
+
+    doing(stalls)
+    worker = with_job.worker()
+    worker.run_once("w")
+    assert with_job.queue.job(with_job.job_id).state is JobState.FAILED
+    assert worker.stop_once()
+    assert with_job.engine.cancelled == ["late"]
+
+
+def test_a_job_that_was_cancelled_before_its_handle_came_is_retried_with_its_note(with_job: Any, doing: Any) -> None:
+    def cancelled(task: Any) -> None:
+        task.remember("about to submit key-1")
+        with_job.queue.cancel_job(with_job.job_id)
+        task.remember("run 7")  # submitted meanwhile
+
+    doing(cancelled)
+    worker = with_job.worker()
+    worker.run_once("w")
+    with_job.queue.retry_job(with_job.job_id)
+    doing(lambda task: None)
+    worker.run_once("w")
+    assert with_job.engine.tasks[-1].note == "about to submit key-1"
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+def test_a_job_whose_engine_was_told_to_stop_begins_anew(with_job: Any) -> None:
+    worker = parked(with_job)
+    with_job.queue.cancel_job(with_job.job_id)
+    assert worker.stop_once()
+    with_job.queue.retry_job(with_job.job_id)
+    job = with_job.queue.job(with_job.job_id)
+    assert (job.handle, job.note) == (None, "")
+
+
 def test_two_workers_tell_an_engine_once(with_job: Any) -> None:
     worker = parked(with_job)
     with_job.queue.cancel_job(with_job.job_id)
@@ -443,3 +524,12 @@ def test_a_file_that_does_not_fit_is_kept_with_its_reason(with_job: Any, doing: 
     (kept,) = with_job.catalog.quarantine.listed()
     assert (kept.reason, kept.engine, kept.job_id) == ("another grid", "ct-abdomen", with_job.job_id)
     assert kept.name in with_job.queue.job(with_job.job_id).error
+
+
+def test_what_engines_hold_for_jobs_is_wanted_until_they_have_ended_and_were_told(with_job: Any) -> None:
+    worker = parked(with_job)
+    assert with_job.queue.still_wanted() == (frozenset({with_job.job_id}), "ext-1")
+    with_job.queue.cancel_job(with_job.job_id)
+    assert with_job.queue.still_wanted() == (frozenset({with_job.job_id}), "ext-1")  # it is still to be told
+    assert worker.stop_once()
+    assert with_job.queue.still_wanted() == (frozenset(), "")

@@ -48,7 +48,7 @@ class DicomEngineServer:
         self._first_title = self.title
         self._guard = threading.Lock()
         self._server: Any = None
-        self._new: list[Dataset] = []
+        self._new: dict[Any, list[Dataset]] = {}  # by association: many may send at once
 
     def __enter__(self) -> "DicomEngineServer":
         entity = AE(ae_title=self.title)
@@ -66,7 +66,7 @@ class DicomEngineServer:
 
     def forget(self) -> None:
         """As if it had just been started."""
-        self._wrong, self._new, self.received, self.associations = [], [], [], 0
+        self._wrong, self._new, self.received, self.associations = [], {}, [], 0
         self.title, self.automatic = self._first_title, ()
 
     def misbehave(self, *words: str) -> None:
@@ -89,12 +89,12 @@ class DicomEngineServer:
         ds = event.dataset
         ds.file_meta = event.file_meta
         self.received.append(ds)
-        self._new.append(ds)
+        self._new.setdefault(event.assoc, []).append(ds)
         return 0x0000
 
     def _released(self, event: Any) -> None:
         self.associations += 1
-        images, self._new = self._new, []
+        images = self._new.pop(event.assoc, [])
         if images and self.automatic:
             threading.Thread(target=self.answer, args=tuple(self.automatic), kwargs={"images": images}).start()
 

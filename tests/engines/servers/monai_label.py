@@ -3,7 +3,7 @@
 Written from the contract alone (GET /info/, POST /infer/{model}, PUT / GET / DELETE /session/), not from the adapter.
 By hand: `python -m tests.engines.servers.monai_label --port 8000`; `PUT /_misbehave?next=WORD` makes it do wrong once:
 drop, unavailable, error, slow, partial, expired (forgets every session), other-grid, nowhere, mirrored, probabilities,
-turned, nrrd, nothing.
+turned, nrrd, nothing, unfit (422).
 """
 
 import argparse
@@ -201,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.owner.sessions.clear()
         if word == "unavailable":
             raise Refused(503, b"", "text/html")
+        if word == "unfit":
+            raise detail(422, "this image is not for this model")
         if word == "slow":
             self.owner.stopping.wait(self.owner.slow_s)
         file = self._input(request)

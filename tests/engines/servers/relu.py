@@ -122,6 +122,8 @@ class EngineApi:
         self.tokens: set[str] = set()
         self.token_requests: list[Mapping[str, Any]] = []
         self.life_s = 86400
+        self.forgets_uploads = False  # the end of an upload that was told is unknown from then on
+        self.answers_after_s = 0.0  # a new job
         self.webhooks: list[int] = []
         self.served: dict[str, bytes] = {}
         self.stopping = threading.Event()
@@ -469,6 +471,7 @@ class ApiHandler(Handler):
         except (ValueError, KeyError, TypeError):
             self.send(400, b'{"message": "bad job"}')
             return
+        self.owner.stopping.wait(self.owner.answers_after_s)
         if wrong == "drop-submit":
             self.drop()
         elif wrong == "garbage-submit":
@@ -486,7 +489,7 @@ class ApiHandler(Handler):
             return
         job.notified += 1
         if job.started or wrong == "told-before":
-            self.send(409)
+            self.send(404 if self.owner.forgets_uploads else 409)
             return
         self.owner.start(job)
         if wrong == "drop-notify":

@@ -1,0 +1,72 @@
+"""What counts as this machine, and what errors about settings show."""
+
+from pathlib import Path
+
+import pytest
+
+from dicom_node.config import NodeConfig, is_loopback, load_config
+from dicom_node.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "127.8.9.10", "::1", "[::1]", "0:0:0:0:0:0:0:1", "::ffff:127.0.0.1", "localhost", "LocalHost"),
+        " 127.0.0.1 ",
+    ],
+)
+def test_a_loopback_address_and_localhost_are_this_machine(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "127.", "127", "2130706433"),
+        *("", "0.0.0.0", "::", "10.0.0.7", "::ffff:10.0.0.7", "fe80::1", "engine.example"),
+    ],
+)
+def test_any_other_name_or_address_may_lead_elsewhere(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_name_that_begins_like_loopback_opens_nothing_without_peers() -> None:
+    with pytest.raises(ValueError, match="no peers are configured"):
+        NodeConfig(host="127.evil.example")
+    assert NodeConfig(host="LOCALHOST").host == "LOCALHOST"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("engines: {cxr: {kind: leapai, token: eyJ-secret}}", "engines.cxr.token"),
+        ("engines: {cxr: {kind: leapai, options: eyJ-secret}}", "engines.cxr.options"),
+        ("engines: {cxr: eyJ-secret}", "engines.cxr"),
+        ("engines: eyJ-secret", "engines"),
+        ("http_public_url: 'https://node:eyJ-secret@host/'", "http_public_url"),
+        ("token: eyJ-secret", "token"),
+    ],
+)
+def test_an_error_names_the_key_and_not_what_may_be_a_secret(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "node.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f": {key}: ") as caught:
+        load_config(path, environ={})
+    assert "secret" not in str(caught.value)
+
+
+def test_an_error_shows_a_value_that_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "node.yaml"
+    path.write_text("engines: {cxr: {timeout_s: soon}}\ndicom_port: 99999")
+    with pytest.raises(ConfigError, match=r"got 'soon'.*got 99999|got 99999.*got 'soon'"):
+        load_config(path, environ={})
+
+
+def test_what_is_no_yaml_is_told_by_its_place_and_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "node.yaml"
+    path.write_text("host: 127.0.0.1\nengines: {cxr: {options: {token: 'eyJ-secret}}}\n")
+    with pytest.raises(ConfigError, match=r"not readable as YAML: .*line 3, column 1") as caught:
+        load_config(path, environ={})
+    with pytest.raises(ConfigError, match="DICOM_NODE_ENGINES: not readable as YAML") as of_variable:
+        load_config(None, environ={"DICOM_NODE_ENGINES": "{cxr: {token: eyJ-secret"})
+    assert "secret" not in str(caught.value) + str(of_variable.value)
