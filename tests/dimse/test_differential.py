@@ -51,8 +51,8 @@ from dicom_node.model import ConflictPolicy, Destination, Origin
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.store.catalog import Catalog, open_catalog
 
-SEED = int(os.environ.get("DICOM_NODE_WIRE_SEED", "20261121"))
-MUTANTS = int(os.environ.get("DICOM_NODE_WIRE_STREAMS", "120"))  # `make fuzz-wire` asks for more
+SEED = int(os.environ.get("TEST_WIRE_SEED", "20261121"))
+MUTANTS = int(os.environ.get("TEST_WIRE_STREAMS", "120"))  # `make fuzz-wire` asks for more
 EXAMPLES = max(MUTANTS // 2, 10)
 MOMENT_S, PATIENCE_S, HANG_S = 0.12, 1.5, 8.0
 
