@@ -13,7 +13,7 @@ ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
 
-.PHONY: help demo serve test test-peers peers lint crash bench bench-models tools clean
+.PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -65,9 +65,13 @@ lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROUNDS=n
 	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
 
+fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
+	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)
+
 bench: $(STAMP)  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
+	$(BIN)/python benchmarks/wires.py
 
 bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores, serving, decoding
 	$(BIN)/python -W ignore benchmarks/zoo_spleen.py

@@ -28,6 +28,7 @@ _SETTINGS.add_argument("--ae-title", metavar="AET", action="append", help="own A
 _SETTINGS.add_argument("--host", metavar="ADDRESS", help="address of the DICOM port (default: 127.0.0.1)")
 _SETTINGS.add_argument("--dicom-port", metavar="PORT", type=int, help="0 = any free one (default: 11112)")
 _SETTINGS.add_argument("--http-port", metavar="PORT", type=int, help="0 = any free one (default: 8080)")
+_SETTINGS.add_argument("--wire", choices=("own", "pynetdicom"), help="upper layer that carries DICOM (default: own)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

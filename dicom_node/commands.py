@@ -47,6 +47,7 @@ def settings(arguments: argparse.Namespace) -> NodeConfig:
         "host": arguments.host,
         "dicom_port": arguments.dicom_port,
         "http_port": arguments.http_port,
+        "wire": arguments.wire,
     }
     return load_config(path if arguments.config or path.is_file() else None, overrides=overrides)
 

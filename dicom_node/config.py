@@ -219,6 +219,8 @@ class NodeConfig(_Settings):
     time_zone: Annotated[str, AfterValidator(_zone)] = "+0000"
     """UTC offset of results whose source has no Timezone Offset From UTC (0008,0201)."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    wire: Literal["own", "pynetdicom"] = "own"
+    """Which upper layer carries DICOM: the node's own, or pynetdicom's, which is slower and for trusted networks."""
     max_associations: Annotated[int, Field(ge=1)] = 64
     max_pdu_bytes: Annotated[int, Field(ge=4096)] = 131072
     association_idle_timeout_s: Seconds = 60.0

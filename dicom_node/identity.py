@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
-__all__ = ["device_uid", "digest_uid"]
+__all__ = ["IMPLEMENTATION_CLASS_UID", "IMPLEMENTATION_VERSION_NAME", "device_uid", "digest_uid"]
+
+# 2.25 + a UUID made once for this project (PS3.5 B.2): names the implementation, not an installation.
+IMPLEMENTATION_CLASS_UID = "2.25.154550770937338420444280497375213116566"
+IMPLEMENTATION_VERSION_NAME = "DICOM_NODE_0_1"
 
 
 def digest_uid(digest: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from dicom_node.dimse.pynetdicom_scp import PynetdicomServer
+from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
 from dicom_node.process import Facts, Orders, adopted
@@ -20,7 +20,7 @@ class Receiver:
         config = orders.config
         self._catalog = node_catalog(config, clock)
         metrics = Metrics(config, process="receiver")
-        self._server = PynetdicomServer(
+        self._server = server_class(config.wire)(
             config,
             sink=CountedIngest(self._catalog, config, clock, metrics),
             index=self._catalog.index,

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
-from dicom_node.dimse.pynetdicom_scu import DimseSender
+from dicom_node.dimse.session import DimseSender
+from dicom_node.dimse.wires import open_link
 from dicom_node.errors import NodeError, RuleError
 from dicom_node.gauges import catalog_readings, node_readings
 from dicom_node.http.health import Check, HealthServer, Mount, ReadyCheck
@@ -45,7 +46,7 @@ class Service:
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
         self._courier = Courier(
             self._catalog.queue,
-            DimseSender(config.delivery, config.ae_titles[0]),
+            DimseSender(config.delivery, config.ae_titles[0], open_link(config.wire)),
             destinations(config),
             settings=config.delivery,
             clock=clock,

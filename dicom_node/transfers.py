@@ -27,8 +27,8 @@ def peer(text: str) -> Destination:
 
 def send(arguments: argparse.Namespace) -> int:
     """C-STORE files; a refused one is named with its status, and the others go on."""
-    from dicom_node.dimse.pynetdicom_files import send_files
-    from dicom_node.dimse.pynetdicom_scu import is_stored
+    from dicom_node.dimse.files import send_files
+    from dicom_node.dimse.session import is_stored
 
     config, destination = settings(arguments), peer(arguments.to)
     setup_logging("ERROR", "command")
@@ -62,7 +62,7 @@ def _files(named: Sequence[str]) -> Iterator[Path]:
 
 def fetch(arguments: argparse.Namespace) -> int:
     """C-GET a study into a folder."""
-    from dicom_node.dimse.pynetdicom_files import get_study
+    from dicom_node.dimse.files import get_study
 
     config, remote = settings(arguments), peer(arguments.origin)
     setup_logging("ERROR", "command")

@@ -239,10 +239,11 @@ def _handing_out(config: NodeConfig) -> Mapping[str, Any]:
 
 
 def _of_dicom_engine(config: NodeConfig, returns: Returns | None) -> Mapping[str, Any]:
-    from dicom_node.dimse.pynetdicom_scu import DimseSender  # only a node with such an engine needs it here
+    from dicom_node.dimse.session import DimseSender  # only a node with such an engine needs it here
+    from dicom_node.dimse.wires import open_link
 
     return {
-        "sender": DimseSender(config.delivery, config.ae_titles[0]),
+        "sender": DimseSender(config.delivery, config.ae_titles[0], open_link(config.wire)),
         "returns": returns,
         "own_titles": frozenset(config.ae_titles),
         "peers": {peer.ae_title: peer.is_engine for peer in config.peers.values()},

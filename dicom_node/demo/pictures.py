@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 
 from dicom_node import pixels
-from dicom_node.dimse.pynetdicom_files import instance_of_file
+from dicom_node.dimse.files import instance_of_file
 
 __all__ = ["FindingLine", "contour_picture", "findings_of", "findings_picture"]
 

@@ -49,7 +49,7 @@ class Admission:
             return WRONG_APPLICATION_CONTEXT
         if called not in self._config.ae_titles and not self._config.any_called_ae_title:
             return WRONG_CALLED
-        if not calling or not calling.isprintable():
+        if not calling or not (calling.isascii() and calling.isprintable()):  # PS3.5 table 6.2-1: AE
             return WRONG_CALLING
         if self._peers:
             peer = self._peers.get(calling)

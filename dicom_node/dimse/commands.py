@@ -8,12 +8,39 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-__all__ = ["NO_DATA_SET", "WITH_DATA_SET", "CommandValue", "encode_command", "error_comment"]
+__all__ = [
+    "NO_DATA_SET",
+    "WITH_DATA_SET",
+    "CommandField",
+    "CommandValue",
+    "element",
+    "encode_command",
+    "error_comment",
+]
 
 CommandValue = str | int | Sequence[int] | Sequence[str]
 
 NO_DATA_SET = 0x0101
 WITH_DATA_SET = 0x0000
+
+
+class CommandField:
+    """Command Field (0000,0100) of requests (PS3.7 table E.1-1); a response has 0x8000 more."""
+
+    C_STORE = 0x0001
+    C_GET = 0x0010
+    C_FIND = 0x0020
+    C_MOVE = 0x0021
+    C_ECHO = 0x0030
+    N_EVENT_REPORT = 0x0100
+    N_GET = 0x0110
+    N_SET = 0x0120
+    N_ACTION = 0x0130
+    N_CREATE = 0x0140
+    N_DELETE = 0x0150
+    C_CANCEL = 0x0FFF
+    RESPONSE = 0x8000
+
 
 # PS3.7 table E.1-1: keyword to element number of group 0000 and VR
 _ELEMENTS: Mapping[str, tuple[int, str]] = {
@@ -42,6 +69,11 @@ def encode_command(fields: Mapping[str, CommandValue]) -> bytes:
     """The command set with these elements, (0000,0000) included. Raises KeyError for a keyword it does not know."""
     body = b"".join(_encode(*_ELEMENTS[keyword], fields[keyword]) for keyword in sorted(fields, key=_element_number))
     return struct.pack("<HHII", 0, 0, 4, len(body)) + body
+
+
+def element(keyword: str) -> int:
+    """The element number, in group 0000, of a keyword. Raises KeyError for one it does not know."""
+    return _ELEMENTS[keyword][0]
 
 
 def error_comment(text: str) -> str:

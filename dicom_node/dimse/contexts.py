@@ -27,6 +27,7 @@ __all__ = [
     "Acceptance",
     "Answer",
     "Proposal",
+    "ProposedContext",
     "answer_contexts",
     "choose_transfer_syntax",
 ]
@@ -117,6 +118,15 @@ def choose_transfer_syntax(offered: Iterable[str]) -> str | None:
     these groups the requestor's own order decides. JPEG 2000, HTJ2K and JPEG XL "may be lossy" count as lossy.
     """
     return min((uid for uid in offered if uid in _RANK), key=_RANK.__getitem__, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposedContext:
+    """One context to propose; `as_scp`: the node wants to be SCP in it (C-GET)."""
+
+    abstract_syntax: str
+    transfer_syntaxes: tuple[str, ...]
+    as_scp: bool = False
 
 
 # --- answering a request -------------------------------------------------------------------------------------------

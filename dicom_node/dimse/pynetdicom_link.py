@@ -20,53 +20,52 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydicom import config as pydicom_config
 from pynetdicom import _config as pynetdicom_config
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
-from pynetdicom.dimse_messages import DIMSEMessage
-from pynetdicom.dimse_primitives import C_CANCEL
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.pdu import A_ASSOCIATE_RQ
-from pynetdicom.pdu_primitives import A_ASSOCIATE, P_DATA
+from pynetdicom.pdu_primitives import A_ASSOCIATE, A_RELEASE, P_DATA
 from pynetdicom.transport import AssociationSocket
 
-from dicom_node.errors import NodeError
+from dicom_node.dimse.commands import CommandField
+from dicom_node.dimse.link import (
+    FIRST_PDU_S,
+    MAX_COMMAND_SET,
+    MAX_PDU_SENT,
+    MAX_WAITING_MESSAGES,
+    PDU_S,
+    SEND_S,
+    SMALLEST_PDU,
+    AgreedContext,
+    AssociationLost,
+    Fragments,
+    Message,
+    answers,
+    cut,
+)
+from dicom_node.dimse.messages import BadMessage, Command, CommandReceived, MessageReader
+from dicom_node.dimse.upper_layer.connection import Data
+from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
-__all__ = ["AssociationLost", "Fragments", "Link", "data_set_of", "quiet_libraries"]
+__all__ = ["PynetdicomLink", "name_implementation", "quiet_libraries"]
 
 log = logging.getLogger(__name__)
 
-Fragments = Iterable[bytes | memoryview]
-
-FIRST_PDU_S = 10.0  # a whole A-ASSOCIATE-RQ must be there this long after TCP connected
-PDU_S = 20.0  # a PDU that has begun must be complete after this
-SEND_S = 20.0  # a peer that reads nothing for this long is gone
 MAX_FIRST_PDU = 256 * 1024
-MAX_COMMAND_SET = 64 * 1024
 IN_MEMORY = 16 * 1024 * 1024  # of one data set; what is longer waits in an unnamed file
 MAX_DISCARDED = 4 * 1024 * 1024
-MAX_WAITING_MESSAGES = 64
-MAX_EMPTY_FRAGMENTS = 64
-MAX_PDU_SENT = 128 * 1024
 QUEUED_PDUS = 16
 QUIET_S = 0.5  # an association without traffic for this long ...
 IDLE_WAIT_S = 0.025  # ... is waited for in pieces of this; what arrives wakes it at once
 _POLL_S = 0.0005
-# PS3.5 table 6.2-1: what may be longer in a command set than its VR allows
-_LONGEST = {"AffectedSOPClassUID": 64, "AffectedSOPInstanceUID": 64, "MoveDestination": 16}
-
-
-class AssociationLost(NodeError):
-    """The association was aborted, its connection broke, or the peer did not answer in time."""
-
-    retryable = True
 
 
 def quiet_libraries() -> None:
@@ -77,10 +76,16 @@ def quiet_libraries() -> None:
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 
+def name_implementation(entity: ApplicationEntity) -> None:
+    """Say who the node is, not on what it runs: peers key what they know of its quirks on these (PS3.7 D.3.3.2)."""
+    entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+
+
 class _Socket(AssociationSocket):
     """A connection with deadlines and bounds."""
 
-    def __init__(self, link: Link, client: socket.socket | None, address: Any | None) -> None:
+    def __init__(self, link: PynetdicomLink, client: socket.socket | None, address: Any | None) -> None:
         super().__init__(link, client_socket=client, address=address)
         self._link = link
         self._poll: select.poll | None = None
@@ -170,7 +175,7 @@ class _EncodedPdu(P_DATA):
 class _Dul(DULServiceProvider):
     """Sends ready-made PDUs, and answers what it cannot decode with an A-ABORT."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: PynetdicomLink) -> None:
         super().__init__(link)
         self.daemon = True
         self._link = link
@@ -179,11 +184,16 @@ class _Dul(DULServiceProvider):
         """As the base class, whose caller then aborts; the link keeps whether something was under way."""
         expired = bool(super().idle_timer_expired())
         if expired:
-            self._link.was_idle = self._link.dimse.message is None and self._link.dimse.msg_queue.empty()
+            self._link.was_idle = self._link.messages.idle
         return expired
 
     def _process_recv_primitive(self) -> bool:
         waiting = self.to_provider_queue
+        if self.state_machine.current_state == "Sta13":
+            # what was to be answered when the association was aborted: no event of the user's has a meaning there
+            # (PS3.8 table 9-10), and pynetdicom's thread would end of it, with the connection open
+            while waiting.queue:
+                waiting.get_nowait()
         while waiting.queue and isinstance(pdu := waiting.queue[0], _EncodedPdu):
             waiting.get_nowait()
             # PS3.8 table 9-10: P-DATA may go out in Sta6 only; after an abort what is queued is void
@@ -208,41 +218,52 @@ class _Dul(DULServiceProvider):
         return pdu, event
 
 
-class _Overflow:
-    """The rest of a data set that is too long for memory, in an unnamed file; looks to pynetdicom like a named one."""
+class _DataSet:
+    """A data set that is gathered: in memory, and what is too long for it in an unnamed file."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed with the message
+        self._folder = folder
+        self._memory = bytearray()
+        self._file: Any = None
         self.length = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: memoryview) -> None:
         """Append. Raises OSError."""
-        self.file.write(data)
         self.length += len(data)
+        if self._file is None and self.length > IN_MEMORY:
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - closed when read
+        if self._file is None:
+            self._memory += data
+        else:
+            self._file.write(data)
 
-    def read_back(self) -> Iterator[bytes]:
+    def read_back(self) -> Fragments:
         """Everything written, once."""
-        with self.file as file:
-            file.seek(0)
-            while piece := file.read(IN_MEMORY // 16):
-                yield piece
+        return chain([memoryview(self._memory)] if self.length else (), self._rest())
 
-
-def data_set_of(message: Any) -> Fragments | None:
-    """The data set of a received C-STORE request in pieces, None when it has none. Can be read once."""
-    if message.DataSet is None or not message.DataSet.getbuffer().nbytes:
-        return None
-    rest = message._dataset_file
-    return chain([message.DataSet.getbuffer()], rest.read_back() if rest is not None else ())
+    def _rest(self) -> Iterator[bytes]:
+        if self._file is not None:
+            with self._file as file:
+                file.seek(0)
+                while piece := file.read(IN_MEMORY // 16):
+                    yield piece
 
 
 class _Dimse(DIMSEServiceProvider):
-    """Puts messages together within bounds; requests that lack parameters are passed on, not dropped."""
+    """Puts messages together within bounds, by the reader of the node's own wire."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: PynetdicomLink) -> None:
         super().__init__(link)
         self._link = link
-        self._empty_fragments = 0
+        self._reader = MessageReader()
+        self._command: CommandReceived | None = None
+        self._data_set = _DataSet(None)
+        self.cancelled: dict[int, None] = {}  # in the order in which they came
+
+    @property
+    def idle(self) -> bool:
+        """Whether no message has begun to come, and none waits."""
+        return not self._reader.under_way and self.msg_queue.empty()
 
     def get_msg(self, block: bool = False) -> Any:
         """The next message; (None, None) when there is none. A quiet association is looked at less often."""
@@ -256,53 +277,47 @@ class _Dimse(DIMSEServiceProvider):
         self._link.traffic = True
         self._link.active_at = time.monotonic()
         try:
-            for item in primitive.presentation_data_value_list:
-                self._receive(item)
+            for context_id, value in primitive.presentation_data_value_list:
+                control = value[0]
+                self._receive(Data(context_id, bool(control & 1), memoryview(value)[1:], bool(control & 2)))
         except Exception as exc:  # noqa: BLE001 - the SCP edge: whatever a peer's bytes do ends in an A-ABORT
             log.warning("message cannot be read", extra={"error": type(exc).__name__, **self._link.log_fields})
-            self.message = None
+            self._reader = MessageReader()
             self.dul.event_queue.put("Evt19")
 
-    def _receive(self, item: tuple[int, bytes]) -> None:
-        self._empty_fragments = self._empty_fragments + 1 if len(item[1]) < 2 else 0
-        message = self.message = self.message or DIMSEMessage()
-        fragment = P_DATA()
-        fragment.presentation_data_value_list.append(item)
-        if not message.decode_msg(fragment):
-            data_set = message.data_set.tell() if message.data_set else 0
-            rest: Any = message._data_set_file
-            if rest is not None:
-                data_set += rest.length
-            elif data_set > IN_MEMORY:
-                message._data_set_file = cast(Any, _Overflow(self._link.spool_folder))
-            if (
-                message.encoded_command_set.tell() > MAX_COMMAND_SET
-                or data_set > self._link.max_data_set_bytes
-                or self._empty_fragments > MAX_EMPTY_FRAGMENTS
-            ):
-                raise AssociationLost("a message is larger than allowed")
-            return
-        self.message = None
-        self._deliver(message)
+    def _receive(self, data: Data) -> None:
+        if data.context_id not in self._link._accepted_cx:
+            raise BadMessage("data in a presentation context that was not accepted")
+        for item in self._reader.feed(data):
+            if isinstance(item, CommandReceived):
+                if item.command.has_data_set:
+                    self._command, self._data_set = item, _DataSet(self._link.spool_folder)
+                else:
+                    self._deliver(item.context_id, item.command, None)
+                continue
+            self._data_set.write(item.content)
+            if self._data_set.length > self._link.max_data_set_bytes:
+                raise BadMessage("a message is larger than allowed")
+            if item.last and self._command is not None:
+                self._deliver(item.context_id, self._command.command, self._data_set.read_back())
+                self._command, self._data_set = None, _DataSet(None)
 
-    def _deliver(self, message: DIMSEMessage) -> None:
-        for keyword, longest in _LONGEST.items():
-            if len(str(message.command_set.get(keyword) or "")) > longest:
-                del message.command_set[keyword]  # missing has its answer; pynetdicom would end the association
-        primitive: Any = message.message_to_primitive()
-        if isinstance(primitive, C_CANCEL):
-            if len(self.cancel_req) < MAX_WAITING_MESSAGES:
-                self.cancel_req[int(primitive.MessageIDBeingRespondedTo or 0)] = primitive
+    def _deliver(self, context_id: int, command: Command, data_set: Fragments | None) -> None:
+        if command.field == CommandField.C_CANCEL and data_set is None:
+            self.cancelled[command.responded_to or 0] = None
+            if len(self.cancelled) > MAX_WAITING_MESSAGES:  # of operations that are over long since
+                del self.cancelled[next(iter(self.cancelled))]
             return
         if self.msg_queue.qsize() >= MAX_WAITING_MESSAGES:
-            raise AssociationLost("too many messages wait")
-        if getattr(primitive, "MessageID", None) is not None:
+            raise BadMessage("too many messages wait")
+        if command.message_id is not None:
             # a cancel that came after its operation was over must not hit the next one of the same id
-            self.cancel_req.pop(primitive.MessageID, None)
-        self.msg_queue.put((int(message.context_id or 0), primitive))
+            self.cancelled.pop(command.message_id, None)
+        waiting: Any = self.msg_queue  # of pynetdicom's primitives; ours take their place
+        waiting.put((context_id, Message(context_id, command, data_set)))
 
 
-class Link(Association):
+class PynetdicomLink(Association):
     """One association. As acceptor it runs its own thread and calls `on_request` with each request; as requestor it
     is driven by the caller's thread.
 
@@ -317,7 +332,8 @@ class Link(Association):
         self.max_data_set_bytes = max_data_set_bytes
         self.spool_folder: Path | None = None
         self.active_at = time.monotonic()
-        self.dimse = _Dimse(self)
+        self.messages = _Dimse(self)
+        self.dimse = self.messages
         timeout = self.dul.artim_timer.timeout
         self.dul = _Dul(self)
         self.dul.artim_timer.timeout = timeout
@@ -325,10 +341,10 @@ class Link(Association):
         self.traffic = False
         self.serving = False
         self.was_idle = False
-        self.log_fields: dict[str, str] = {}
-        self.on_associate: Callable[[Link], None] | None = None
-        self.on_request: Callable[[Link, Any, int], None] | None = None
-        self.on_end: Callable[[Link], None] | None = None
+        self.log_fields: Mapping[str, str] = {}
+        self.on_associate: Callable[[PynetdicomLink], None] | None = None
+        self.on_request: Callable[[PynetdicomLink, Message], None] | None = None
+        self.on_end: Callable[[PynetdicomLink], None] | None = None
 
     def is_quiet(self) -> bool:
         """Whether nothing has happened for a while: pynetdicom's two threads, which poll every ms, may then wait."""
@@ -365,13 +381,29 @@ class Link(Association):
                 self.on_end(self)
 
     def _first_primitive(self) -> Any:
-        deadline = time.monotonic() + FIRST_PDU_S + 1.0
+        deadline, opened = time.monotonic() + FIRST_PDU_S + 1.0, False
         while time.monotonic() < deadline and self.dul.is_alive():
             primitive = self.dul.receive_pdu(wait=True, timeout=0.02)
+            state = self.dul.state_machine.current_state
+            opened = opened or state != "Sta1"  # the other thread may not have come to it yet
             # Sta1 after the start: the peer closed or aborted, or the ARTIM timer ran out
-            if primitive is not None or self.dul.state_machine.current_state in ("Sta1", "Sta13"):
+            if primitive is not None or state == "Sta13" or (opened and state == "Sta1"):
                 return primitive
         return None
+
+    @property
+    def contexts(self) -> Mapping[int, AgreedContext]:
+        """See `link.Link`."""
+        return {
+            int(item.context_id or 0): AgreedContext(
+                context_id=int(item.context_id or 0),
+                abstract_syntax=str(item.abstract_syntax),
+                transfer_syntax=str(item.transfer_syntax[0]),
+                we_ask=bool(item.as_scu),
+                peer_asks=bool(item.as_scp),
+            )
+            for item in self.accepted_contexts
+        }
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         if self.on_request is None or self._sent_release:
@@ -379,7 +411,7 @@ class Link(Association):
         self.serving = True
         self._is_paused = True
         try:
-            self.on_request(self, msg, context_id)
+            self.on_request(self, msg)
         finally:
             self._is_paused = False
             self.serving = False
@@ -389,7 +421,7 @@ class Link(Association):
     def is_cancelled(self, message_id: int) -> bool:
         """Whether a C-CANCEL for this request came. Raises AssociationLost when the association is gone."""
         self.check_alive()
-        return message_id in self.dimse.cancel_req
+        return message_id in self.messages.cancelled
 
     # --- both
 
@@ -403,11 +435,15 @@ class Link(Association):
 
         Raises AssociationLost.
         """
-        size = min(self.dimse.maximum_pdu_size or MAX_PDU_SENT, MAX_PDU_SENT) - 6
-        for chunk, last in _chunks([command], size):
+        largest = self.dimse.maximum_pdu_size or MAX_PDU_SENT
+        if largest < SMALLEST_PDU:
+            self.abort(block=False)
+            raise AssociationLost(f"the peer takes only {largest} bytes at once, {SMALLEST_PDU} are needed")
+        size = min(largest, MAX_PDU_SENT) - 6
+        for chunk, last in cut([command], size):
             self._send_pdu(context_id, 0x01 | (0x02 if last else 0), chunk)
         if data_set is not None:
-            for chunk, last in _chunks(data_set, size):
+            for chunk, last in cut(data_set, size):
                 self._send_pdu(context_id, 0x02 if last else 0, chunk)
 
     def _send_pdu(self, context_id: int, control: int, chunk: bytes | memoryview) -> None:
@@ -422,51 +458,55 @@ class Link(Association):
         self.active_at = time.monotonic()
         self.dul.to_provider_queue.put(_EncodedPdu(header + bytes(chunk)))
 
-    def next_message(self, timeout_s: float) -> tuple[int, Any] | None:
-        """The next request or response with its context id, None after `timeout_s`. Raises AssociationLost."""
+    def next_message(self, timeout_s: float) -> Message | None:
+        """The next request or response, None after `timeout_s`. Raises AssociationLost."""
         deadline = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(queue.Empty):
-                context_id, message = self.dimse.msg_queue.get(timeout=min(0.2, timeout_s))
-                if context_id is not None and message is not None:
-                    return context_id, message
+                message: Any = self.dimse.msg_queue.get(timeout=min(0.2, timeout_s))[1]
+                if isinstance(message, Message):
+                    return message
             self.check_alive()
             if time.monotonic() >= deadline:
                 return None
 
-    def await_response(self, message_id: int, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Any:
-        """The response to a request sent on this association; `on_wait` is called about once a second meanwhile.
-
-        Anything else that arrives breaks the protocol: the node never has two operations under way.
-        Raises AssociationLost.
-        """
+    def await_response(self, message_id: int, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Message:
+        """See `link.Link`."""
         deadline = time.monotonic() + timeout_s
         while True:
             received = self.next_message(min(1.0, max(deadline - time.monotonic(), 0.01)))
             if received is not None:
-                message = received[1]
-                if getattr(message, "MessageIDBeingRespondedTo", None) == message_id and message.Status is not None:
-                    return message
+                if answers(received, message_id):
+                    return received
+                self.abort()  # whoever waits for a response of ours would wait in vain
                 raise AssociationLost("the peer sent an unexpected message")
+            if isinstance(self.dul.peek_next_pdu(), A_RELEASE):
+                raise AssociationLost("the peer released the association")
             if time.monotonic() >= deadline:
+                self.abort()
                 raise AssociationLost("no response in time")
             if on_wait is not None:
                 on_wait()
+
+    def abort(self, block: bool = True) -> None:
+        """As the base class; as requestor nothing of it is left then."""
+        if self.is_established or self.is_acceptor:
+            super().abort(block)
+        if self.is_requestor:
+            self._end()
+
+    def release(self) -> None:
+        """As the base class, where there is an association; nothing of it is left then."""
+        if self.is_established:
+            super().release()
+        self._end()
+
+    def _end(self) -> None:
+        self.dul.kill_dul()
+        self.close_socket()
 
     def close_socket(self) -> None:
         """Make sure that the connection is closed. Idempotent."""
         holder = self.dul.socket
         if holder is not None and holder.socket is not None:
             holder._shutdown_socket()
-
-
-def _chunks(parts: Fragments, size: int) -> Iterator[tuple[bytes | memoryview, bool]]:
-    """`parts` cut into pieces of at most `size`, each with whether it is the last one; at least one, maybe empty."""
-    held: bytes | memoryview = b""
-    for part in parts:
-        view = memoryview(part)
-        for start in range(0, len(view), size):
-            if len(held):
-                yield held, False
-            held = view[start : start + size]
-    yield held, True

@@ -21,12 +21,11 @@ from pydicom.charset import python_encoding
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.sequence import Sequence as ItemSequence
 from pydicom.tag import BaseTag
-from pydicom.valuerep import PersonName
 
 from dicom_node.config import FindSettings
 from dicom_node.errors import InvalidIdentifier, NodeError
+from dicom_node.headers import value_representation
 from dicom_node.interfaces import InstanceIndex
 from dicom_node.model import (
     Key,
@@ -35,6 +34,7 @@ from dicom_node.model import (
     MatchKind,
     Query,
 )
+from dicom_node.services.answer import Answer
 from dicom_node.services.identifier import (
     UNIQUE_KEYS,
     BadIdentifier,
@@ -65,8 +65,6 @@ _NO_KEYS = frozenset(
 _WILDCARD_VRS = frozenset({"AE", "CS", "LO", "LT", "SH", "ST", "UC", "UR", "UT"})
 _ONE_VALUE_VRS = frozenset({"LT", "ST", "UR", "UT"})  # a backslash in them is text
 _DT = r"\d{4,14}(?:\.\d{1,6})?(?:[+-]\d{4})?"
-_INTEGER_VRS = frozenset({"US", "SS", "UL", "SL", "UV", "SV"})
-_FLOAT_VRS = frozenset({"FL", "FD"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ class FindResponse:
     """One C-FIND response; `identifier` only with a pending status, `offending` are tags for (0000,0901)."""
 
     status: int
-    identifier: Dataset | None = None
+    identifier: Answer | None = None
     comment: str = ""
     offending: tuple[int, ...] = ()
 
@@ -146,11 +144,14 @@ class FindService:
             element = _key_element(identifier, tag)
             if element is None:
                 continue
-            if element.keyword not in supported:
+            keyword = element.keyword  # looked up by pydicom each time
+            if keyword in _NO_KEYS:
+                continue
+            if keyword not in supported:
                 unsupported.append(element)
                 continue
-            returns.append(element.keyword)
-            key = key_of(element.keyword, _vr(element), text_of(element), lists=not self._settings.strict)
+            returns.append(keyword)
+            key = key_of(keyword, value_representation(keyword), text_of(element), lists=not self._settings.strict)
             if key is not None:
                 keys[key.keyword] = key
         if self._settings.strict and not negotiated.relational:
@@ -166,32 +167,28 @@ class FindService:
 
     # --- from a match to a response
 
-    def _answer(self, plan: _Plan, match: Match) -> Dataset:
-        texts = {keyword: match.attributes.get(keyword, "") for keyword in plan.query.returns}
-        answer = Dataset()
-        character_set = _character_set(plan.character_set, "".join(texts.values()))
-        if character_set:
-            answer.SpecificCharacterSet = character_set
-        for keyword, text in texts.items():
-            answer.add(_element(keyword, text))
+    def _answer(self, plan: _Plan, match: Match) -> Answer:
+        texts = [(keyword, match.attributes.get(keyword, "")) for keyword in plan.query.returns]
+        answer = Answer(_character_set(plan.character_set, "".join([text for _, text in texts])))
+        for keyword, text in texts:
+            answer.put(keyword, text)
         if self._settings.unsupported_optional_keys == "empty":
             for element in plan.unsupported:
-                answer.add(_empty(element.tag, _vr(element)))
-        answer.QueryRetrieveLevel = plan.query.level.value
-        answer.RetrieveAETitle = self._ae_title
-        answer.InstanceAvailability = "ONLINE"
+                answer.put_empty(int(element.tag), _vr(element))
+        answer.put("QueryRetrieveLevel", plan.query.level.value)
+        answer.put("RetrieveAETitle", self._ae_title)
+        answer.put("InstanceAvailability", "ONLINE")
         return answer
 
 
 def _key_element(identifier: Dataset, tag: BaseTag) -> DataElement | None:
-    """The element when it is a key of the query, None for what only accompanies keys."""
+    """The element, None for group lengths and private creators: those only accompany keys."""
     if tag.element == 0 or tag.is_private_creator:
         return None
     try:
-        element = identifier[tag]
+        return identifier[tag]
     except (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError) as exc:
         raise BadIdentifier("a key has a value that is none of its VR", int(tag)) from exc
-    return None if element.keyword in _NO_KEYS else element
 
 
 def _vr(element: DataElement) -> str:
@@ -287,26 +284,3 @@ def _character_set(requested: str, text: str) -> str:
         except UnicodeEncodeError:
             pass
     return "ISO_IR 192"
-
-
-def _element(keyword: str, text: str) -> DataElement:
-    """The element as it goes out. Values were kept as text and go out as they were, valid or not."""
-    vr = dictionary_VR(keyword)[:2]
-    if vr == "SQ" or not text:
-        return _empty(keyword, vr)
-    if vr == "PN":
-        names = [PersonName(name) for name in text.split("\\")]
-        return DataElement(keyword, vr, names[0] if len(names) == 1 else names, already_converted=True)
-    if vr in _INTEGER_VRS or vr in _FLOAT_VRS:
-        try:
-            numbers = [(float if vr in _FLOAT_VRS else int)(value) for value in text.split("\\")]
-        except ValueError:
-            return _empty(keyword, vr)
-        return DataElement(keyword, vr, numbers[0] if len(numbers) == 1 else numbers, already_converted=True)
-    if vr in ("OB", "OW", "OF", "OD", "OL", "OV", "UN", "AT"):
-        return _empty(keyword, vr)
-    return DataElement(keyword, vr, text.encode("utf-8", "replace").decode("utf-8"), already_converted=True)
-
-
-def _empty(tag: BaseTag | str, vr: str) -> DataElement:
-    return DataElement(tag, vr, ItemSequence([]) if vr == "SQ" else None)

@@ -3,8 +3,9 @@
 * Connections are our own: a sqlite-utils `Database(path)` may not cross threads. Readers are lent one each.
 * Every writer in every process takes `catalog.lock` (flock, bounded wait) *before* BEGIN IMMEDIATE and holds it
   through COMMIT: SQLite's own busy handler is unfair to the point of starvation.
-* Group commit: one writer thread per process runs whatever is queued in one transaction, each piece in a savepoint,
-  so a failing piece takes only itself back.
+* Group commit without a writer thread: whoever finds nobody writing writes, and takes along whatever others have queued
+  by then, in one transaction, each piece in a savepoint, so that a failing piece takes only itself back. A thread of
+  its own would cost every object two turns of the interpreter's lock.
 * WAL with `synchronous=FULL`: a transaction that `write` returned from survives a power cut.
 
 This file knows no table; `store.migrations` does.
@@ -18,8 +19,8 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,23 @@ Write = Callable[[sqlite3.Connection], T]
 
 GROUP_MAX = 64  # writes per transaction: bounds how long readers of the lock wait
 LOCK_WAIT_S = 10.0
+QUEUED_MAX = 4096
+_NOBODY, _SOMEBODY = 0, -1  # no thread has such a number
 READERS_KEPT = 4  # idle connections; more are opened when needed and closed after
+
+
+class _Piece:
+    """One write: waiting, then running, then done; or given up by its thread while it waited."""
+
+    __slots__ = ("done", "error", "fn", "running", "turn", "value")
+
+    def __init__(self, fn: Write[Any]) -> None:
+        self.fn = fn
+        self.running = self.done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.turn = threading.Lock()  # released when it is done, or when its thread is to write
+        self.turn.acquire()
 
 
 class Database:
@@ -43,11 +60,12 @@ class Database:
         self.path = path
         self._lock_wait_s = lock_wait_s
         self._lock_fd = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._queue: queue.Queue[tuple[Write[Any], Future[Any]] | None] = queue.Queue(maxsize=4096)
+        self._guard = threading.Lock()
+        self._waiting: deque[_Piece] = deque()
+        self._writer = _NOBODY  # the thread that writes, or is about to
+        self._connection: sqlite3.Connection | None = None
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
         self._closed = False
-        self._writer = threading.Thread(target=self._run, name="catalog-writer", daemon=True)
-        self._writer.start()
 
     # --- writing
 
@@ -58,63 +76,71 @@ class Database:
         the transaction not done in time (it may then still be done), StorageError when SQLite cannot write (disk full,
         I/O error). `fn` may be run on another thread, and must not call `write`.
         """
-        if self._closed:
-            raise StorageError("the catalog is closed")
-        future: Future[T] = Future()
+        me, piece = threading.get_ident(), _Piece(fn)
+        with self._guard:
+            if self._closed:
+                raise StorageError("the catalog is closed")
+            if self._writer == me:
+                raise StorageError("a change to the catalog was asked for within another one")
+            if len(self._waiting) >= QUEUED_MAX:
+                raise CatalogBusy(f"{QUEUED_MAX} changes to the catalog wait already")
+            self._waiting.append(piece)
+            writes = not self._writer
+            if writes:
+                self._writer = me
+        if not writes and not piece.turn.acquire(timeout=timeout_s):
+            self._give_up(piece, timeout_s)
+        if not piece.done:
+            self._write_along(piece)
+        if piece.error is not None:
+            raise piece.error
+        return piece.value  # type: ignore[no-any-return]
+
+    def _give_up(self, piece: _Piece, timeout_s: float) -> None:
+        """Raises CatalogBusy, unless it is this thread's turn, or all is done, at the very last moment."""
+        with self._guard:
+            if not piece.turn.acquire(blocking=False):
+                if not piece.running:
+                    self._waiting.remove(piece)
+                raise CatalogBusy(f"the catalog did not take a change within {timeout_s:g} s")
+
+    def _write_along(self, mine: _Piece) -> None:
+        """Write this piece and what waits with it; whoever waits first after that goes on."""
+        with self._guard:
+            self._writer = threading.get_ident()
+            batch = [self._waiting.popleft() for _ in range(min(GROUP_MAX, len(self._waiting)))]
+            for piece in batch:
+                piece.running = True
+        failure: BaseException | None = StorageError("the thread that wrote was ended")
         try:
-            self._queue.put((fn, future), timeout=timeout_s)
-            return future.result(timeout=timeout_s)
-        except (TimeoutError, queue.Full) as exc:
-            if future.done() and not future.cancelled():
-                raise  # raised by `fn` itself
-            future.cancel()  # skipped if it has not begun
-            raise CatalogBusy(f"the catalog did not take a change within {timeout_s:g} s") from exc
+            self._connection = self._connection or self._connect(readonly=False)
+            self._commit(self._connection, batch)
+            failure = None
+        except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
+            failure = _mapped(exc)
+        finally:
+            with self._guard:
+                for piece in batch:
+                    piece.error = failure or piece.error
+                    piece.done = True
+                    if piece is not mine:
+                        piece.turn.release()
+                self._writer = _NOBODY
+                if self._waiting:
+                    self._writer = _SOMEBODY  # until that thread has woken
+                    self._waiting[0].turn.release()
 
-    def _run(self) -> None:
-        connection: sqlite3.Connection | None = None
-        while (first := self._queue.get()) is not None:
-            batch = [first]
-            stop = False
-            while len(batch) < GROUP_MAX:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    stop = True
-                    break
-                batch.append(item)
-            try:
-                connection = connection or self._connect(readonly=False)
-                self._commit(connection, batch)
-            except Exception as exc:  # noqa: BLE001 - the writer must live; every waiter gets the error
-                error = _mapped(exc)
-                for _, future in batch:
-                    with suppress(InvalidStateError):  # its waiter has given up, maybe at this very moment
-                        future.set_exception(error)
-            if stop:
-                break
-        if connection is not None:
-            connection.close()
-
-    def _commit(self, connection: sqlite3.Connection, batch: list[tuple[Write[Any], Future[Any]]]) -> None:
-        results: list[tuple[Future[Any], Any, BaseException | None]] = []
+    def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
         with self._locked():
             connection.execute("BEGIN IMMEDIATE")
             try:
-                for fn, future in batch:
-                    if future.set_running_or_notify_cancel():
-                        results.append(_in_savepoint(connection, fn, future))
+                for piece in batch:
+                    _in_savepoint(connection, piece)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-        for future, value, error in results:
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -179,31 +205,33 @@ class Database:
 
     def close(self) -> None:
         """Finish what is queued and close everything. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._queue.put(None)
-        self._writer.join(timeout=30.0)
+        with self._guard:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = time.monotonic() + 30.0
+        while self._writer and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self._connection is not None:
+            self._connection.close()
         with suppress(queue.Empty):
             while True:
                 self._idle_readers.get_nowait().close()
         os.close(self._lock_fd)
 
 
-def _in_savepoint(
-    connection: sqlite3.Connection, fn: Write[Any], future: Future[Any]
-) -> tuple[Future[Any], Any, BaseException | None]:
+def _in_savepoint(connection: sqlite3.Connection, piece: _Piece) -> None:
     connection.execute("SAVEPOINT piece")
     try:
-        value = fn(connection)
+        piece.value = piece.fn(connection)
     except Exception as exc:
         if not connection.in_transaction:
             raise  # SQLite itself rolled everything back (disk full ...): nothing of the batch happened
         connection.execute("ROLLBACK TO piece")
         connection.execute("RELEASE piece")
-        return future, None, _mapped(exc)
+        piece.error = _mapped(exc)
+        return
     connection.execute("RELEASE piece")
-    return future, value, None
 
 
 def _mapped(exc: BaseException) -> BaseException:

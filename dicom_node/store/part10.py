@@ -10,12 +10,9 @@ import struct
 from dataclasses import dataclass
 
 from dicom_node.errors import InvalidInstance
+from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
-__all__ = ["IMPLEMENTATION_CLASS_UID", "IMPLEMENTATION_VERSION_NAME", "FileMeta", "build_file_meta", "parse_file_meta"]
-
-# 2.25 + a UUID made once for this project (PS3.5 B.2): names the implementation, not an installation.
-IMPLEMENTATION_CLASS_UID = "2.25.154550770937338420444280497375213116566"
-IMPLEMENTATION_VERSION_NAME = "DICOM_NODE_0_1"
+__all__ = ["FileMeta", "build_file_meta", "parse_file_meta"]
 
 _PREFIX = b"\x00" * 128 + b"DICM"
 _GROUP_LENGTH = struct.Struct("<HH2sHI")  # (0002,0000) UL, length 4, value

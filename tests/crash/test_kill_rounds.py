@@ -17,8 +17,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import DeliverySettings, StorageSettings
-from dicom_node.dimse.pynetdicom_files import instance_of_file, send_files
-from dicom_node.dimse.pynetdicom_scu import is_stored
+from dicom_node.dimse.files import instance_of_file, send_files
+from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.model import Destination, Level
 from dicom_node.store.catalog import open_catalog

@@ -22,6 +22,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, StorageSettings
 from dicom_node.dimse.commands import encode_command
 from dicom_node.dimse.pynetdicom_scp import PynetdicomServer
+from dicom_node.dimse.server import DicomServer
 from dicom_node.model import ConflictPolicy, Origin
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.store.catalog import Catalog, open_catalog
@@ -67,7 +68,7 @@ class Counted:
 class Running:
     """A server that runs."""
 
-    server: PynetdicomServer
+    server: PynetdicomServer | DicomServer
     port: int
     catalog: Catalog
     counted: Counted
@@ -80,8 +81,14 @@ class Running:
         return [(row[0], row[1]) for row in rows]
 
 
+@pytest.fixture(params=["own", "pynetdicom"])
+def wire(request: pytest.FixtureRequest) -> str:
+    """Which upper layer carries the test: each test that serves runs on both."""
+    return str(request.param)
+
+
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
     """`serve(**settings)`: start a server on its own data folder; stopped at the end."""
     with ExitStack() as stack:
 
@@ -102,7 +109,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Running]]:
                 clock=SystemClock(),
             )
             counted = Counted()
-            server = PynetdicomServer(
+            server = (DicomServer if wire == "own" else PynetdicomServer)(
                 config,
                 sink=sink or ingest,
                 index=catalog.index,

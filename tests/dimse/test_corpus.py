@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.pynetdicom_files import get_study, instance_of_file, send_files
-from dicom_node.dimse.pynetdicom_scu import ProposedContext
+from dicom_node.dimse.contexts import ProposedContext
+from dicom_node.dimse.files import get_study, instance_of_file, send_files
 from dicom_node.errors import InvalidInstance
 from dicom_node.model import Destination, StoredInstance
 

@@ -132,7 +132,7 @@ def test_a_cancel_during_a_query_ends_it(
         for match in real(query):
             yield match
             peer.send_command(1, CommandField=0x0FFF, MessageIDBeingRespondedTo=5, CommandDataSetType=0x0101)
-            wait_for(lambda: node.server._living()[0].dimse.cancel_req, 10.0, "the cancel to arrive")
+            wait_for(lambda: node.server._living()[-1].is_cancelled(5), 10.0, "the cancel to arrive")
             yield match
 
     node.catalog.index.find = slow

@@ -12,7 +12,7 @@ import pytest
 from pydicom import dcmread
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.pynetdicom_files import send_files
+from dicom_node.dimse.files import send_files
 from dicom_node.model import Destination
 
 EXPLICIT, IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"

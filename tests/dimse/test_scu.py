@@ -9,8 +9,8 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.pynetdicom_files import get_study, instance_of_file, send_files
-from dicom_node.dimse.pynetdicom_scu import DimseSender, batches, is_stored
+from dicom_node.dimse.files import get_study, instance_of_file, send_files
+from dicom_node.dimse.session import DimseSender, batches, is_stored
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, InvalidInstance
 from dicom_node.model import Destination, StoredInstance, StoreResult
 

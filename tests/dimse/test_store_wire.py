@@ -208,7 +208,8 @@ def test_what_cannot_be_answered_is_aborted_not_ignored(
     node = serve()
     peer = raw_peer(node.port)
     peer.associate([(1, CT, [EXPLICIT])])
-    peer.send_command(message.pop("context_id"), **message)
+    fields = dict(message)
+    peer.send_command(fields.pop("context_id"), **fields)
     assert peer.read_pdu()[0] == 7
     dcmtk("echoscu", "-aec", "DICOM_NODE", "127.0.0.1", node.port)
 
@@ -424,8 +425,8 @@ def accepted_contexts(body: bytes) -> dict[int, tuple[int, str]]:
 def test_a_peer_that_does_not_finish_its_request_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_scp.FIRST_PDU_S", 0.3)
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_link.FIRST_PDU_S", 0.3)
+    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "association"):
+        monkeypatch.setattr(f"dicom_node.dimse.{module}.FIRST_PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)
     peer.socket.sendall(first)
@@ -436,7 +437,8 @@ def test_a_peer_that_does_not_finish_its_request_is_closed(
 def test_a_peer_that_stops_inside_a_pdu_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dicom_node.dimse.pynetdicom_link.PDU_S", 0.3)
+    for module in ("pynetdicom_link", "association"):
+        monkeypatch.setattr(f"dicom_node.dimse.{module}.PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)
     peer.associate([(1, CT, [EXPLICIT])])

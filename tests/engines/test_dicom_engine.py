@@ -20,7 +20,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 
 from dicom_node import wiring
 from dicom_node.config import JobSettings, NodeConfig
-from dicom_node.dimse.pynetdicom_scp import PynetdicomServer
+from dicom_node.dimse.server import DicomServer
 from dicom_node.engines._dicom_options import dicom_options
 from dicom_node.engines.dicom_engine import DicomEngine
 from dicom_node.errors import ConfigError, EngineRejected, EngineTimeout, EngineUnavailable
@@ -212,7 +212,7 @@ def line(box: Any, moved_clock: Any, tmp_path: Path) -> Iterator[Callable[..., L
             catalog = wiring.node_catalog(config, moved_clock)
             stack.callback(catalog.close)
             ingest = wiring.node_ingest(catalog, config, moved_clock)
-            server = PynetdicomServer(config, sink=ingest, index=catalog.index, associations=catalog.index)
+            server = DicomServer(config, sink=ingest, index=catalog.index, associations=catalog.index)
             port = server.start()
             stack.callback(server.stop, 2.0)
             box.node = ("127.0.0.1", port, "DICOM_NODE")

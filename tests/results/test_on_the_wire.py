@@ -11,7 +11,7 @@ from pydicom.dataset import Dataset
 
 from dicom_node.config import DeliverySettings, DestinationSettings
 from dicom_node.dimse.contexts import STORAGE_SOP_CLASSES
-from dicom_node.dimse.pynetdicom_files import send_files
+from dicom_node.dimse.files import send_files
 from dicom_node.headers import is_image, scan
 from dicom_node.model import Destination
 from dicom_node.pipeline.encode import data_set_bytes

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def keep(catalog: Catalog) -> Callable[..., Dataset]:
 
 
 @pytest.fixture
-def find(catalog: Catalog) -> Callable[..., list[FindResponse]]:
+def find(catalog: Catalog) -> Callable[..., list["Told"]]:
     """`find("STUDY", PatientName="D*", ...)`: every response; the identifier goes through its encoding first."""
 
     def ask(
@@ -83,7 +84,7 @@ def find(catalog: Catalog) -> Callable[..., list[FindResponse]]:
         cancelled: Callable[[], bool] = lambda: False,
         extra: Dataset | None = None,
         **keys: Any,
-    ) -> list[FindResponse]:
+    ) -> list[Told]:
         identifier = Dataset()
         if "SpecificCharacterSet" in keys:
             identifier.SpecificCharacterSet = keys.pop("SpecificCharacterSet")
@@ -94,9 +95,34 @@ def find(catalog: Catalog) -> Callable[..., list[FindResponse]]:
         for element in extra or ():
             identifier.add(element)
         service = FindService(catalog.index, "DICOM_NODE", settings or FindSettings())
-        return list(service.find(model, recoded(identifier), options or FindOptions(), cancelled))
+        responses = service.find(model, recoded(identifier), options or FindOptions(), cancelled)
+        return [told(response) for response in responses]
 
     return ask
+
+
+@dataclass(frozen=True)
+class Told:
+    """A response as the requester reads it."""
+
+    status: int
+    identifier: Dataset | None
+    comment: str
+    offending: tuple[int, ...]
+
+
+def told(response: FindResponse) -> Told:
+    """The response, its identifier read from the same bytes in each native transfer syntax, which must agree."""
+    answer, read = response.identifier, None
+    if answer is not None:
+        forms = [(True, True), (False, True), (False, False)]
+        read, *others = [
+            read_dataset(io.BytesIO(answer.encoded(implicit_vr=implicit, little_endian=little)), implicit, little)
+            for implicit, little in forms
+        ]
+        for other in others:
+            assert [(item.tag, item.value) for item in other] == [(item.tag, item.value) for item in read]
+    return Told(response.status, read, response.comment, response.offending)
 
 
 def recoded(ds: Dataset) -> Dataset:

@@ -137,7 +137,7 @@ def test_counts_and_modalities_are_computed(keep: Keep, find: Find) -> None:
         SOPClassesInStudy="",
     )
     assert response.identifier is not None
-    assert response.identifier.ModalitiesInStudy == "CT\\SEG"
+    assert list(response.identifier.ModalitiesInStudy) == ["CT", "SEG"]
     assert response.identifier.NumberOfStudyRelatedSeries == "2"
     assert response.identifier.NumberOfStudyRelatedInstances == "2"
 

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
 import pytest
@@ -152,25 +151,78 @@ def test_readers_of_threads_that_ended_are_used_again(tmp_path: Path) -> None:
     database.close()
 
 
-class GivenUp(Future[object]):
-    """Its waiter gives up at the very moment the writer tells it of a failure."""
+def held(database: Database) -> tuple[threading.Event, threading.Thread]:
+    """A thread that writes until the event is set."""
+    gate, inside = threading.Event(), threading.Event()
 
-    def set_exception(self, exception: BaseException | None) -> None:
-        self.cancel()
-        super().set_exception(exception)
+    def hold(connection: sqlite3.Connection) -> None:
+        inside.set()
+        gate.wait(10)
+
+    thread = threading.Thread(target=lambda: database.write(hold))
+    thread.start()
+    assert inside.wait(10)
+    return gate, thread
 
 
-def test_a_waiter_that_gives_up_while_it_is_told_of_a_failure_does_not_end_the_writer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    holder, database = make(tmp_path), Database(tmp_path / "catalog.db", lock_wait_s=0.1)
-    monkeypatch.setattr("dicom_node.store.database.Future", GivenUp)
-
-    def refused(connection: sqlite3.Connection) -> None:
-        with pytest.raises(CancelledError):
-            database.write(lambda other: None, timeout_s=10.0)
-
-    holder.write(refused)
-    assert database.write(lambda connection: connection.execute("SELECT 1").fetchone()[0], timeout_s=10.0) == 1
+def test_a_change_that_was_given_up_while_it_waited_never_happens_and_others_do(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    gate, thread = held(database)
+    with pytest.raises(CatalogBusy, match=r"within 0\.05 s"):
+        database.write(lambda c: c.execute("INSERT INTO t (writer) VALUES ('late')"), timeout_s=0.05)
+    gate.set()
+    thread.join(10)
+    database.write(lambda c: c.execute("INSERT INTO t (writer) VALUES ('next')"))
+    with database.read() as connection:
+        assert [row["writer"] for row in connection.execute("SELECT writer FROM t")] == ["next"]
     database.close()
-    holder.close()
+
+
+def test_threads_that_wait_write_one_after_the_other_and_none_is_left(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    gate, thread = held(database)
+
+    def many(name: int) -> None:
+        for number in range(50):
+            database.write(lambda c, text=f"{name}-{number}": c.execute("INSERT INTO t (writer) VALUES (?)", (text,)))
+
+    threads = [threading.Thread(target=many, args=(name,)) for name in range(100)]
+    for one in threads:  # more than one transaction takes
+        one.start()
+    gate.set()
+    for one in (thread, *threads):
+        one.join(60)
+        assert not one.is_alive()
+    with database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == 5000
+    database.close()
+
+
+def test_a_thread_that_is_ended_while_it_writes_holds_nobody_up(tmp_path: Path) -> None:
+    database = make(tmp_path)
+
+    def interrupted(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO t (writer) VALUES ('half')")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        database.write(interrupted)
+    with database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == 0
+    database.write(lambda c: c.execute("INSERT INTO t (writer) VALUES ('whole')"), timeout_s=5.0)
+    database.close()
+
+
+def test_a_change_within_a_change_is_refused_and_a_closed_catalog_takes_none(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    with pytest.raises(StorageError, match="within another one"):
+        database.write(lambda connection: database.write(lambda other: None))
+    assert database.write(lambda connection: 1) == 1
+    gate, thread = held(database)
+    closing = threading.Thread(target=database.close)
+    closing.start()
+    gate.set()
+    closing.join(10)
+    thread.join(10)
+    with pytest.raises(StorageError, match="closed"):
+        database.write(lambda connection: None)

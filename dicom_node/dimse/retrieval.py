@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 from pydicom.dataset import Dataset
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.commands import CommandValue, error_comment
-from dicom_node.dimse.pynetdicom_link import AssociationLost
-from dicom_node.dimse.pynetdicom_request import Request, encode_identifier, read_identifier, respond_bad
-from dicom_node.dimse.pynetdicom_scu import MoveOriginator, Session, batches, is_stored, send_store
+from dicom_node.dimse.commands import CommandValue, element, error_comment
+from dicom_node.dimse.contexts import ProposedContext
+from dicom_node.dimse.link import AssociationLost
+from dicom_node.dimse.request import Request, encode_identifier, read_identifier, respond_bad
+from dicom_node.dimse.session import MoveOriginator, OpenLink, Session, batches, is_stored, send_store
 from dicom_node.errors import DeliveryError, NodeError
 from dicom_node.model import Destination, StoredInstance
 from dicom_node.services.identifier import BadIdentifier
@@ -35,8 +37,11 @@ PROCESSING_FAILURE = 0x0110
 class Retrievals:
     """Serves C-GET and C-MOVE; each method returns the final status it answered. Raises AssociationLost."""
 
-    def __init__(self, retrieve: RetrieveService, delivery: DeliverySettings, ae_title: str) -> None:
+    def __init__(
+        self, retrieve: RetrieveService, delivery: DeliverySettings, ae_title: str, open_link: OpenLink
+    ) -> None:
         self._retrieve, self._delivery, self._ae_title = retrieve, delivery, ae_title
+        self._open_link = open_link
 
     def get(self, request: Request) -> int:
         """C-GET: the sub-operations go over the requester's own association, where it is SCP (PS3.4 C.4.3)."""
@@ -44,14 +49,14 @@ class Retrievals:
         if isinstance(plan, int):
             return plan
         accepted: dict[str, dict[str, int]] = {}
-        for context in request.link.accepted_contexts:
-            if context.as_scu:
-                syntaxes = accepted.setdefault(str(context.abstract_syntax), {})
-                syntaxes.setdefault(str(context.transfer_syntax[0]), int(context.context_id or 0))
+        for context in request.link.contexts.values():
+            if context.we_ask:
+                syntaxes = accepted.setdefault(context.abstract_syntax, {})
+                syntaxes.setdefault(context.transfer_syntax, context.context_id)
         if not accepted:
             log.warning(
                 "C-GET cannot send: the requester proposed no SCP role for any storage SOP class",
-                extra=request.link.log_fields,
+                extra=dict(request.link.log_fields),
             )
         message_ids = _MessageIds(request.message_id)
 
@@ -73,16 +78,17 @@ class Retrievals:
 
     def move(self, request: Request) -> int:
         """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
-        destination = self._retrieve.destination(str(request.message.MoveDestination or ""))
+        destination = self._retrieve.destination(_move_destination(request))
         if destination is None:
-            log.warning("C-MOVE to a destination that is not configured", extra=request.link.log_fields)
+            log.warning("C-MOVE to a destination that is not configured", extra=dict(request.link.log_fields))
             request.respond({"Status": UNKNOWN_DESTINATION, "ErrorComment": "the move destination is not configured"})
             return UNKNOWN_DESTINATION
         plan = self._planned(request)
         if isinstance(plan, int):
             return plan
         with ExitStack() as stack:
-            mover = _Mover(self._delivery, destination, self._ae_title, request, plan.instances, stack)
+            session = partial(Session, self._delivery, destination, calling_ae_title=self._ae_title)
+            mover = _Mover(partial(session, open_link=self._open_link), destination, request, plan.instances, stack)
             return self._report(request, plan.instances, mover.send)
 
     def _planned(self, request: Request) -> RetrievePlan | int:
@@ -112,6 +118,12 @@ class Retrievals:
         return status
 
 
+def _move_destination(request: Request) -> str:
+    """The AE title of the request; '' for one that no AE can have (PS3.5 table 6.2-1)."""
+    title = request.message.command.text(element("MoveDestination")) or ""
+    return title if len(title) <= 16 else ""
+
+
 class _MessageIds:
     """Ids for requests of ours on an association where the peer's own request is under way."""
 
@@ -130,14 +142,13 @@ class _Mover:
 
     def __init__(
         self,
-        settings: DeliverySettings,
+        session: Callable[[Sequence[ProposedContext]], Session],
         destination: Destination,
-        ae_title: str,
         request: Request,
         instances: Sequence[StoredInstance],
         stack: ExitStack,
     ) -> None:
-        self._settings, self._destination, self._ae_title = settings, destination, ae_title
+        self._new_session, self._destination = session, destination
         self._request, self._stack = request, stack
         self._originator = MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id)
         self._batches = batches(instances)
@@ -165,9 +176,7 @@ class _Mover:
         if self._session is not None:
             self._session.close()
         batch, contexts = next(self._batches)
-        self._session = self._stack.enter_context(
-            Session(self._settings, self._destination, contexts, calling_ae_title=self._ae_title)
-        )
+        self._session = self._stack.enter_context(self._new_session(contexts))
         self._left = len(batch)
 
     def _gone(self, error: NodeError) -> SubOperationResult:

@@ -1,4 +1,4 @@
-"""What happens with a request: from the primitive to its service, and never to nothing.
+"""What happens with a request: from the message to its service, and never to nothing.
 
 Whatever goes wrong in the node itself is answered 0x0110; what cannot be answered ends in an A-ABORT.
 """
@@ -8,17 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
-from pynetdicom.dimse_primitives import C_ECHO, C_FIND, C_GET, C_MOVE, C_STORE
-
-from dicom_node.dimse.commands import CommandValue, error_comment
+from dicom_node.dimse.commands import CommandField, CommandValue, error_comment
 from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SOP_CLASSES, VERIFICATION
+from dicom_node.dimse.link import AssociationLost, Link, Message
+from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.pynetdicom_link import AssociationLost, Link, data_set_of
-from dicom_node.dimse.pynetdicom_request import Peer, Request, encode_identifier, read_identifier, respond_bad
-from dicom_node.dimse.pynetdicom_retrieval import Retrievals
-from dicom_node.dimse.pynetdicom_scu import is_stored
+from dicom_node.dimse.request import Peer, Request, encode_answer, read_identifier, respond_bad
+from dicom_node.dimse.retrieval import Retrievals
+from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
 from dicom_node.services.find import FindService
@@ -32,6 +30,13 @@ log = logging.getLogger(__name__)
 PROCESSING_FAILURE = 0x0110
 SOP_CLASS_NOT_SUPPORTED = 0x0122
 UNRECOGNIZED_OPERATION = 0x0211
+_KNOWN = frozenset(
+    {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
+)
+_REQUESTS = _KNOWN | {
+    *(CommandField.N_EVENT_REPORT, CommandField.N_GET, CommandField.N_SET),
+    *(CommandField.N_ACTION, CommandField.N_CREATE, CommandField.N_DELETE),
+}
 
 
 class Requests:
@@ -49,16 +54,13 @@ class Requests:
         self._store, self._find, self._retrievals = store, find, retrievals
         self._associations, self._observe = associations, observe
 
-    def serve(self, link: Link, peer: Peer, message: Any, context_id: int) -> None:
+    def serve(self, link: Link, peer: Peer, message: Message) -> None:
         """Answer one request, or abort the association when that is the only answer there is."""
-        context = link._accepted_cx.get(context_id)
-        if context is None or getattr(message, "MessageID", None) is None or message.MessageIDBeingRespondedTo:
-            log.warning("message that cannot be answered", extra={"type": type(message).__name__, **link.log_fields})
+        request = self._request(link, peer, message)
+        if request is None:
+            log.warning("message that cannot be answered", extra=dict(link.log_fields))
             link.abort()
             return
-        request = Request(
-            link, peer, message, context_id, str(context.abstract_syntax), str(context.transfer_syntax[0])
-        )
         handler, name = self._handler(request)
         started = time.monotonic()
         try:
@@ -70,26 +72,36 @@ class Requests:
             log.exception("request failed", extra={"service": name, **link.log_fields})
             status = PROCESSING_FAILURE
             self._last_words(request, status)
-        finally:
-            link.dimse.cancel_req.pop(request.message_id, None)
         if name:
             self._observe.request_answered(name, status, time.monotonic() - started)
 
+    @staticmethod
+    def _request(link: Link, peer: Peer, message: Message) -> Request | None:
+        """The message as a request, None for what is none."""
+        context, command = link.contexts.get(message.context_id), message.command
+        try:
+            message_id = command.message_id
+            if context is None or message_id is None or command.responded_to or command.field not in _REQUESTS:
+                return None
+        except BadMessage:
+            return None
+        return Request(link, peer, message, message_id, context.abstract_syntax, context.transfer_syntax)
+
     def _handler(self, request: Request) -> tuple[Callable[[Request], int], str]:
         """The service for this kind of message in this kind of context."""
-        kind, context = type(request.message), request.sop_class_uid
+        kind, context = request.message.command.field, request.sop_class_uid
         services = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
-        if kind is C_ECHO and context == VERIFICATION:
+        if kind == CommandField.C_ECHO and context == VERIFICATION:
             return self._echo, "echo"
-        if kind is C_STORE and context not in services:
+        if kind == CommandField.C_STORE and context not in services:
             return self._receive, "store"
-        if kind is C_FIND and context in FIND_SOP_CLASSES:
+        if kind == CommandField.C_FIND and context in FIND_SOP_CLASSES:
             return self._query, "find"
-        if kind is C_GET and context in GET_SOP_CLASSES:
+        if kind == CommandField.C_GET and context in GET_SOP_CLASSES:
             return self._retrievals.get, "get"
-        if kind is C_MOVE and context in MOVE_SOP_CLASSES:
+        if kind == CommandField.C_MOVE and context in MOVE_SOP_CLASSES:
             return self._retrievals.move, "move"
-        known = kind in (C_ECHO, C_STORE, C_FIND, C_GET, C_MOVE)
+        known = kind in _KNOWN
         return (self._wrong_class if known else self._unknown_operation), ""
 
     @staticmethod
@@ -97,7 +109,7 @@ class Requests:
         try:
             request.respond({"Status": status})
         except AssociationLost:
-            log.info("association ended during a request", extra=request.link.log_fields)
+            log.info("association ended during a request", extra=dict(request.link.log_fields))
 
     @staticmethod
     def _wrong_class(request: Request) -> int:
@@ -117,10 +129,10 @@ class Requests:
     # --- C-STORE
 
     def _receive(self, request: Request) -> int:
-        message, peer = request.message, request.peer
+        peer, sop_instance_uid = request.peer, request.uid("AffectedSOPInstanceUID")
         fields: dict[str, CommandValue] = {}
-        if message.AffectedSOPInstanceUID:
-            fields["AffectedSOPInstanceUID"] = str(message.AffectedSOPInstanceUID)
+        if sop_instance_uid:
+            fields["AffectedSOPInstanceUID"] = sop_instance_uid
         try:
             if not peer.recorded:
                 self._associations.open_association(str(peer.source.association_id), peer.source)
@@ -129,15 +141,17 @@ class Requests:
                 StoreRequest(
                     context_sop_class_uid=request.sop_class_uid,
                     transfer_syntax_uid=request.transfer_syntax,
-                    sop_class_uid=_uid(message.AffectedSOPClassUID),
-                    sop_instance_uid=_uid(message.AffectedSOPInstanceUID),
+                    sop_class_uid=request.uid("AffectedSOPClassUID"),
+                    sop_instance_uid=sop_instance_uid,
                 ),
-                data_set_of(message),
+                request.message.data_set,
                 peer.source,
             )
             status, comment = result.status, result.comment
+        except AssociationLost:
+            raise  # there is nobody to answer
         except NodeError as exc:
-            log.exception("instance could not be kept", extra=request.link.log_fields)
+            log.exception("instance could not be kept", extra=dict(request.link.log_fields))
             status, comment = exc.dimse_status, type(exc).__name__
         except Exception:  # the SCP edge: never acknowledged, always answered
             log.exception("request failed", extra={"service": "store", **request.link.log_fields})
@@ -173,9 +187,5 @@ class Requests:
             if response.offending:
                 fields["OffendingElement"] = response.offending
             found = response.identifier
-            request.respond(fields, None if found is None else encode_identifier(found, request.transfer_syntax))
+            request.respond(fields, None if found is None else encode_answer(found, request.transfer_syntax))
         return status
-
-
-def _uid(value: Any) -> str | None:
-    return None if value is None else str(value)

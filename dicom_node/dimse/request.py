@@ -8,14 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import read_dataset
 from pydicom.filewriter import write_dataset
 
-from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandValue, encode_command, error_comment
+from dicom_node.dimse.commands import (
+    NO_DATA_SET,
+    WITH_DATA_SET,
+    CommandField,
+    CommandValue,
+    element,
+    encode_command,
+    error_comment,
+)
 from dicom_node.dimse.contexts import (
     EXPLICIT_BE,
     IMPLICIT_LE,
@@ -23,29 +30,16 @@ from dicom_node.dimse.contexts import (
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
 )
-from dicom_node.dimse.pynetdicom_link import Link
+from dicom_node.dimse.link import Link, Message, gathered
 from dicom_node.model import Source
+from dicom_node.services.answer import Answer
 from dicom_node.services.find import FindOptions
 from dicom_node.services.identifier import BadIdentifier, InformationModel
 
-__all__ = ["Peer", "Request", "encode_identifier", "read_identifier", "respond_bad"]
+__all__ = ["Peer", "Request", "encode_answer", "encode_identifier", "read_identifier", "respond_bad"]
 
 MAX_IDENTIFIER_BYTES = 1024 * 1024
 
-# PS3.7 table E.1-1: Command Field of the requests
-_COMMANDS: Mapping[str, int] = {
-    "C_STORE": 0x0001,
-    "C_GET": 0x0010,
-    "C_FIND": 0x0020,
-    "C_MOVE": 0x0021,
-    "C_ECHO": 0x0030,
-    "N_EVENT_REPORT": 0x0100,
-    "N_GET": 0x0110,
-    "N_SET": 0x0120,
-    "N_ACTION": 0x0130,
-    "N_CREATE": 0x0140,
-    "N_DELETE": 0x0150,
-}
 _PATIENT_ROOT = frozenset({PATIENT_ROOT_FIND, PATIENT_ROOT_GET, PATIENT_ROOT_MOVE})
 
 
@@ -60,19 +54,19 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: the primitive as it came, and the context it came in."""
+    """One request as it came, and the context it came in."""
 
     link: Link
     peer: Peer
-    message: Any
-    context_id: int
+    message: Message
+    message_id: int
     sop_class_uid: str
     transfer_syntax: str
 
-    @property
-    def message_id(self) -> int:
-        """Its Message ID."""
-        return int(self.message.MessageID)
+    def uid(self, keyword: str) -> str | None:
+        """A UID of its command set, None when it is not there or longer than a UID can be (PS3.5 table 6.2-1)."""
+        found = self.message.command.text(element(keyword))
+        return found if found and len(found) <= 64 else None
 
     @property
     def model(self) -> InformationModel:
@@ -92,29 +86,29 @@ class Request:
     def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None) -> None:
         """Send one response of this request. Raises AssociationLost."""
         command: dict[str, CommandValue] = {
-            "CommandField": 0x8000 | _COMMANDS[type(self.message).__name__],
+            "CommandField": CommandField.RESPONSE | self.message.command.field,
             "MessageIDBeingRespondedTo": self.message_id,
             "CommandDataSetType": NO_DATA_SET if data_set is None else WITH_DATA_SET,
             **fields,
         }
-        affected = getattr(self.message, "AffectedSOPClassUID", None)
+        affected = self.uid("AffectedSOPClassUID")
         if affected:
-            command.setdefault("AffectedSOPClassUID", str(affected))
+            command.setdefault("AffectedSOPClassUID", affected)
         parts = None if data_set is None else [data_set]
-        self.link.send_message(self.context_id, encode_command(command), parts)
+        self.link.send_message(self.message.context_id, encode_command(command), parts)
 
 
 def read_identifier(request: Request) -> Dataset:
     """The request's identifier. Raises BadIdentifier when there is none, it is too long or cannot be read."""
-    encoded: BytesIO | None = request.message.Identifier
-    if encoded is None or not encoded.getbuffer().nbytes:
-        raise BadIdentifier("the request has no identifier", 0x00000800)
-    if encoded.getbuffer().nbytes > MAX_IDENTIFIER_BYTES:
-        raise BadIdentifier("the identifier is too long", 0x00000800)
-    syntax = request.transfer_syntax
-    encoded.seek(0)
     try:
-        return read_dataset(encoded, syntax == IMPLICIT_LE, syntax != EXPLICIT_BE)
+        encoded = gathered(request.message.data_set, MAX_IDENTIFIER_BYTES)
+    except ValueError:
+        raise BadIdentifier("the identifier is too long", 0x00000800) from None
+    if encoded is None:
+        raise BadIdentifier("the request has no identifier", 0x00000800)
+    syntax = request.transfer_syntax
+    try:
+        return read_dataset(BytesIO(encoded), syntax == IMPLICIT_LE, syntax != EXPLICIT_BE)
     except Exception as exc:  # the SCP edge: pydicom raises many things for bytes that are no data set
         raise BadIdentifier("the identifier cannot be read", 0x00000800) from exc
 
@@ -130,8 +124,12 @@ def respond_bad(request: Request, error: BadIdentifier) -> int:
     return error.dimse_status
 
 
+def encode_answer(answer: Answer, syntax: str) -> bytes:
+    """The identifier of a C-FIND response in the transfer syntax of its context."""
+    return answer.encoded(implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
+
+
 def encode_identifier(data_set: Dataset, syntax: str) -> bytes:
-    """The identifier of a response in the transfer syntax of its context."""
     """The identifier of a response in the transfer syntax of its context."""
     out = DicomBytesIO()
     out.is_implicit_VR, out.is_little_endian = syntax == IMPLICIT_LE, syntax != EXPLICIT_BE

@@ -8,46 +8,55 @@ says all it takes. What was accepted as stored goes out byte for byte; the rest 
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import BinaryIO, Self
-
-from pynetdicom.ae import ApplicationEntity
-from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
-from pynetdicom.presentation import PresentationContext
-from pynetdicom.transport import AddressInformation
+from typing import BinaryIO, Protocol, Self
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandValue, encode_command
-from dicom_node.dimse.contexts import EXPLICIT_LE, IMPLICIT_LE, VERIFICATION
-from dicom_node.dimse.pynetdicom_link import AssociationLost, Fragments, Link, quiet_libraries
+from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandField, CommandValue, encode_command
+from dicom_node.dimse.contexts import EXPLICIT_LE, IMPLICIT_LE, VERIFICATION, ProposedContext
+from dicom_node.dimse.link import AssociationLost, Fragments, Link, Message
+from dicom_node.dimse.requestor import open_link as open_own_link
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, TranscodeError
 from dicom_node.interfaces import Heartbeat
 from dicom_node.model import Destination, StoredInstance
 from dicom_node.transcode import transcode
 
-__all__ = ["MAX_CONTEXTS", "DimseSender", "MoveOriginator", "ProposedContext", "Session", "batches", "is_stored"]
+__all__ = [
+    "MAX_CONTEXTS",
+    "DimseSender",
+    "MoveOriginator",
+    "OpenLink",
+    "Session",
+    "batches",
+    "is_stored",
+    "send_store",
+    "status_of",
+]
 
 log = logging.getLogger(__name__)
 
 MAX_CONTEXTS = 128  # PS3.8 table 9-13: odd ids 1 .. 255
-MAX_PDU = 131072
 _CHUNK = 1024 * 1024
-_C_STORE_RQ = 0x0001
-_C_ECHO_RQ = 0x0030
 _LATER = range(0xA700, 0xA800)  # PS3.4 table B.2-1: out of resources
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProposedContext:
-    """One context to propose; `as_scp`: the node wants to be SCP in it (C-GET)."""
+class OpenLink(Protocol):
+    """Opens an association: one of the wires."""
 
-    abstract_syntax: str
-    transfer_syntaxes: tuple[str, ...]
-    as_scp: bool = False
+    def __call__(
+        self,
+        destination: Destination,
+        contexts: Sequence[ProposedContext],
+        *,
+        calling_ae_title: str,
+        settings: DeliverySettings,
+        max_data_set_bytes: int,
+    ) -> Link:
+        """The association, with what was accepted of `contexts`. Raises DeliveryRefused, DeliveryUnavailable."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,64 +109,27 @@ class Session:
         *,
         calling_ae_title: str,
         max_data_set_bytes: int = 8 * 1024**3,
+        open_link: OpenLink = open_own_link,
     ) -> None:
-        quiet_libraries()
         self._settings = settings
         self._message_id = 0
-        entity = ApplicationEntity(ae_title=destination.calling_ae_title or calling_ae_title)
-        entity.connection_timeout = settings.connect_timeout_s
-        entity.acse_timeout = settings.response_timeout_s
-        entity.dimse_timeout = settings.response_timeout_s
-        entity.network_timeout = None
-        self._link = Link(entity, "requestor", max_pdu=MAX_PDU, max_data_set_bytes=max_data_set_bytes)
-        self._associate(entity, destination, contexts)
-        accepted = self._link.accepted_contexts
+        self._link = open_link(
+            destination,
+            contexts,
+            calling_ae_title=destination.calling_ae_title or calling_ae_title,
+            settings=settings,
+            max_data_set_bytes=max_data_set_bytes,
+        )
+        self._closed = False
+        agreed = self._link.contexts.values()
         self.contexts: Mapping[tuple[str, str], int] = {
-            (str(context.abstract_syntax), str(context.transfer_syntax[0])): int(context.context_id or 0)
-            for context in accepted
-            if context.as_scu
+            (context.abstract_syntax, context.transfer_syntax): context.context_id
+            for context in agreed
+            if context.we_ask
         }
         self.context_ids: Mapping[int, tuple[str, str]] = {
-            int(context.context_id or 0): (str(context.abstract_syntax), str(context.transfer_syntax[0]))
-            for context in accepted
+            context.context_id: (context.abstract_syntax, context.transfer_syntax) for context in agreed
         }
-
-    def _associate(
-        self, entity: ApplicationEntity, destination: Destination, contexts: Sequence[ProposedContext]
-    ) -> None:
-        link = self._link
-        try:
-            remote = AddressInformation.from_addr_port(destination.host, destination.port)
-        except (OSError, ValueError) as exc:
-            raise DeliveryUnavailable(f"destination {destination.name}: the host name is not known") from exc
-        local = AddressInformation.from_tuple(("" if remote.address_family == socket.AF_INET else "::0", 0))
-        link.use_socket(address=local)
-        link.acceptor.ae_title = destination.ae_title
-        link.acceptor.address_info = remote
-        link.requestor.address_info = local
-        link.requestor.ae_title = entity.ae_title
-        link.requestor.maximum_length = MAX_PDU
-        link.requestor.implementation_class_uid = entity.implementation_class_uid
-        link.requestor.implementation_version_name = entity.implementation_version_name
-        link.requestor.requested_contexts = [_context(number, item) for number, item in enumerate(contexts)]
-        for sop_class_uid in dict.fromkeys(item.abstract_syntax for item in contexts if item.as_scp):
-            role = SCP_SCU_RoleSelectionNegotiation()
-            role.sop_class_uid, role.scu_role, role.scp_role = sop_class_uid, False, True
-            link.requestor.add_negotiation_item(role)
-        link.log_fields = {"destination": destination.name, "called_ae_title": destination.ae_title}
-        link.request()
-        link._is_paused = True  # no reactor thread: this thread reads the answers itself
-        if link.is_established:
-            return
-        reply = link.acceptor.primitive
-        link.close_socket()
-        if link.is_rejected and reply is not None:
-            reason = f"rejected ({reply.result},{reply.result_source},{reply.diagnostic})"
-            kind = DeliveryRefused if reply.result == 0x01 else DeliveryUnavailable
-            raise kind(f"destination {destination.name}: association {reason}")
-        if reply is not None and reply.result == 0x00:
-            return  # accepted without one context: `contexts` is empty, each object fails by itself
-        raise DeliveryUnavailable(f"destination {destination.name}: no association")
 
     def __enter__(self) -> Self:
         return self
@@ -174,13 +146,13 @@ class Session:
 
     def close(self, *, abort: bool = False) -> None:
         """Release (or abort) the association. Idempotent."""
-        if self._link.is_established:
-            if abort:
-                self._link.abort()
-            else:
-                self._link.release()
-        self._link.dul.kill_dul()
-        self._link.close_socket()
+        if self._closed:
+            return
+        self._closed = True
+        if abort:
+            self._link.abort()
+        else:
+            self._link.release()
 
     def next_message_id(self) -> int:
         """A fresh Message ID."""
@@ -196,13 +168,13 @@ class Session:
         command = encode_command(
             {
                 "AffectedSOPClassUID": VERIFICATION,
-                "CommandField": _C_ECHO_RQ,
+                "CommandField": CommandField.C_ECHO,
                 "MessageID": message_id,
                 "CommandDataSetType": NO_DATA_SET,
             }
         )
         self._link.send_message(context_id, command)
-        return int(self._link.await_response(message_id, self._settings.response_timeout_s).Status)
+        return status_of(self._link.await_response(message_id, self._settings.response_timeout_s))
 
     def store(
         self,
@@ -258,7 +230,7 @@ def send_store(
         return None, "the stored file cannot be read"
     fields: dict[str, CommandValue] = {
         "AffectedSOPClassUID": instance.sop_class_uid,
-        "CommandField": _C_STORE_RQ,
+        "CommandField": CommandField.C_STORE,
         "MessageID": message_id,
         "Priority": 0,
         "CommandDataSetType": WITH_DATA_SET,
@@ -274,7 +246,7 @@ def send_store(
             # half a data set is out: only an abort keeps the peer from taking it for a whole one
             link.abort()
             raise AssociationLost("the stored file could not be read to its end") from exc
-    status = int(link.await_response(message_id, timeout_s, on_wait).Status)
+    status = status_of(link.await_response(message_id, timeout_s, on_wait))
     return status, "" if is_stored(status) else f"the peer answered 0x{status:04X}"
 
 
@@ -283,20 +255,23 @@ def _fragments(content: BinaryIO) -> Fragments:
         yield chunk
 
 
-def _context(number: int, item: ProposedContext) -> PresentationContext:
-    context = PresentationContext()
-    context.context_id = 2 * number + 1
-    context.abstract_syntax = item.abstract_syntax
-    context.transfer_syntax = list(item.transfer_syntaxes)
-    return context
+def status_of(response: Message) -> int:
+    """The status of a response. Raises AssociationLost for one that has none."""
+    status = response.command.status
+    if status is None:
+        raise AssociationLost("a response without a status")
+    return status
 
 
 class DimseSender:
     """Sends instances to configured destinations (`interfaces.Sender`). Keeps no connection between calls."""
 
-    def __init__(self, settings: DeliverySettings, default_calling_ae_title: str) -> None:
+    def __init__(
+        self, settings: DeliverySettings, default_calling_ae_title: str, open_link: OpenLink = open_own_link
+    ) -> None:
         self._settings = settings
         self._calling = default_calling_ae_title
+        self._open_link = open_link
 
     def send(
         self,
@@ -310,10 +285,13 @@ class DimseSender:
         """
         for batch, contexts in batches(instances):
             heartbeat()
-            with Session(self._settings, destination, contexts, calling_ae_title=self._calling) as session:
+            with self._session(destination, contexts) as session:
                 for instance in batch:
                     heartbeat()
                     self._send_one(session, destination, instance, on_result, heartbeat)
+
+    def _session(self, destination: Destination, contexts: Sequence[ProposedContext]) -> Session:
+        return Session(self._settings, destination, contexts, calling_ae_title=self._calling, open_link=self._open_link)
 
     def _send_one(
         self,
@@ -336,7 +314,7 @@ class DimseSender:
     def echo(self, destination: Destination) -> int:
         """C-ECHO; the status answered. Raises DeliveryUnavailable, DeliveryRefused."""
         contexts = [ProposedContext(abstract_syntax=VERIFICATION, transfer_syntaxes=(EXPLICIT_LE, IMPLICIT_LE))]
-        with Session(self._settings, destination, contexts, calling_ae_title=self._calling) as session:
+        with self._session(destination, contexts) as session:
             try:
                 return session.echo()
             except AssociationLost as exc:

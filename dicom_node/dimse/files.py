@@ -13,29 +13,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filebase import DicomBytesIO
 from pydicom.filereader import dcmread, read_dataset, read_preamble
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import UID
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.dsutils import create_file_meta, encode
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandValue, encode_command
+from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandField, CommandValue, element, encode_command
 from dicom_node.dimse.contexts import (
     EXPLICIT_LE,
     IMPLICIT_LE,
     STUDY_ROOT_FIND,
     STUDY_ROOT_GET,
     TRANSFER_SYNTAXES,
+    ProposedContext,
 )
-from dicom_node.dimse.pynetdicom_link import AssociationLost, Fragments, data_set_of
-from dicom_node.dimse.pynetdicom_scu import MAX_CONTEXTS, ProposedContext, Session, batches
+from dicom_node.dimse.link import AssociationLost, Fragments, Message, gathered
+from dicom_node.dimse.request import MAX_IDENTIFIER_BYTES, encode_identifier
+from dicom_node.dimse.session import MAX_CONTEXTS, Session, batches, status_of
 from dicom_node.errors import DeliveryUnavailable, InvalidInstance
+from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.model import Destination, Origin, StoredInstance
 
 __all__ = ["Fetched", "get_study", "instance_of_file", "send_files"]
@@ -187,13 +187,13 @@ def _classes_in_study(
     with Session(settings, remote, contexts, calling_ae_title=calling_ae_title) as session:
         for (_, syntax), context_id in list(session.contexts.items())[:1]:
             message_id = session.next_message_id()
-            fields = _request(0x0020, STUDY_ROOT_FIND, message_id)
-            session.link.send_message(context_id, encode_command(fields), [_encoded(identifier, syntax)])
+            fields = _request(CommandField.C_FIND, STUDY_ROOT_FIND, message_id)
+            session.link.send_message(context_id, encode_command(fields), [encode_identifier(identifier, syntax)])
             while True:
                 response = session.link.await_response(message_id, settings.response_timeout_s)
-                if response.Status not in (0xFF00, 0xFF01):
+                if status_of(response) not in (0xFF00, 0xFF01):
                     break
-                answer = read_dataset(BytesIO(response.Identifier.getvalue()), syntax == IMPLICIT_LE, True)
+                answer = _read_identifier(response, syntax)
                 value = answer.get("SOPClassesInStudy") or ()
                 found += [str(uid) for uid in ([value] if isinstance(value, str) else value)]
     return tuple(dict.fromkeys(found))
@@ -217,54 +217,62 @@ class _Getter:
         identifier.QueryRetrieveLevel = "STUDY"
         identifier.StudyInstanceUID = study_instance_uid
         link, message_id = self._session.link, self._session.next_message_id()
-        fields = _request(0x0010, STUDY_ROOT_GET, message_id)
-        link.send_message(context_id, encode_command(fields), [_encoded(identifier, syntax)])
+        fields = _request(CommandField.C_GET, STUDY_ROOT_GET, message_id)
+        link.send_message(context_id, encode_command(fields), [encode_identifier(identifier, syntax)])
         while True:
             received = link.next_message(self._settings.response_timeout_s)
             if received is None:
                 raise AssociationLost("no response in time")
-            storage_context, message = received
-            if isinstance(message, C_STORE) and message.MessageIDBeingRespondedTo is None:
-                self._store(storage_context, message)
-            elif getattr(message, "MessageIDBeingRespondedTo", None) != message_id:
+            command = received.command
+            if command.field == CommandField.C_STORE:
+                self._store(received)
+            elif command.responded_to != message_id:
                 raise AssociationLost("the peer sent an unexpected message")
-            elif message.Status != 0xFF00:
+            elif status_of(received) != 0xFF00:
                 return Fetched(
                     files=tuple(self._files),
-                    status=int(message.Status),
-                    completed=int(message.NumberOfCompletedSuboperations or 0),
-                    failed=int(message.NumberOfFailedSuboperations or 0),
-                    warning=int(message.NumberOfWarningSuboperations or 0),
-                    comment=str(message.ErrorComment or ""),
+                    status=status_of(received),
+                    completed=command.number(element("NumberOfCompletedSuboperations")) or 0,
+                    failed=command.number(element("NumberOfFailedSuboperations")) or 0,
+                    warning=command.number(element("NumberOfWarningSuboperations")) or 0,
+                    comment=command.text(element("ErrorComment")) or "",
                 )
 
-    def _store(self, context_id: int, message: Any) -> None:
-        _, syntax = self._session.context_ids[context_id]
+    def _store(self, message: Message) -> None:
+        _, syntax = self._session.context_ids[message.context_id]
+        sop_class_uid = message.command.text(element("AffectedSOPClassUID")) or ""
+        sop_instance_uid = message.command.text(element("AffectedSOPInstanceUID")) or ""
         status = 0x0000
-        data_set = data_set_of(message)
-        if data_set is None or not message.AffectedSOPInstanceUID or not message.AffectedSOPClassUID:
+        if message.data_set is None or not sop_instance_uid or not sop_class_uid:
             status = 0xC000
         else:
-            self._files.append(_write(self._folder, message, data_set, syntax))
+            meta = _file_meta(sop_class_uid, sop_instance_uid, syntax)
+            self._files.append(_write(self._folder, sop_instance_uid, meta, message.data_set))
         fields: dict[str, CommandValue] = {
-            "CommandField": 0x8001,
-            "MessageIDBeingRespondedTo": int(message.MessageID or 0),
+            "CommandField": CommandField.RESPONSE | CommandField.C_STORE,
+            "MessageIDBeingRespondedTo": message.command.message_id or 0,
             "CommandDataSetType": NO_DATA_SET,
             "Status": status,
-            "AffectedSOPClassUID": str(message.AffectedSOPClassUID or ""),
-            "AffectedSOPInstanceUID": str(message.AffectedSOPInstanceUID or ""),
+            "AffectedSOPClassUID": sop_class_uid,
+            "AffectedSOPInstanceUID": sop_instance_uid,
         }
-        self._session.link.send_message(context_id, encode_command(fields))
+        self._session.link.send_message(message.context_id, encode_command(fields))
 
 
-def _write(folder: Path, message: Any, data_set: Fragments, syntax: str) -> Path:
-    uid = str(message.AffectedSOPInstanceUID)
+def _file_meta(sop_class_uid: str, sop_instance_uid: str, syntax: str) -> FileMetaDataset:
+    meta = FileMetaDataset()
+    meta.FileMetaInformationVersion = b"\x00\x01"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(sop_class_uid), UID(sop_instance_uid)
+    meta.TransferSyntaxUID = UID(syntax)
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    return meta
+
+
+def _write(folder: Path, uid: str, meta: FileMetaDataset, data_set: Fragments) -> Path:
     # the name is a peer's text: a UID and nothing else, or a digest of whatever it is
     name = uid if re.fullmatch(r"[0-9.]{1,64}", uid) else hashlib.sha256(uid.encode()).hexdigest()
     path = folder / f"{name}.dcm"
-    meta = create_file_meta(
-        sop_class_uid=UID(message.AffectedSOPClassUID), sop_instance_uid=UID(uid), transfer_syntax=UID(syntax)
-    )
     head = DicomBytesIO(b"\0" * 128 + b"DICM")
     head.seek(0, os.SEEK_END)
     write_file_meta_info(head, meta)
@@ -287,5 +295,10 @@ def _request(command: int, sop_class_uid: str, message_id: int) -> dict[str, Com
     }
 
 
-def _encoded(identifier: Dataset, syntax: str) -> bytes:
-    return encode(identifier, syntax == IMPLICIT_LE, True) or b""
+def _read_identifier(response: Message, syntax: str) -> Dataset:
+    """What a peer answers. Raises AssociationLost when it cannot be read: it may be anything."""
+    try:
+        encoded = gathered(response.data_set, MAX_IDENTIFIER_BYTES) or b""
+        return read_dataset(BytesIO(encoded), syntax == IMPLICIT_LE, True)
+    except Exception as exc:
+        raise AssociationLost("the peer's answer cannot be read") from exc

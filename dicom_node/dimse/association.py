@@ -1,0 +1,501 @@
+"""One association over a blocking socket, on the upper layer of the node's own: the wire that is used by default.
+
+Used from one thread. A data set is read from the socket while it is written to its place, and sent straight from the
+pieces of its file; no association holds more than its one buffer. Every wait has an end:
+
+* the first PDU must be whole `FIRST_PDU_S` after the connection was made, any other `PDU_S` after it began;
+* a peer that reads nothing for `SEND_S` is gone, one that says nothing for the idle time too.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+
+from dicom_node.dimse.commands import CommandField
+from dicom_node.dimse.link import (
+    FIRST_PDU_S,
+    MAX_PDU_SENT,
+    MAX_WAITING_MESSAGES,
+    PDU_S,
+    SEND_S,
+    SMALLEST_PDU,
+    AgreedContext,
+    AssociationLost,
+    Fragments,
+    Message,
+    answers,
+    cut,
+)
+from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece, MessageReader
+from dicom_node.dimse.upper_layer.connection import (
+    Aborted,
+    Connection,
+    ConnectionLost,
+    Data,
+    ProtocolError,
+    ReleaseAsked,
+    Released,
+    UpperEvent,
+    UpperLayerMisuse,
+    data_header,
+)
+
+__all__ = ["Association", "Buffers"]
+
+log = logging.getLogger(__name__)
+
+BUFFER = 256 * 1024
+SHORT_READ = 16 * 1024
+BATCH = 64  # values in one write: 128 pieces, below IOV_MAX of every system
+LINGER_S = 1.0
+MAX_DISCARDED = 512 * 1024
+RELEASE_S = 5.0
+
+
+class Buffers:
+    """Receive buffers that are used again: a new one for each association costs more than the association."""
+
+    def __init__(self, kept: int = 64) -> None:
+        self._free: list[bytearray] = []
+        self._kept = kept
+        self._guard = threading.Lock()
+
+    def take(self) -> bytearray:
+        """A buffer; whatever was in it is there still."""
+        with self._guard:
+            return self._free.pop() if self._free else bytearray(BUFFER)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """It may be used again."""
+        with self._guard:
+            if len(self._free) < self._kept:
+                self._free.append(buffer)
+
+
+class Association:
+    """An association whose socket is connected; see `link.Link`. `connection` may already have something to send.
+
+    `opened_at` (monotonic; None: now) is when the connection was made. `traffic` is set whenever data came; the owner
+    clears it. `released`: it ended in order, or, `was_idle`, because
+    nothing was under way for the idle time.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        connection: Connection,
+        buffers: Buffers,
+        *,
+        max_data_set_bytes: int,
+        idle_timeout_s: float,
+        opened_at: float | None = None,
+    ) -> None:
+        self.log_fields: Mapping[str, str] = {}
+        self.traffic = self.serving = self.released = self.was_idle = False
+        self.idle_timeout_s = idle_timeout_s
+        self._sock, self._connection, self._buffers = sock, connection, buffers
+        self._buffer: bytearray | None = buffers.take()
+        self._view = memoryview(self._buffer)
+        self._events: Iterator[UpperEvent] = iter(())
+        self._messages = MessageReader()
+        self._max_data_set_bytes = max_data_set_bytes
+        self._held: Message | None = None  # came while another was being answered
+        self._unread = False  # the data set of the last message is not read to its end
+        self._cancelled: dict[int, None] = {}  # in the order in which they came
+        self._contexts: Mapping[int, AgreedContext] = {}
+        self._pdu_bytes = MAX_PDU_SENT
+        self._release_asked = False
+        self._over = False
+        self._interrupted = False
+        self._deadline = (time.monotonic() if opened_at is None else opened_at) + FIRST_PDU_S  # of the PDU under way
+        self._filled_at = 0.0
+        self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    # --- life
+
+    @property
+    def contexts(self) -> Mapping[int, AgreedContext]:
+        """The accepted contexts by their ids."""
+        return self._contexts
+
+    @property
+    def established(self) -> bool:
+        """Whether messages may still be sent."""
+        return not self._over and self._connection.established
+
+    @property
+    def connection(self) -> Connection:
+        """The upper layer itself, for negotiation."""
+        return self._connection
+
+    def agreed(self, contexts: Mapping[int, AgreedContext], maximum_length: int) -> None:
+        """What was negotiated; `maximum_length` as the peer told it, 0 = any. Raises AssociationLost."""
+        self._contexts = contexts
+        if 0 < maximum_length < SMALLEST_PDU:
+            self.abort()
+            raise AssociationLost(f"the peer takes only {maximum_length} bytes at once, {SMALLEST_PDU} are needed")
+        self._pdu_bytes = min(maximum_length or MAX_PDU_SENT, MAX_PDU_SENT)
+
+    def check_alive(self) -> None:
+        """See `link.Link`. What has come meanwhile is looked at: a C-CANCEL is noted, another message is kept."""
+        self._drain()
+        while self._held is None and not self._release_asked and not self._over:
+            event = self._waiting_event()
+            if event is None:
+                break
+            if isinstance(event, ReleaseAsked):
+                self._note_release()
+            elif isinstance(event, Data):
+                self._held = self._message_of(event)
+        if self._over or self._interrupted:
+            raise AssociationLost("the association ended")
+
+    def interrupt(self) -> None:
+        """From another thread: end it at its next breath."""
+        self._interrupted = True
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def abort(self) -> None:
+        """See `link.Link`."""
+        if not self._over:
+            self._connection.abort()
+            self._finish()
+
+    def release(self) -> None:
+        """See `link.Link`."""
+        if self._over:
+            return
+        deadline = time.monotonic() + RELEASE_S
+        with suppress(AssociationLost, UpperLayerMisuse, BadMessage):
+            self._connection.release()
+            while not self._over and time.monotonic() < deadline:
+                event = self._next_event(deadline - time.monotonic())
+                if isinstance(event, ReleaseAsked):
+                    self._connection.answer_release()
+                elif isinstance(event, Released):
+                    self.released = True
+                    break
+        if not self._over and not self.released:
+            self._connection.abort()
+        self._finish()
+
+    def finish(self) -> None:
+        """Close it whatever its state, telling the peer where it has not been told. Idempotent."""
+        if not self._over:
+            self._connection.abort()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Send what is left to say, give the peer a moment to read it, close."""
+        if self._buffer is None:
+            return
+        self._over = True
+        with suppress(OSError):
+            self._sock.settimeout(LINGER_S)
+            if left := self._connection.to_send():
+                self._sock.sendall(left)
+            if not self._connection.closing:  # closing over unread bytes would cost the peer our last PDU
+                self._sock.shutdown(socket.SHUT_WR)
+                self._discard()
+        self._sock.close()
+        self._events = iter(())
+        self._view = memoryview(b"")
+        self._buffers.give_back(self._buffer)
+        self._buffer = None
+
+    def _discard(self) -> None:
+        deadline, room = time.monotonic() + LINGER_S, MAX_DISCARDED
+        while room > 0 and (left := deadline - time.monotonic()) > 0:
+            self._sock.settimeout(left)
+            received = self._sock.recv_into(self._view)
+            if not received:
+                return
+            self.was_idle = False  # what it sent had crossed our A-ABORT
+            room -= received
+
+    def _lost(self, reason: str) -> AssociationLost:
+        self._finish()
+        return AssociationLost(reason)
+
+    # --- receiving
+
+    def next_event(self, timeout_s: float) -> UpperEvent | None:
+        """The next event, before there are messages; None after `timeout_s`. Raises AssociationLost."""
+        return self._next_event(timeout_s)
+
+    def _next_event(self, timeout_s: float) -> UpperEvent | None:
+        """As `next_event`; a PDU that has begun is waited for until its own deadline."""
+        until = time.monotonic() + timeout_s
+        while True:
+            event = next(self._events, None)
+            self.flush()
+            if event is not None:
+                return self._looked_at(event)
+            if self._over or self._interrupted:
+                self._connection.abort()
+                raise self._lost("the association ended")
+            if self._connection.closing:  # an A-ABORT before there was an association is no event of its own
+                raise self._lost("the association ended")
+            if not self._fill(until):
+                return None
+
+    def _looked_at(self, event: UpperEvent) -> UpperEvent:
+        if isinstance(event, ProtocolError):
+            log.warning("the peer broke the protocol", extra={"error": event.message, **self.log_fields})
+            raise self._lost("the peer broke the protocol")
+        if isinstance(event, Aborted):
+            raise self._lost("the peer aborted the association")
+        if isinstance(event, ConnectionLost):
+            raise self._lost("the connection broke")
+        return event
+
+    def _fill(self, until: float) -> bool:
+        """Take in what the socket has; False when nothing came until then, and nothing had begun."""
+        connection = self._connection
+        began = connection.in_pdu
+        if began and connection.pdus != self._pdus:
+            self._pdus, self._deadline = connection.pdus, time.monotonic() + PDU_S
+        elif began and self._contexts:  # what we were busy with meanwhile, a slow disk, is not the peer's fault
+            self._deadline += time.monotonic() - self._filled_at
+        wait_s = (self._deadline if began else until) - time.monotonic()
+        try:
+            if wait_s <= 0 and not self._poll.poll(0):
+                raise TimeoutError
+            self._sock.settimeout(max(wait_s, 0.001))
+            received = self._sock.recv_into(self._view)
+        except TimeoutError:
+            if not began:
+                return False
+            log.warning("a PDU did not come to its end", extra=dict(self.log_fields))
+            connection.abort()
+            raise self._lost("a PDU did not come to its end") from None
+        except OSError:
+            received = 0
+        if received:
+            self.traffic = True
+            if received < SHORT_READ:  # peers that leave Nagle on send 12 bytes and wait for our ACK
+                with suppress(OSError):
+                    self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self._events = connection.receive(self._view[:received])
+            self._filled_at = time.monotonic()
+        elif self._interrupted:  # it was not the peer who closed
+            connection.abort()
+            raise self._lost("the association ended")
+        else:
+            broke = list(connection.receive_end())
+            raise self._lost("the connection broke" if broke else "the association ended")
+        return True
+
+    def next_message(self, timeout_s: float) -> Message | None:
+        """See `link.Link`."""
+        self._drain()
+        if self._held is not None:
+            message, self._held = self._held, None
+            return message
+        return self._read_message(timeout_s)
+
+    def _read_message(self, timeout_s: float) -> Message | None:
+        """The next message but a C-CANCEL, which is only noted; None after `timeout_s` or when the peer released."""
+        until = time.monotonic() + timeout_s
+        while not self._release_asked:
+            patience_s = self.idle_timeout_s if self._messages.under_way else until - time.monotonic()
+            event = self._next_event(max(patience_s, 0.0))
+            if event is None:
+                if self._messages.under_way:
+                    raise self._silent()
+                return None
+            if isinstance(event, ReleaseAsked):
+                self._note_release()
+            elif isinstance(event, Data):
+                message = self._message_of(event)
+                if message is not None:
+                    return message
+        return None
+
+    def _note_release(self) -> None:
+        if self._messages.under_way:
+            raise self._cut_short()
+        self._release_asked = True
+
+    def _cut_short(self) -> AssociationLost:
+        """A release in the middle of a message: to agree would be to say that all was well."""
+        log.warning("a message did not come to its end", extra=dict(self.log_fields))
+        self._connection.abort()
+        return self._lost("the peer released the association in the middle of a message")
+
+    def _silent(self) -> AssociationLost:
+        log.warning("a message did not come to its end", extra=dict(self.log_fields))
+        self._connection.abort()
+        return self._lost("a message did not come to its end")
+
+    def _message_of(self, data: Data) -> Message | None:
+        for item in self._fed(data):
+            if not isinstance(item, CommandReceived):
+                continue
+            command = item.command
+            try:
+                has_data_set, field = command.has_data_set, command.field
+                identity = command.responded_to if field == CommandField.C_CANCEL else command.message_id
+            except BadMessage as exc:
+                raise self._nonsense(exc) from exc
+            if field == CommandField.C_CANCEL and not has_data_set:
+                if identity is not None:
+                    self._cancelled[identity] = None
+                if len(self._cancelled) > MAX_WAITING_MESSAGES:  # of operations that are over long since
+                    del self._cancelled[next(iter(self._cancelled))]
+                return None
+            # a cancel that came after its operation was over must not hit the next one of the same id
+            self._cancelled.pop(identity if identity is not None else -1, None)
+            self._unread = has_data_set
+            return Message(item.context_id, command, self._data_set() if has_data_set else None)
+        return None
+
+    def _fed(self, data: Data) -> Iterator[CommandReceived | DataSetPiece]:
+        try:
+            yield from self._messages.feed(data)
+        except BadMessage as exc:
+            raise self._nonsense(exc) from exc
+
+    def _nonsense(self, exc: BadMessage) -> AssociationLost:
+        log.warning("message cannot be read", extra={"error": str(exc), **self.log_fields})
+        self._connection.abort()
+        return self._lost("the peer sent what is no message")
+
+    def _data_set(self) -> Iterator[memoryview]:
+        """The pieces of the data set under way, as they come."""
+        length = 0
+        while self._unread:
+            event = self._next_event(self.idle_timeout_s)
+            if event is None:
+                raise self._silent()
+            if not isinstance(event, Data):
+                raise self._cut_short()
+            for item in self._fed(event):
+                if isinstance(item, CommandReceived):
+                    continue
+                length += len(item.content)
+                if length > self._max_data_set_bytes:
+                    raise self._nonsense(BadMessage("a message is larger than allowed"))
+                self._unread = not item.last
+                if item.content:
+                    yield item.content
+
+    def _drain(self) -> None:
+        """Read what nobody wanted of the last data set: the next message begins after it."""
+        if self._unread and self._held is None:
+            for _ in self._data_set():
+                pass
+
+    def is_cancelled(self, message_id: int) -> bool:
+        """See `link.Link`."""
+        self.check_alive()
+        return message_id in self._cancelled
+
+    def _waiting_event(self) -> UpperEvent | None:
+        event = next(self._events, None)
+        if event is not None:
+            return self._looked_at(event)
+        return self._next_event(0.0) if self._poll.poll(0) else None
+
+    # --- sending
+
+    def flush(self) -> None:
+        """Write what the upper layer has to say. Raises AssociationLost."""
+        waiting = self._connection.to_send()
+        if waiting and not self._over:
+            self._write([waiting])
+
+    def send_message(self, context_id: int, command: bytes, data_set: Fragments | None = None) -> None:
+        """See `link.Link`."""
+        self._drain()
+        if self._over or self._interrupted:
+            raise AssociationLost("the association ended")
+        try:
+            self._connection.sends_data()
+        except UpperLayerMisuse as exc:
+            raise self._lost("the association ended") from exc
+        size = self._pdu_bytes - 6
+        parts: list[bytes | memoryview] = []
+        for piece, last in cut([command], size):
+            parts += (data_header(context_id, is_command=True, last=last, length=len(piece)), piece)
+        if data_set is not None:
+            for piece, last in cut(data_set, size):
+                parts += (data_header(context_id, is_command=False, last=last, length=len(piece)), piece)
+                if len(parts) >= 2 * BATCH:
+                    self._write(parts)
+                    parts = []
+        self._write(parts)
+
+    def _write(self, parts: list[bytes | memoryview]) -> None:
+        """All of `parts`, in as few writes as the system takes."""
+        views = [memoryview(part) for part in parts if len(part)]
+        try:
+            self._sock.settimeout(SEND_S)
+            while views:
+                sent = self._sock.sendmsg(views)
+                while views and sent >= len(views[0]):
+                    sent -= len(views.pop(0))
+                if sent:
+                    views[0] = views[0][sent:]
+        except OSError as exc:
+            with suppress(OSError):  # what is queued would keep the connection open as long as the peer reads nothing
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._sock.close()
+            raise self._lost("the peer does not read, or the connection broke") from exc
+
+    def await_response(self, message_id: int, timeout_s: float, on_wait: Callable[[], None] | None = None) -> Message:
+        """See `link.Link`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            received = self.next_message(min(1.0, max(deadline - time.monotonic(), 0.01)))
+            if received is not None:
+                if answers(received, message_id):
+                    return received
+                raise self._given_up("the peer sent an unexpected message")
+            if self._release_asked or self._over:
+                raise AssociationLost("the peer released the association")
+            if time.monotonic() >= deadline:
+                raise self._given_up("no response in time")
+            if on_wait is not None:
+                on_wait()
+
+    def _given_up(self, reason: str) -> AssociationLost:
+        """No response can be told from another any more, and whoever waits for one of ours would wait in vain."""
+        self._connection.abort()
+        return self._lost(reason)
+
+    # --- serving
+
+    def serve(self, answer: Callable[[Message], None]) -> None:
+        """Answer each message until the association ends. Raises nothing of the association's."""
+        try:
+            while not self._over:
+                message = self.next_message(self.idle_timeout_s)
+                if message is not None:
+                    self.serving = True
+                    answer(message)
+                    self.serving = False
+                elif self._release_asked:
+                    self._connection.answer_release()
+                    self.released = True
+                    return
+                else:
+                    self.was_idle = True
+                    return
+        except AssociationLost:
+            return
+        finally:
+            self.serving = False
+            self.finish()

@@ -1,0 +1,156 @@
+"""What both wires share of serving: policy, services, and the record of associations."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+
+from dicom_node.config import NodeConfig
+from dicom_node.dimse.admission import Admission, Rejection
+from dicom_node.dimse.contexts import Acceptance, Answer
+from dicom_node.dimse.link import Link, Message
+from dicom_node.dimse.negotiation import refusal_kind
+from dicom_node.dimse.observer import SilentObserver, WireObserver
+from dicom_node.dimse.request import Peer
+from dicom_node.dimse.requests import Requests
+from dicom_node.dimse.retrieval import Retrievals
+from dicom_node.dimse.session import OpenLink
+from dicom_node.errors import NodeError
+from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.model import AssociationEnd, Source
+from dicom_node.services.find import FindOptions, FindService
+from dicom_node.services.retrieve import RetrieveService
+from dicom_node.services.store import StoreService
+
+__all__ = ["TOUCH_S", "Serving"]
+
+log = logging.getLogger(__name__)
+
+TOUCH_S = 2.0
+
+
+class Serving:
+    """Policy, services and record of one node. Raises ConfigError for peers that cannot be understood."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        *,
+        sink: InstanceSink,
+        index: InstanceIndex,
+        associations: AssociationLog,
+        observe: WireObserver | None,
+        open_link: OpenLink,
+    ) -> None:
+        self.config = config
+        self.observe = observe or SilentObserver()
+        self.acceptance = Acceptance(
+            extra_sop_classes=frozenset(config.extra_sop_classes), unknown_sop_classes=config.unknown_sop_classes
+        )
+        self._admission = Admission(config)
+        self._associations = associations
+        destinations = {item.ae_title: config.destination(name) for name, item in config.destinations.items()}
+        retrieve = RetrieveService(index, destinations, strict=config.find.strict)
+        self._requests = Requests(
+            store=StoreService(sink),
+            find=FindService(index, config.ae_titles[0], config.find),
+            retrievals=Retrievals(retrieve, config.delivery, config.ae_titles[0], open_link),
+            associations=associations,
+            observe=self.observe,
+        )
+
+    # --- negotiation
+
+    def judge(
+        self,
+        fields: Mapping[str, str],
+        *,
+        calling: str,
+        called: str,
+        address: str,
+        application_context: str,
+        established: int,
+    ) -> Rejection | None:
+        """None when the association may be had; `fields` for the log."""
+        rejection = self._admission.judge(
+            calling=calling,
+            called=called,
+            address=address,
+            application_context=application_context,
+            established=established,
+        )
+        if rejection is not None:
+            log.warning("association rejected", extra={"reason": rejection.reason, **fields})
+            self.observe.association_rejected(rejection.reason)
+        return rejection
+
+    def unanswerable(self, fields: Mapping[str, str]) -> None:
+        """Presentation contexts that cannot be told apart (PS3.8 9.3.1.3: an invalid PDU parameter value)."""
+        log.warning("association aborted", extra={"reason": "presentation contexts", **fields})
+        self.observe.association_rejected("protocol")
+
+    def accepted(
+        self,
+        fields: Mapping[str, str],
+        *,
+        calling: str,
+        called: str,
+        address: str,
+        refused: Sequence[Answer],
+        find_options: Mapping[str, FindOptions],
+    ) -> Peer:
+        """An association begins."""
+        for answer in refused:
+            kind = refusal_kind(answer)
+            self.observe.context_refused(kind)
+            log.warning(
+                "presentation context refused",
+                extra={
+                    "kind": kind,
+                    "sop_class": answer.proposal.abstract_syntax,
+                    "transfer_syntaxes": list(answer.proposal.transfer_syntaxes),
+                    **fields,
+                },
+            )
+        source = Source(
+            calling_ae_title=calling, called_ae_title=called, address=address, association_id=uuid.uuid4().hex
+        )
+        log.info("association accepted", extra={"association": source.association_id, **fields})
+        return Peer(source=source, find_options=find_options)
+
+    def idle_timeout_s(self, calling: str) -> float:
+        """How long an association of that peer may be silent."""
+        return self._admission.idle_timeout_s(calling)
+
+    # --- requests and the record of associations
+
+    def serve(self, link: Link, peer: Peer, message: Message) -> None:
+        """Answer one request."""
+        self._requests.serve(link, peer, message)
+
+    def ended(self, peer: Peer, *, over: bool) -> None:
+        """An association ended; `over`: its sender was through.
+
+        An association that the node closed because nothing was under way on it is no fault: its sender only forgot to
+        release it, and a study must not wait for the sender to try again.
+        """
+        end = AssociationEnd.RELEASED if over else AssociationEnd.ABORTED
+        if peer.recorded:
+            _record(lambda: self._associations.end_association(str(peer.source.association_id), end))
+        log.info("association ended", extra={"association": peer.source.association_id, "result": end.value})
+        self.observe.association_ended(peer.source.calling_ae_title, end.value)
+
+    def touched(self, peers: Sequence[Peer]) -> None:
+        """These had traffic, also in the middle of an object: told every `TOUCH_S` to whoever waits for quiet."""
+        active = [str(peer.source.association_id) for peer in peers if peer.recorded]
+        if active:
+            _record(lambda: self._associations.touch_associations(active))
+
+
+def _record(write: Callable[[], object]) -> None:
+    try:
+        write()
+    except NodeError:
+        # completion then waits longer than it had to: no instance depends on it
+        log.exception("association could not be recorded")
