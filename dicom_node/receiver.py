@@ -19,6 +19,7 @@ class Receiver:
     def __init__(self, orders: Orders, clock: Clock) -> None:
         config = orders.config
         self._catalog = node_catalog(config, clock)
+        self._catalog.database.warm_up()
         metrics = Metrics(config, process="receiver")
         self._server = server_class(config.wire)(
             config,

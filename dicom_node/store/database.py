@@ -183,6 +183,13 @@ class Database:
         finally:
             self._give_back(connection)
 
+    def warm_up(self) -> None:
+        """Open the readers that are kept, so that the first who ask need not wait and no descriptor comes later."""
+        readers = [self._connect(readonly=True) for _ in range(READERS_KEPT)]
+        for connection in readers:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # SQLite opens its files at first use
+            self._give_back(connection)
+
     def _give_back(self, connection: sqlite3.Connection) -> None:
         try:
             if not self._closed:

@@ -226,3 +226,14 @@ def test_a_change_within_a_change_is_refused_and_a_closed_catalog_takes_none(tmp
     thread.join(10)
     with pytest.raises(StorageError, match="closed"):
         database.write(lambda connection: None)
+
+
+def test_readers_that_were_warmed_up_open_no_file_later(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    database.warm_up()
+    before = len(os.listdir("/proc/self/fd"))
+    with database.read() as one, database.read() as two, database.read() as three:
+        for connection in (one, two, three):
+            assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == 0
+        assert len(os.listdir("/proc/self/fd")) == before
+    database.close()
