@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 NODE_ARGS ?=
+# of `make bench-peers`; without --quick it takes about half an hour
+BENCH_ARGS ?= --quick --plot build/peers.svg
 # engines of others for `make test-peers`; their pins are those of Python 3.11
 PEERS ?= build/peers
 PEERS_PYTHON ?= $(PYTHON)
@@ -68,10 +70,13 @@ crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROU
 fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
 	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## speed, as ratios inside one run
+bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py
 	$(BIN)/python benchmarks/ct_to_catalog.py
 	$(BIN)/python benchmarks/wires.py
+
+bench-peers: $(STAMP) tools  ## the running node beside Orthanc, a short look; BENCH_ARGS="--rounds 5" for all of it
+	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
 bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores, serving, decoding
 	$(BIN)/python -W ignore benchmarks/zoo_spleen.py
