@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 BUFFER = 256 * 1024
 SHORT_READ = 16 * 1024
 BATCH = 64  # values in one write: 128 pieces, below IOV_MAX of every system
+TICK_S = 0.5  # a wait for the peer is cut into such pieces
+CORK_S = 0.02  # how long a message may wait for the next one to go out with it
 LINGER_S = 1.0
 MAX_DISCARDED = 512 * 1024
 RELEASE_S = 5.0
@@ -77,6 +79,10 @@ class Buffers:
         with self._guard:
             if len(self._free) < self._kept:
                 self._free.append(buffer)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 class Association:
@@ -112,6 +118,8 @@ class Association:
         self._contexts: Mapping[int, AgreedContext] = {}
         self._pdu_bytes = MAX_PDU_SENT
         self._release_asked = False
+        self._corked: list[bytes | memoryview] = []  # messages that wait for the next one
+        self._corked_at = 0.0
         self._over = False
         self._interrupted = False
         self._deadline = (time.monotonic() if opened_at is None else opened_at) + FIRST_PDU_S  # of the PDU under way
@@ -119,6 +127,9 @@ class Association:
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_S))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(TICK_S))
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -271,10 +282,7 @@ class Association:
             self._deadline += time.monotonic() - self._filled_at
         wait_s = (self._deadline if began else until) - time.monotonic()
         try:
-            if wait_s <= 0 and not self._poll.poll(0):
-                raise TimeoutError
-            self._sock.settimeout(max(wait_s, 0.001))
-            received = self._sock.recv_into(self._view)
+            received = self._take(wait_s)
         except TimeoutError:
             if not began:
                 return False
@@ -297,6 +305,21 @@ class Association:
             broke = list(connection.receive_end())
             raise self._lost("the connection broke" if broke else "the association ended")
         return True
+
+    def _take(self, wait_s: float) -> int:
+        """Bytes that came into the buffer, 0 at the end of the stream. Raises TimeoutError, OSError.
+
+        The kernel keeps the time (SO_RCVTIMEO): asking first whether there is something would double the calls.
+        """
+        until = time.monotonic() + wait_s
+        while True:
+            left = until - time.monotonic()
+            if left < TICK_S and not self._poll.poll(max(left, 0.0) * 1000):
+                raise TimeoutError
+            try:
+                return self._sock.recv_into(self._view)
+            except BlockingIOError:  # a tick went by
+                continue
 
     def next_message(self, timeout_s: float) -> Message | None:
         """See `link.Link`."""
@@ -412,12 +435,17 @@ class Association:
     # --- sending
 
     def flush(self) -> None:
-        """Write what the upper layer has to say. Raises AssociationLost."""
+        """Write what was held back, and what the upper layer has to say. Raises AssociationLost."""
+        if self._corked and not self._over:
+            corked, self._corked = self._corked, []
+            self._write(corked)
         waiting = self._connection.to_send()
         if waiting and not self._over:
             self._write([waiting])
 
-    def send_message(self, context_id: int, command: bytes, data_set: Fragments | None = None) -> None:
+    def send_message(
+        self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False
+    ) -> None:
         """See `link.Link`."""
         self._drain()
         if self._over or self._interrupted:
@@ -427,7 +455,9 @@ class Association:
         except UpperLayerMisuse as exc:
             raise self._lost("the association ended") from exc
         size = self._pdu_bytes - 6
-        parts: list[bytes | memoryview] = []
+        parts, self._corked = self._corked, []
+        if not parts:
+            self._corked_at = time.monotonic()
         for piece, last in cut([command], size):
             parts += (data_header(context_id, is_command=True, last=last, length=len(piece)), piece)
         if data_set is not None:
@@ -436,13 +466,15 @@ class Association:
                 if len(parts) >= 2 * BATCH:
                     self._write(parts)
                     parts = []
-        self._write(parts)
+        if more and len(parts) < 2 * BATCH and time.monotonic() - self._corked_at < CORK_S:
+            self._corked = parts
+        else:
+            self._write(parts)
 
     def _write(self, parts: list[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""
         views = [memoryview(part) for part in parts if len(part)]
         try:
-            self._sock.settimeout(SEND_S)
             while views:
                 sent = self._sock.sendmsg(views)
                 while views and sent >= len(views[0]):

@@ -82,8 +82,13 @@ class Link(Protocol):
         """Whether a C-CANCEL for this request of the peer came."""
         ...
 
-    def send_message(self, context_id: int, command: bytes, data_set: Fragments | None = None) -> None:
-        """Send one message; returns when its last byte is on its way. OSError of `data_set` passes through."""
+    def send_message(
+        self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False
+    ) -> None:
+        """Send one message; returns when its last byte is on its way. OSError of `data_set` passes through.
+
+        `more`: another one follows at once, and this one may go out with it.
+        """
         ...
 
     def next_message(self, timeout_s: float) -> Message | None:

@@ -430,7 +430,9 @@ class PynetdicomLink(Association):
         if not self.is_established or not self.dul.is_alive() or self.acse.is_aborted() or self._kill:
             raise AssociationLost("the association ended")
 
-    def send_message(self, context_id: int, command: bytes, data_set: Fragments | None = None) -> None:
+    def send_message(
+        self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False
+    ) -> None:
         """Queue one message. Returns when its last byte is queued, which is bounded by the peer's reading.
 
         Raises AssociationLost.

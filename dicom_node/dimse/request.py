@@ -83,8 +83,8 @@ class Request:
         """Whether the peer cancelled it. Raises AssociationLost."""
         return self.link.is_cancelled(self.message_id)
 
-    def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None) -> None:
-        """Send one response of this request. Raises AssociationLost."""
+    def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None, *, more: bool = False) -> None:
+        """Send one response of this request; `more`: the next follows at once. Raises AssociationLost."""
         command: dict[str, CommandValue] = {
             "CommandField": CommandField.RESPONSE | self.message.command.field,
             "MessageIDBeingRespondedTo": self.message_id,
@@ -95,7 +95,7 @@ class Request:
         if affected:
             command.setdefault("AffectedSOPClassUID", affected)
         parts = None if data_set is None else [data_set]
-        self.link.send_message(self.message.context_id, encode_command(command), parts)
+        self.link.send_message(self.message.context_id, encode_command(command), parts, more=more)
 
 
 def read_identifier(request: Request) -> Dataset:

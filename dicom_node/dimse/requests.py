@@ -187,5 +187,6 @@ class Requests:
             if response.offending:
                 fields["OffendingElement"] = response.offending
             found = response.identifier
-            request.respond(fields, None if found is None else encode_answer(found, request.transfer_syntax))
+            encoded = None if found is None else encode_answer(found, request.transfer_syntax)
+            request.respond(fields, encoded, more=found is not None)
         return status

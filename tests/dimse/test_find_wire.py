@@ -11,6 +11,10 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 
+from dicom_node.config import DeliverySettings
+from dicom_node.dimse.files import send_files
+from dicom_node.model import Destination
+
 EXPLICIT, IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"
 
@@ -189,3 +193,19 @@ def responses(peer: Any, keys: dict[str, str], message_id: int = 1) -> list[int]
 def pending(peer: Any, keys: dict[str, str]) -> list[int]:
     """The pending responses."""
     return responses(peer, keys)[:-1]
+
+
+def test_answers_that_go_out_together_are_those_that_go_out_one_by_one(
+    serve: Callable[..., Any], raw_peer: Any, make_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = serve()
+    destination = Destination(name="node", ae_title="DICOM_NODE", host="127.0.0.1", port=node.port)
+    files = [make_file(PatientID=f"P{number}") for number in range(150)]
+    send_files(files, destination, lambda *_: None, settings=DeliverySettings(), calling_ae_title="TEST")
+    seen = []
+    for cork_s in (0.02, 0.0):
+        monkeypatch.setattr("dicom_node.dimse.association.CORK_S", cork_s)
+        peer = raw_peer(node.port)
+        peer.associate([(1, STUDY_ROOT_FIND, [IMPLICIT])])
+        seen.append(responses(peer, {"StudyInstanceUID": "", "PatientID": ""}, message_id=7))
+    assert seen[0] == seen[1] == [0xFF00] * 150 + [0x0000]
