@@ -26,7 +26,7 @@ from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
-from dicom_node.dimse.serving import TOUCH_S, Serving
+from dicom_node.dimse.serving import TOUCH_S, Serving, listening
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
 
@@ -74,13 +74,7 @@ class PynetdicomServer:
 
     def start(self) -> int:
         """Listen; the port that is really bound. Raises OSError when it cannot be bound."""
-        if self._listener is None:
-            family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
-            self._listener = socket.create_server(
-                (self._config.host, self._config.dicom_port), family=family, backlog=BACKLOG
-            )
-        else:
-            self._listener.listen(BACKLOG)
+        self._listener = listening(self._listener, self._config, BACKLOG)
         self._listener.settimeout(0.2)
         for target, name in ((self._accept_loop, "dicom-accept"), (self._touch_loop, "dicom-touch")):
             thread = threading.Thread(target=target, name=name, daemon=True)

@@ -23,7 +23,7 @@ from dicom_node.dimse.negotiation import answer_request
 from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
-from dicom_node.dimse.serving import TOUCH_S, Serving
+from dicom_node.dimse.serving import TOUCH_S, Serving, listening
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
@@ -73,13 +73,7 @@ class DicomServer:
 
     def start(self) -> int:
         """Listen; the port that is really bound. Raises OSError when it cannot be bound."""
-        if self._listener is None:
-            family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
-            self._listener = socket.create_server(
-                (self._config.host, self._config.dicom_port), family=family, backlog=BACKLOG
-            )
-        else:
-            self._listener.listen(BACKLOG)
+        self._listener = listening(self._listener, self._config, BACKLOG)
         self._listener.setblocking(False)
         self._pool.spawn(KEPT_THREADS)
         for target, name in ((self._accept_loop, "dicom-accept"), (self._touch_loop, "dicom-touch")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,11 +24,20 @@ from dicom_node.services.find import FindOptions, FindService
 from dicom_node.services.retrieve import RetrieveService
 from dicom_node.services.store import StoreService
 
-__all__ = ["TOUCH_S", "Serving"]
+__all__ = ["TOUCH_S", "Serving", "listening"]
 
 log = logging.getLogger(__name__)
 
 TOUCH_S = 2.0
+
+
+def listening(sock: socket.socket | None, config: NodeConfig, backlog: int) -> socket.socket:
+    """`sock`, already bound, or a new one on the configured address, listening. Raises OSError when it cannot be."""
+    if sock is not None:
+        sock.listen(backlog)
+        return sock
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return socket.create_server((config.host, config.dicom_port), family=family, backlog=backlog)
 
 
 class Serving:
