@@ -14,7 +14,7 @@ PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
-    *("apart", "breaker", "budget", "identity", "lifeline", "memory_files"),
+    *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything

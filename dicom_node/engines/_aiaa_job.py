@@ -7,27 +7,26 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dicom_node.engines._aiaa_budget import Budget
 from dicom_node.engines._aiaa_crop import boxed
 from dicom_node.engines._aiaa_options import INTERACTIVE, AiaaOptions, Api
 from dicom_node.engines._aiaa_outlines import Outlines
 from dicom_node.engines._aiaa_parts import Reply
 from dicom_node.engines._aiaa_points import Points
 from dicom_node.engines._aiaa_server import LOST, AiaaServer, Asked, Model, Session
+from dicom_node.engines._stacks import Budget, Stack
 from dicom_node.engines._tally import measured
 from dicom_node.engines.grids import GeometryMismatch
 from dicom_node.engines.labels import names_by_value
 from dicom_node.engines.masks import from_label_map, read_volume
 from dicom_node.engines.nifti import write_nifti
 from dicom_node.engines.outgoing import read_header
-from dicom_node.engines.privacy import why_not
 from dicom_node.engines.raw_values import only_text
 from dicom_node.errors import (
     EngineCrashed,
@@ -39,52 +38,16 @@ from dicom_node.errors import (
     NodeError,
     StorageError,
 )
-from dicom_node.geometry import VolumeGeometry
-from dicom_node.model import EngineTask, Sending, StoredInstance
-from dicom_node.pixels import ImageFile, read_image, series_geometry
+from dicom_node.model import EngineTask, Sending
 from dicom_node.pixels import read_volume as read_pixels
 from dicom_node.values import LabelVolume, ResultValue
 
-__all__ = ["Stack", "VolumeJob", "kept_if_unfit", "screened", "stack_of"]
+__all__ = ["VolumeJob", "kept_if_unfit"]
 
 log = logging.getLogger(__name__)
 
 FILE = "volume.nii.gz"  # what the server sees: nothing of the patient
 MIN_EXTREME_POINTS = 6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stack:
-    """A series that may be sent. `identifiable`: its pixels may name the patient."""
-
-    images: tuple[ImageFile, ...]
-    geometry: VolumeGeometry
-    identifiable: bool
-
-
-def stack_of(task: EngineTask, budget: Budget, *, hide: bool) -> Stack:
-    """The volume of the series, if it may leave. Raises SeriesRejected, EngineRejected."""
-    images = []
-    for instance in task.instances:
-        images.append(read_image(instance))
-        budget.beat()
-    geometry = series_geometry(images)
-    used = set(geometry.sop_instance_uids)
-    images = [image for image in images if image.instance.sop_instance_uid in used]
-    identifiable = screened([image.instance for image in images], budget, hide=hide)
-    return Stack(images=tuple(images), geometry=geometry, identifiable=identifiable)
-
-
-def screened(instances: Sequence[StoredInstance], budget: Budget, *, hide: bool) -> bool:
-    """Whether the pixels may name the patient. Raises EngineRejected for images that may not leave."""
-    identifiable = False
-    for instance in instances:
-        header = read_header(instance)
-        if reason := why_not(header, hide=hide):
-            raise EngineRejected(reason)
-        identifiable = identifiable or bool(why_not(header, hide=True))
-        budget.beat()
-    return identifiable
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dicom_node.engines._aiaa_budget import Budget
 from dicom_node.engines._aiaa_options import PolygonOptions
 from dicom_node.engines._aiaa_pictures import grey, write_png
 from dicom_node.engines._aiaa_polygons import Slices, UnusablePolygons, area, painted, polygons_of, slices_of
 from dicom_node.engines._aiaa_server import AiaaServer, Asked
+from dicom_node.engines._stacks import Budget
 from dicom_node.engines.grids import labels_on_source
 from dicom_node.engines.masks import read_volume
 from dicom_node.engines.nifti import write_nifti

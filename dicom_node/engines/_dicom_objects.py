@@ -7,13 +7,9 @@ patient, study, visit and procedure step say nothing about images and are left o
 from __future__ import annotations
 
 import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pydicom import config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
@@ -30,6 +26,7 @@ from dicom_node.engines.outgoing import opened_data_set
 from dicom_node.engines.privacy import Pseudonyms
 from dicom_node.errors import EngineError, EngineRejected
 from dicom_node.interfaces import ReturnedObject
+from dicom_node.quiet import quiet
 
 __all__ = ["Described", "described", "restored_copy"]
 
@@ -77,7 +74,7 @@ def described(returned: ReturnedObject) -> Described:
     patient_id = ""
     if returned.instance.path:
         try:
-            with _quiet():
+            with quiet():
                 ds = _read(returned, pixels=False)
                 patient_id = str(ds.get("PatientID") or "").strip()
                 _collect(ds, 0, refers_to, frames)
@@ -116,7 +113,7 @@ def restored_copy(one: Described, pseudonyms: Pseudonyms, source: Dataset, sibli
     if syntax == ExplicitVRBigEndian:
         raise EngineRejected("a returned object is in big endian, which the node does not rewrite")
     try:
-        with _quiet():
+        with quiet():
             returned = _read(one.returned, pixels=True)
     except _UNREADABLE as exc:
         raise EngineError(f"a returned object cannot be read ({type(exc).__name__})") from None
@@ -126,14 +123,6 @@ def restored_copy(one: Described, pseudonyms: Pseudonyms, source: Dataset, sibli
     copy.file_meta = FileMetaDataset()
     copy.file_meta.TransferSyntaxUID = UID(syntax)
     return copy
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """pydicom's warnings and log lines quote values, which may name patients."""
-    with warnings.catch_warnings(), config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Bounded:

@@ -20,14 +20,14 @@ from urllib.parse import urlsplit
 from dicom_node.breaker import BreakerState
 from dicom_node.budget import VolumeMemory, volume_bytes
 from dicom_node.config import EngineSettings
-from dicom_node.engines._aiaa_budget import Budget
 from dicom_node.engines._aiaa_findings import findings_of
-from dicom_node.engines._aiaa_job import VolumeJob, kept_if_unfit, screened, stack_of
+from dicom_node.engines._aiaa_job import VolumeJob, kept_if_unfit
 from dicom_node.engines._aiaa_options import INTERACTIVE, AiaaOptions, Api
 from dicom_node.engines._aiaa_pictures import grey, write_png
 from dicom_node.engines._aiaa_points import points_for
 from dicom_node.engines._aiaa_server import MAX_CONFIG_BYTES, AiaaServer, Asked, Model, Session
 from dicom_node.engines._http import parse_options
+from dicom_node.engines._stacks import Budget, screened, stack_of
 from dicom_node.engines.labels import names_by_value
 from dicom_node.engines.privacy import must_hide
 from dicom_node.errors import ConfigError, SeriesRejected

@@ -28,15 +28,15 @@ from dicom_node.engines._kserve_check import misfits
 from dicom_node.engines._kserve_recipe import KServeOptions, VolumeRecipe
 from dicom_node.engines._kserve_server import Described, Observer, Server, one_line
 from dicom_node.engines._kserve_volume import Plan, label_volume, planned
+from dicom_node.engines._stacks import Budget, stack_of
 from dicom_node.engines._tally import measured
 from dicom_node.engines.outgoing import read_header
 from dicom_node.engines.privacy import must_hide, why_not
-from dicom_node.errors import ConfigError, EngineError, EngineRejected, EngineTimeout, EngineUnavailable
-from dicom_node.geometry import VolumeGeometry
+from dicom_node.errors import ConfigError, EngineError, EngineUnavailable
 from dicom_node.identity import device_uid
 from dicom_node.interfaces import Heartbeat
 from dicom_node.model import EngineTask, Sending, StoredInstance
-from dicom_node.pixels import ImageFile, read_image, read_volume, series_geometry
+from dicom_node.pixels import read_volume
 from dicom_node.values import EngineResult, Provenance
 
 __all__ = ["KServeEngine", "KServeOptions"]
@@ -136,7 +136,7 @@ class KServeEngine:
         (status 500), EngineTimeout, and other EngineErrors for an answer that does not fit, which is then in the
         quarantine; StorageError and LeaseLost of the task's own functions; and whatever `heartbeat` raises.
         """
-        budget = _Budget(self, heartbeat, min(task.timeout_s, self._timeout_s))
+        budget = Budget(self.name, heartbeat, min(task.timeout_s, self._timeout_s), lambda: self._closed)
         recipe = self._options.recipe
         run = self._run_volume if isinstance(recipe, VolumeRecipe) else self._run_radiographs
         return run(task, budget)
@@ -156,11 +156,12 @@ class KServeEngine:
 
     # --- volumes
 
-    def _run_volume(self, task: EngineTask, budget: _Budget) -> EngineResult:
+    def _run_volume(self, task: EngineTask, budget: Budget) -> EngineResult:
         recipe = self._options.volume
         assert recipe is not None
         began = time.perf_counter()
-        images, geometry, identifiable = self._stack(task, budget)
+        stack = stack_of(task, budget, hide=self._hide)  # told whether the server is there or not
+        geometry = stack.geometry
         told = self._described(budget.beat, budget.left_s())
         plan = planned(
             recipe,
@@ -171,9 +172,9 @@ class KServeEngine:
         )
         hounsfield = recipe.input.values == "hu"
         with self._memory.taken(volume_bytes(task), task.priority, budget.beat, wait_s=budget.left_s()):
-            voxels = read_volume(images, geometry, values=recipe.input.values, heartbeat=budget.beat)
+            voxels = read_volume(stack.images, geometry, values=recipe.input.values, heartbeat=budget.beat)
             ready = time.perf_counter()
-            with self._sending(task, "volume", identifiable, budget) as (traffic, infer):
+            with self._sending(task, "volume", stack.identifiable, budget) as (traffic, infer):
                 labels = label_volume(recipe, plan, voxels, geometry, infer, budget.beat)
             answered = time.perf_counter()
             measurements = measured(labels, voxels, geometry, hounsfield=hounsfield, heartbeat=budget.beat)
@@ -181,29 +182,9 @@ class KServeEngine:
         provenance = self._provenance(told, traffic.versions, _told_of(recipe, plan))
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)
 
-    def _stack(self, task: EngineTask, budget: _Budget) -> tuple[Sequence[ImageFile], VolumeGeometry, bool]:
-        """The images of a regular stack that may be sent, and whether they may name the patient in their pixels.
-
-        Told before the server is asked, whether it is there or not. Raises SeriesRejected, EngineRejected.
-        """
-        images = []
-        for instance in task.instances:
-            images.append(read_image(instance))
-            budget.beat()
-        geometry = series_geometry(images)
-        used = set(geometry.sop_instance_uids)
-        images = [image for image in images if image.instance.sop_instance_uid in used]
-        identifiable = False
-        for image in images:
-            if reason := self._why_not(image.instance):
-                raise EngineRejected(reason)
-            identifiable = identifiable or self._is_identifiable(image.instance)
-            budget.beat()
-        return images, geometry, identifiable
-
     # --- radiographs
 
-    def _run_radiographs(self, task: EngineTask, budget: _Budget) -> EngineResult:
+    def _run_radiographs(self, task: EngineTask, budget: Budget) -> EngineResult:
         recipe = self._options.radiograph
         assert recipe is not None
         began = time.perf_counter()
@@ -236,7 +217,7 @@ class KServeEngine:
 
     @contextmanager
     def _sending(
-        self, task: EngineTask, what: str, identifiable: bool, budget: _Budget, objects: int = 1
+        self, task: EngineTask, what: str, identifiable: bool, budget: Budget, objects: int = 1
     ) -> Iterator[tuple[_Traffic, Callable[[wire.Message, Mapping[str, wire.Wanted]], wire.Reply]]]:
         """All requests of a series as one sending. An answer that does not fit is kept for a person to look at.
 
@@ -302,25 +283,3 @@ def _kept(task: EngineTask, body: bytes, reason: str) -> str:
             return ""
         name = task.quarantine(answer, reason)
     return f"; the answer is in the quarantine as {name}" if name else ""
-
-
-class _Budget:
-    """The time of one series. `beat` is for long loops: it ends them when the time is over or the engine is closed."""
-
-    def __init__(self, engine: KServeEngine, heartbeat: Heartbeat, timeout_s: float) -> None:
-        self._engine, self._heartbeat = engine, heartbeat
-        self._timeout_s, self._end = timeout_s, time.monotonic() + timeout_s
-
-    def left_s(self) -> float:
-        """What is left. Raises EngineTimeout when nothing is."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise EngineTimeout(f"engine {self._engine.name}: no answer within {self._timeout_s:g} s")
-        return left
-
-    def beat(self) -> None:
-        """Raises EngineTimeout, EngineUnavailable, and what the heartbeat raises."""
-        if self._engine._closed:
-            raise EngineUnavailable(f"the engine {self._engine.name} is closed")
-        self._heartbeat()
-        self.left_s()

@@ -32,12 +32,12 @@ from dicom_node.config import EngineSettings
 from dicom_node.engines._http import HttpClient, Part, parse_options
 from dicom_node.engines._limits import Slots
 from dicom_node.engines._monai_label_told import Info, Model, Session, Settings, plain_text
+from dicom_node.engines._stacks import Budget, Stack, stack_of
 from dicom_node.engines._tally import measured
 from dicom_node.engines.labels import names_by_value
 from dicom_node.engines.masks import from_label_map, read_volume
 from dicom_node.engines.nifti import write_nifti
-from dicom_node.engines.outgoing import read_header
-from dicom_node.engines.privacy import must_hide, why_not
+from dicom_node.engines.privacy import must_hide
 from dicom_node.errors import (
     ConfigError,
     EngineCrashed,
@@ -50,8 +50,7 @@ from dicom_node.errors import (
 from dicom_node.geometry import VolumeGeometry
 from dicom_node.identity import device_uid
 from dicom_node.interfaces import Heartbeat
-from dicom_node.model import EngineTask, Sending, StoredInstance
-from dicom_node.pixels import ImageFile, read_image, series_geometry
+from dicom_node.model import EngineTask, Sending
 from dicom_node.pixels import read_volume as read_pixels
 from dicom_node.values import EngineResult, LabelVolume, Provenance
 
@@ -65,15 +64,6 @@ _LOST = (404, 440)  # of a session: the server knows it no more
 
 Voxels = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 Observer = Callable[[str, str, float], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stack:
-    """A series that may be sent. `identifiable`: its pixels may name the patient."""
-
-    images: tuple[ImageFile, ...]
-    geometry: VolumeGeometry
-    identifiable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,15 +161,15 @@ class MonaiLabelEngine:
         and LeaseLost of the task's own functions; and whatever `heartbeat` raises.
         """
         timeout_s = min(task.timeout_s, self._timeout_s)
-        patience = _Budget(self, heartbeat, timeout_s)
-        stack = self._stack(task, patience)
+        patience = Budget(self.name, heartbeat, timeout_s, lambda: self._closed)
+        stack = stack_of(task, patience, hide=self._hide)  # told whether the server is there or not
         with tempfile.TemporaryDirectory(prefix="monai-label-") as folder, ExitStack() as holding:
             answer = Path(folder) / "answer"
             with self._turn(patience):
                 holding.enter_context(
                     self._memory.taken(volume_bytes(task), task.priority, patience.beat, wait_s=patience.left_s())
                 )
-                budget = _Budget(self, heartbeat, timeout_s)
+                budget = Budget(self.name, heartbeat, timeout_s, lambda: self._closed)
                 began = time.perf_counter()
                 info = self._info(budget.beat, min(_INFO_S, budget.left_s()))
                 model = self._of(info)
@@ -197,7 +187,7 @@ class MonaiLabelEngine:
         return EngineResult(values=(labels, measurements), provenance=provenance, stage_seconds=stages)
 
     @contextmanager
-    def _turn(self, patience: _Budget) -> Iterator[None]:
+    def _turn(self, patience: Budget) -> Iterator[None]:
         """One of the places at the server. Raises EngineUnavailable when `patience` is over before there is one."""
         turn = ExitStack()
         try:
@@ -241,22 +231,7 @@ class MonaiLabelEngine:
 
     # --- out
 
-    def _stack(self, task: EngineTask, budget: _Budget) -> _Stack:
-        """What of the series is sent, if anything may be: told before the server is asked, whether it is there or not.
-
-        Raises SeriesRejected, EngineRejected.
-        """
-        images = []
-        for instance in task.instances:
-            images.append(read_image(instance))
-            budget.beat()
-        geometry = series_geometry(images)
-        used = set(geometry.sop_instance_uids)
-        images = [image for image in images if image.instance.sop_instance_uid in used]
-        identifiable = self._screened([image.instance for image in images], budget)
-        return _Stack(images=tuple(images), geometry=geometry, identifiable=identifiable)
-
-    def _prepare(self, task: EngineTask, stack: _Stack, path: Path, budget: _Budget) -> _Prepared:
+    def _prepare(self, task: EngineTask, stack: Stack, path: Path, budget: Budget) -> _Prepared:
         """The stack as a file, and what is recorded of its sending. Raises SeriesRejected, StorageError."""
         is_ct = {"CT"} == set(task.header.values.get("Modality", ()))
         hounsfield = self._options.values == "hu" or (self._options.values == "auto" and is_ct)
@@ -279,18 +254,7 @@ class MonaiLabelEngine:
         )
         return _Prepared(geometry=stack.geometry, voxels=voxels, hounsfield=hounsfield, path=path, sending=sending)
 
-    def _screened(self, instances: Sequence[StoredInstance], budget: _Budget) -> bool:
-        """Whether the pixels may name the patient. Raises EngineRejected for images that may not leave."""
-        identifiable = False
-        for instance in instances:
-            header = read_header(instance)
-            if reason := why_not(header, hide=self._hide):
-                raise EngineRejected(reason)
-            identifiable = identifiable or bool(why_not(header, hide=True))
-            budget.beat()
-        return identifiable
-
-    def _infer(self, task: EngineTask, prepared: _Prepared, answer: Path, budget: _Budget) -> None:
+    def _infer(self, task: EngineTask, prepared: _Prepared, answer: Path, budget: Budget) -> None:
         if not self._options.session:
             file = Part(name="file", content=prepared.path, filename=_FILE, content_type="application/octet-stream")
             with task.record(prepared.sending):
@@ -312,7 +276,7 @@ class MonaiLabelEngine:
             self._ask_session(task, held, answer, budget)
         self._end(held, budget)
 
-    def _ask(self, query: Mapping[str, str], files: Sequence[Part], answer: Path, budget: _Budget) -> None:
+    def _ask(self, query: Mapping[str, str], files: Sequence[Part], answer: Path, budget: Budget) -> None:
         params = {"result_extension": ".nii.gz", **self._options.params}
         self._http.call_into(
             "POST",
@@ -327,7 +291,7 @@ class MonaiLabelEngine:
 
     # --- sessions
 
-    def _put(self, task: EngineTask, prepared: _Prepared, budget: _Budget) -> Session:
+    def _put(self, task: EngineTask, prepared: _Prepared, budget: Budget) -> Session:
         """The volume as a session, remembered with the job: a retry needs not send it again."""
         expiry = self._options.session_expiry_s
         file = Part(name="files", content=prepared.path, filename=_FILE, content_type="application/octet-stream")
@@ -346,12 +310,12 @@ class MonaiLabelEngine:
         task.remember(held.note)
         return held
 
-    def _ask_session(self, task: EngineTask, held: Session, answer: Path, budget: _Budget) -> None:
+    def _ask_session(self, task: EngineTask, held: Session, answer: Path, budget: Budget) -> None:
         asked = Sending(what="request", host=self._host, objects=0, identifiable=False, remote_id=held.id)
         with task.record(asked):
             self._ask({"session_id": held.id}, (), answer, budget)
 
-    def _is_over(self, exc: EngineError, held: Session, budget: _Budget) -> bool:
+    def _is_over(self, exc: EngineError, held: Session, budget: Budget) -> bool:
         """Whether `exc` is for a session the server knows no more: of one it says 500, as of anything else."""
         if exc.http_status in _LOST:
             return True
@@ -363,7 +327,7 @@ class MonaiLabelEngine:
             return asked.http_status in _LOST
         return False
 
-    def _end(self, held: Session, budget: _Budget) -> None:
+    def _end(self, held: Session, budget: Budget) -> None:
         """The answer is there: a session that cannot be ended ends by itself."""
         try:
             self._http.call(
@@ -380,7 +344,7 @@ class MonaiLabelEngine:
     # --- back
 
     def _labels(
-        self, task: EngineTask, prepared: _Prepared, answer: Path, names: Mapping[int, str], budget: _Budget
+        self, task: EngineTask, prepared: _Prepared, answer: Path, names: Mapping[int, str], budget: Budget
     ) -> LabelVolume:
         with _kept_if_unfit(task, answer):
             returned = read_volume(answer, heartbeat=budget.beat)
@@ -421,25 +385,3 @@ def _kept_if_unfit(task: EngineTask, answer: Path) -> Iterator[None]:
     except EngineError as exc:
         name = task.quarantine(answer, str(exc))
         raise type(exc)(f"{exc}; the file is in the quarantine as {name}" if name else str(exc)) from exc
-
-
-class _Budget:
-    """The time of one series. `beat` is for long loops: it ends them when the time is over or the engine is closed."""
-
-    def __init__(self, engine: MonaiLabelEngine, heartbeat: Heartbeat, timeout_s: float) -> None:
-        self._engine, self._heartbeat = engine, heartbeat
-        self._timeout_s, self._end = timeout_s, time.monotonic() + timeout_s
-
-    def left_s(self) -> float:
-        """What is left. Raises EngineTimeout when nothing is."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise EngineTimeout(f"engine {self._engine.name}: no answer within {self._timeout_s:g} s")
-        return left
-
-    def beat(self) -> None:
-        """Raises EngineTimeout, EngineUnavailable, and what the heartbeat raises."""
-        if self._engine._closed:
-            raise EngineUnavailable(f"the engine {self._engine.name} is closed")
-        self._heartbeat()
-        self.left_s()

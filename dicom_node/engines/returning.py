@@ -6,17 +6,15 @@ Series Instance and other new UIDs) is the engine's to say; what it *refers to* 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
-from pydicom import config
 from pydicom._uid_dict import UID_dictionary
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from dicom_node.errors import EngineError
+from dicom_node.quiet import quiet
 
 __all__ = ["ForeignReference", "restored"]
 
@@ -42,7 +40,7 @@ def restored(
 ) -> Dataset:
     """See `privacy.Pseudonyms.restored`; `own` names the attributes taken from `source`."""
     try:
-        with _quiet():
+        with quiet():
             return _restored(returned, source, originals, siblings, own)
     except _UNREADABLE as exc:
         raise EngineError(f"a returned object cannot be read ({type(exc).__name__})") from None
@@ -69,14 +67,6 @@ def _restored(
         _map(element, originals)
     _take_over(whole, source, own)
     return whole
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep pydicom from warning about, and logging, values that break their VR: they may name patients."""
-    with warnings.catch_warnings(), config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _copied(returned: Dataset) -> Dataset:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
 
-from pydicom import config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filebase import DicomBytesIO
@@ -26,6 +23,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from dicom_node.errors import EncodingError
 from dicom_node.identity import digest_uid
+from dicom_node.quiet import quiet
 from dicom_node.results import codes
 from dicom_node.results._sources import decoded, identity
 from dicom_node.values import Provenance, ResultContext
@@ -54,14 +52,6 @@ _ONE_LINE = frozenset({"CS", "SH", "LO"})
 _SERIES_BANDS = 90  # 9000, 9010 ... 9890: one band of ten series numbers for an algorithm
 _KIND_OFFSETS = {"seg": 1, "sr": 2, "labelmap": 3, "stl": 4, "sc": 5, "pdf": 6, "ann": 7}
 MAKER = "dicom-node"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep pydicom from warning about, and logging, values of the source that break their VR: they name patients."""
-    with warnings.catch_warnings(), config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def clean(text: str, vr: str) -> str:
