@@ -114,6 +114,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     from dicom_node.pipeline.fsck import fsck as check
     from dicom_node.process import wait_for_children
     from dicom_node.store.catalog import data_lock
+    from dicom_node.wiring import replay_journals
 
     config = offline(arguments)
     if not config.data_dir.is_dir():
@@ -121,6 +122,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
         wait_for_children(config.data_dir)
         with open_here(config) as catalog:
+            replay_journals(catalog, config)
             report = check(
                 catalog,
                 rebuild=arguments.repair,

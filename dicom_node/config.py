@@ -149,6 +149,9 @@ class StorageSettings(_Settings):
     reserve_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
     reserve_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.02
     """Free space kept: the larger of the two; below it C-STORE is answered 0xA700. Set both 0 to switch it off."""
+    journal_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
+    """Of the intake journal of each receiver, which makes objects durable before their files are. An object larger than
+    an eighth of it is synced by itself; 0: every one is."""
     max_object_bytes: Annotated[int, Field(gt=0)] = 8 * 1024**3
     max_inflated_header_bytes: Annotated[int, Field(gt=0)] = 16 * 1024**2
     """Bound on what is inflated of a Deflated data set to read its header."""

@@ -25,12 +25,14 @@ from dicom_node.model import (
     EngineTask,
     InstanceRecord,
     Job,
+    JournalPlace,
     Level,
     Match,
     Origin,
     PlannedJob,
     Priority,
     Query,
+    Receipt,
     Sending,
     SendingRecord,
     SendingState,
@@ -96,8 +98,12 @@ class Spool(Protocol):
         """The data set's bytes, readable until `commit` or `discard`, for validation without a copy."""
         ...
 
-    def commit(self) -> ArchivedFile:
+    def commit(self, receipt: Receipt | None = None) -> ArchivedFile:
         """Make bytes and name durable (fsync file, link, fsync folder; the order of reliability section 3).
+
+        With a `receipt` an archive that has an intake journal may instead make bytes and receipt durable there, and
+        the file later: `ArchivedFile.journal` then tells where. Whoever commits that way must hand the file to
+        `Archive.settled` once it is indexed, or is not going to be.
 
         Raises StorageError; nothing is then visible under a final name that was not there before.
         """
@@ -139,6 +145,10 @@ class Archive(Protocol):
         """Remove a file (of a transaction that failed, or a released variant). Missing is fine."""
         ...
 
+    def settled(self, file: ArchivedFile) -> None:
+        """The index holds this file as durably as the journal needs, or never will. A no-op without a journal."""
+        ...
+
 
 # --- index ---------------------------------------------------------------------------------------------------------
 
@@ -153,6 +163,9 @@ class InstanceIndex(Protocol):
         same_pixels: Callable[[StoredInstance], bool],
     ) -> StoreOutcome:
         """Index one archived instance, in one transaction with everything that must follow from it.
+
+        Where `record.file.journal` is set the transaction notes that place, and is durable only together with the
+        journal: its record is replayed at start unless the note is there.
 
         The same UID with the same sha256 and transfer syntax (as main row or kept variant) is DUPLICATE: no change.
         The same UID in another transfer syntax is OTHER_SYNTAX: kept as a listed variant. Other content follows
@@ -232,6 +245,25 @@ class InstanceSink(Protocol):
         0x0110).
         """
         ...
+
+
+# --- the intake journal --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournaledObject:
+    """One object the intake journal holds: `length` bytes of a Part-10 file, of which `meta_length` precede its data.
+
+    `digest` is of the data set; `read(offset, count)` gives bytes of the file, fewer at its end (OSError).
+    """
+
+    place: JournalPlace
+    receipt: Receipt
+    transfer_syntax_uid: str
+    length: int
+    meta_length: int
+    digest: bytes
+    read: Callable[[int, int], bytes]
 
 
 # --- checking archive against index --------------------------------------------------------------------------------

@@ -70,13 +70,34 @@ class InstanceHeader:
 class ArchivedFile:
     """Bytes that are durable in the archive: a Part-10 file at `location` (archive-relative, opaque).
 
-    The data set occupies `data_set_length` bytes from `data_set_offset`; `sha256` is of those bytes only.
+    The data set occupies `data_set_length` bytes from `data_set_offset`; `sha256` is of those bytes only. `journal`:
+    where the intake journal holds all of it until the file itself is durable, None when the file is so already.
     """
 
     location: str
     data_set_offset: int
     data_set_length: int
     sha256: str
+    journal: JournalPlace | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalPlace:
+    """A record of the intake journal: the name of that life of its segment (16 random bytes), and where it begins."""
+
+    segment: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What is known of a received instance beside its bytes: what a file alone could not tell after a crash."""
+
+    source: Source
+    origin: Origin
+    conflict_policy: ConflictPolicy
+    received_at: datetime
+    received_boot: BootTime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
 from dicom_node.process import Facts, Orders, adopted
-from dicom_node.wiring import CountedIngest, node_catalog
+from dicom_node.wiring import CountedIngest, node_catalog, start_journal
 
 __all__ = ["Receiver"]
 
@@ -20,6 +20,8 @@ class Receiver:
         config = orders.config
         self._catalog = node_catalog(config, clock)
         self._catalog.database.warm_up()
+        self._catalog.database.keep_tidy()
+        start_journal(self._catalog, config, number=0)
         metrics = Metrics(config, process="receiver")
         self._server = server_class(config.wire)(
             config,

@@ -27,6 +27,7 @@ from dicom_node.model import BootTime
 from dicom_node.process import Orders, encode_orders, wait_for_children
 from dicom_node.pulse import Pulse, beat, read_pulse, run_folder
 from dicom_node.store.catalog import Catalog, data_lock, open_catalog
+from dicom_node.wiring import replay_journals
 
 __all__ = ["ROLES", "serve"]
 
@@ -164,6 +165,7 @@ class _Supervisor:
         wait_for_children(self._config.data_dir)
         with self._catalog() as catalog:
             catalog.recover()
+            replay_journals(catalog, self._config)
         run = run_folder(self._config.data_dir)
         shutil.rmtree(run, ignore_errors=True)
         (run / "metrics").mkdir(parents=True)

@@ -25,8 +25,10 @@ from dicom_node.model import (
     StoreResult,
 )
 from dicom_node.pipeline.ingest import Ingest
+from dicom_node.pipeline.replay import replay
 from dicom_node.plugins import encoder_class, encoder_kinds, engine_class, is_own_engine
 from dicom_node.store.catalog import Catalog, open_catalog
+from dicom_node.store.journal import Journal
 from dicom_node.store.queue import QueueOptions
 from dicom_node.values import EngineResult, Pending
 
@@ -44,6 +46,8 @@ __all__ = [
     "origin_for",
     "policy_for",
     "put_away",
+    "replay_journals",
+    "start_journal",
 ]
 
 log = logging.getLogger(__name__)
@@ -78,6 +82,49 @@ def node_catalog(config: NodeConfig, clock: Clock) -> Catalog:
         is_engine=_is_engine(config),
     )
     return open_catalog(config.data_dir, clock, config.storage, options=options)
+
+
+def replay_journals(catalog: Catalog, config: NodeConfig) -> None:
+    """Bring what a crash left in intake journals into archive and index. While no process of the node runs.
+
+    Raises StorageError: the node must not start over objects it acknowledged and cannot show.
+    """
+    for number in catalog.journal_numbers():
+        journal = catalog.open_journal(number)
+        try:
+            _replay(catalog, config, journal)
+        finally:
+            journal.close()
+    catalog.index.forget_journaled()
+
+
+def _replay(catalog: Catalog, config: NodeConfig, journal: Journal) -> None:
+    replay(
+        journal.left_behind(),
+        catalog.archive,
+        catalog.index,
+        max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
+    )
+    journal.clear()
+
+
+def start_journal(catalog: Catalog, config: NodeConfig, number: int) -> None:
+    """Give a receiver its intake journal. Where it cannot be had, which is logged, each object is synced by itself."""
+    if not config.storage.journal_bytes:
+        return
+    try:
+        journal = catalog.open_journal(number)
+    except NodeError as exc:
+        log.error("no intake journal", extra={"action": "journal_off", "error": str(exc)})
+        return
+    try:
+        _replay(catalog, config, journal)
+    except NodeError as exc:
+        log.error("no intake journal", extra={"action": "journal_off", "error": str(exc)})
+        journal.close()
+        return
+    journal.begin()
+    catalog.archive.journal = journal
 
 
 def _is_engine(config: NodeConfig) -> Callable[[str, str], bool]:

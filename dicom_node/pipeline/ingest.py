@@ -2,8 +2,9 @@
 
     reserve · spool · scan · identity · archive (bytes and name) · index (row)          then Success
 
-What was acknowledged survives a power cut, because each step is durable before the next. What is refused leaves
-nothing. Only UIDs and constant words are logged: texts of unforeseen exceptions may hold values of the data set.
+What was acknowledged survives a power cut, because each step is durable before the next, or the archive's journal
+holds bytes and facts and is replayed (`pipeline.replay`). What is refused leaves nothing. Only UIDs and constant words
+are logged: texts of unforeseen exceptions may hold values of the data set.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from dicom_node.model import (
     InstanceHeader,
     InstanceRecord,
     Origin,
+    Receipt,
     Source,
     StoredInstance,
     StoreOutcome,
     StoreResult,
 )
 
-__all__ = ["Ingest"]
+__all__ = ["Ingest", "same_pixels"]
 
 log = logging.getLogger(__name__)
 
@@ -130,15 +132,17 @@ class Ingest:
         self, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, incoming: _Fragments, source: Source
     ) -> StoreResult:
         requested = (normalise_uid(sop_class_uid)[0], normalise_uid(sop_instance_uid)[0])
-        record, created = self._archive_one(requested, transfer_syntax_uid, incoming, source, self._origin_for(source))
-        policy = self._conflict_policy_for(source)
+        policy, origin = self._conflict_policy_for(source), self._origin_for(source)
+        record, created = self._archive_one(requested, transfer_syntax_uid, incoming, source, origin, policy)
         try:
-            outcome = self._index.add_instance(record, policy, lambda first: self._same_pixels(first, record))
+            outcome = self._index.add_instance(record, policy, lambda first: same_pixels(self._archive, first, record))
         except CatalogBusy:
             raise  # the row may yet be written; a file without one is harmless
         except BaseException:
             self._remove(record.file, created)
             raise
+        finally:
+            self._archive.settled(record.file)
         if outcome is StoreOutcome.REFUSED:
             self._remove(record.file, created)
         return self._answer(record, outcome)
@@ -150,7 +154,9 @@ class Ingest:
         incoming: _Fragments,
         source: Source,
         origin: Origin,
+        policy: ConflictPolicy | None = None,
     ) -> tuple[InstanceRecord, bool]:
+        """The bytes, durable. With a `policy`, the one they will be indexed by, the intake journal may hold them."""
         sop_class_uid, sop_instance_uid = requested
         spool = self._archive.begin(
             sop_class_uid=sop_class_uid,
@@ -165,7 +171,15 @@ class Ingest:
                 spool.write(fragment)
             header = self._scan(spool, transfer_syntax_uid)
             _check_identity(header, requested)
-            file = spool.commit()
+            received_at, received_boot = self._clock.wall(), self._clock.boot()
+            receipt = policy and Receipt(
+                source=source,
+                origin=origin,
+                conflict_policy=policy,
+                received_at=received_at,
+                received_boot=received_boot,
+            )
+            file = spool.commit(receipt)
         finally:
             spool.discard()
         record = InstanceRecord(
@@ -173,8 +187,8 @@ class Ingest:
             file=file,
             source=source,
             origin=origin,
-            received_at=self._clock.wall(),
-            received_boot=self._clock.boot(),
+            received_at=received_at,
+            received_boot=received_boot,
         )
         return record, spool.created
 
@@ -210,27 +224,26 @@ class Ingest:
             return StoreResult(status=COERCED, outcome=outcome, comment="kept beside its other transfer syntax")
         return StoreResult(status=SUCCESS, outcome=outcome)
 
-    # --- other content under a known UID
 
-    def _same_pixels(self, first: StoredInstance, record: InstanceRecord) -> bool:
-        """Whether only the header changed: both end in the same bytes from the pixel data element on.
+def same_pixels(archive: Archive, first: StoredInstance, record: InstanceRecord) -> bool:
+    """Whether only the header changed: both end in the same bytes from the pixel data element on.
 
-        The transfer syntax is the same. False without pixel data, for deflated data sets, and when the first cannot be
-        read: it is then told as other content.
-        """
-        offset = record.header.pixel_data_offset
-        if offset is None or record.header.transfer_syntax_uid in DEFLATED_SYNTAXES:
-            return False
-        length = record.file.data_set_length - offset
-        if length > first.data_set_length:
-            return False
-        try:
-            with open(first.path, "rb") as one, open(self._archive.path(record.file.location), "rb") as other:
-                one.seek(first.data_set_offset + first.data_set_length - length)
-                other.seek(record.file.data_set_offset + offset)
-                return all(one.read(_PIECE) == other.read(_PIECE) for _ in range(0, length, _PIECE))
-        except OSError:
-            return False
+    The transfer syntax is the same. False without pixel data, for deflated data sets, and when the first cannot be
+    read: it is then told as other content.
+    """
+    offset = record.header.pixel_data_offset
+    if offset is None or record.header.transfer_syntax_uid in DEFLATED_SYNTAXES:
+        return False
+    length = record.file.data_set_length - offset
+    if length > first.data_set_length:
+        return False
+    try:
+        with open(first.path, "rb") as one, open(archive.path(record.file.location), "rb") as other:
+            one.seek(first.data_set_offset + first.data_set_length - length)
+            other.seek(record.file.data_set_offset + offset)
+            return all(one.read(_PIECE) == other.read(_PIECE) for _ in range(0, length, _PIECE))
+    except OSError:
+        return False
 
 
 class _Fragments:

@@ -3,6 +3,7 @@
     <data>/catalog.db       index, ledger, queues (SQLite, WAL)
     <data>/catalog.lock     writers of every process take turns on it
     <data>/archive/         the bytes
+    <data>/journal/         received objects whose files are not yet on disk, see `store.journal`
     <data>/node.lock        held by the node that uses the folder
     <data>/quarantine/      files engines returned that do not fit, see `store.quarantine`
     <data>/rules_in_force.json   the last rules that were right, for a restart while the folder is broken
@@ -22,16 +23,20 @@ from pathlib import Path
 
 from dicom_node.config import StorageSettings
 from dicom_node.errors import ConfigError, StorageError
-from dicom_node.interfaces import Clock
+from dicom_node.interfaces import Clock, JournaledObject
 from dicom_node.store.database import Database
 from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.index import SqliteIndex
+from dicom_node.store.journal import Journal
 from dicom_node.store.migrations import migrate
 from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 
 __all__ = ["Catalog", "data_lock", "open_catalog"]
+
+JOURNAL_SEGMENTS = 8
+MIN_SEGMENT = 2 * 1024**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,41 @@ class Catalog:
     queue: SqliteQueue
     quarantine: Quarantine
     epoch: str
+    data_dir: Path
+    storage: StorageSettings
+    files: FileSystem
+
+    # --- the intake journals
+
+    def journal_numbers(self) -> tuple[int, ...]:
+        """Numbers of the journals in the data folder, of receivers that run or ran."""
+        folders = (self.data_dir / "journal").glob("*")
+        return tuple(sorted(int(folder.name) for folder in folders if folder.name.isdecimal()))
+
+    def open_journal(self, number: int) -> Journal:
+        """The journal of receiver `number`, locked and not yet in use. Raises StorageError, also when it is held."""
+        self.archive.watch_writes()
+        size = max(self.storage.journal_bytes // JOURNAL_SEGMENTS, MIN_SEGMENT)
+        return Journal(
+            self.data_dir / "journal" / str(number),
+            self.files,
+            self.archive.buffers,
+            segment_bytes=size,
+            max_segments=self.storage.journal_bytes // size,
+            sync=self._sync,
+            mend=self._mend,
+            forget=self.index.forget_journaled,
+            has_room=lambda wanted: self.archive.free_bytes() > wanted,
+        )
+
+    def _sync(self) -> None:
+        self.archive.sync()
+        self.database.sync()
+
+    def _mend(self, records: Iterable[JournaledObject]) -> None:
+        for record in records:
+            self.archive.put_back(record, anew=True)
+        self.database.checkpoint()
 
     def recover(self, live_epochs: Iterable[str] = ()) -> None:
         """At node start, under `data_lock` and before anything is received: tidy up after processes that died.
@@ -56,6 +96,9 @@ class Catalog:
 
     def close(self) -> None:
         """Finish what is queued. Idempotent."""
+        if self.archive.journal is not None:
+            self.archive.journal.close()
+        self.archive.close()
         self.database.close()
 
 
@@ -98,6 +141,9 @@ def open_catalog(
             max_files=storage.quarantine_files,
         ),
         epoch=epoch,
+        data_dir=data_dir,
+        storage=storage,
+        files=files,
     )
 
 

@@ -6,7 +6,8 @@
 * Group commit without a writer thread: whoever finds nobody writing writes, and takes along whatever others have queued
   by then, in one transaction, each piece in a savepoint, so that a failing piece takes only itself back. A thread of
   its own would cost every object two turns of the interpreter's lock.
-* WAL with `synchronous=FULL`: a transaction that `write` returned from survives a power cut.
+* WAL with `synchronous=FULL`: a transaction that `write` returned from survives a power cut, unless its caller says
+  that something else (the intake journal) answers for it.
 
 This file knows no table; `store.migrations` does.
 """
@@ -37,15 +38,20 @@ LOCK_WAIT_S = 10.0
 QUEUED_MAX = 4096
 _NOBODY, _SOMEBODY = 0, -1  # no thread has such a number
 READERS_KEPT = 4  # idle connections; more are opened when needed and closed after
+WAL_SMALL = 8 * 1024**2  # bytes above which `tidy` writes the WAL back
+WAL_LARGE = 32 * 1024**2  # bytes above which writers must wait for that
+TIDY_S = 0.25
+_WAL_PAGES = 16_384  # 64 MiB: a committing writer writes the WAL back itself only where nobody tidies
 
 
 class _Piece:
     """One write: waiting, then running, then done; or given up by its thread while it waited."""
 
-    __slots__ = ("done", "error", "fn", "running", "turn", "value")
+    __slots__ = ("done", "durable", "error", "fn", "running", "turn", "value")
 
-    def __init__(self, fn: Write[Any]) -> None:
+    def __init__(self, fn: Write[Any], durable: bool) -> None:
         self.fn = fn
+        self.durable = durable
         self.running = self.done = False
         self.value: Any = None
         self.error: BaseException | None = None
@@ -65,18 +71,24 @@ class Database:
         self._writer = _NOBODY  # the thread that writes, or is about to
         self._connection: sqlite3.Connection | None = None
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
+        self._durable = True  # how the writing connection stands
+        self._tidier: sqlite3.Connection | None = None
+        self._keeper: threading.Thread | None = None
+        self._ending = threading.Event()
         self._closed = False
 
     # --- writing
 
-    def write(self, fn: Write[T], timeout_s: float = 60.0) -> T:
+    def write(self, fn: Write[T], timeout_s: float = 60.0, *, durable: bool = True) -> T:
         """Run `fn` in a transaction and return its value once the transaction is durable.
+
+        Not `durable`: it survives the end of every process but not a power cut, until `sync` or any later durable one.
 
         What `fn` raises is raised here and undoes only its own changes. Raises CatalogBusy when the lock was not had or
         the transaction not done in time (it may then still be done), StorageError when SQLite cannot write (disk full,
         I/O error). `fn` may be run on another thread, and must not call `write`.
         """
-        me, piece = threading.get_ident(), _Piece(fn)
+        me, piece = threading.get_ident(), _Piece(fn, durable)
         with self._guard:
             if self._closed:
                 raise StorageError("the catalog is closed")
@@ -114,6 +126,7 @@ class Database:
         failure: BaseException | None = StorageError("the thread that wrote was ended")
         try:
             self._connection = self._connection or self._connect(readonly=False)
+            self._set_durable(self._connection, any(piece.durable for piece in batch))
             self._commit(self._connection, batch)
             failure = None
         except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
@@ -130,11 +143,18 @@ class Database:
                     self._writer = _SOMEBODY  # until that thread has woken
                     self._waiting[0].turn.release()
 
+    def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
+        if durable is not self._durable:
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
     def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
         with self._locked():
             connection.execute("BEGIN IMMEDIATE")
             try:
-                for piece in batch:
+                if len(batch) == 1:
+                    batch[0].value = batch[0].fn(connection)
+                for piece in batch if len(batch) > 1 else ():
                     _in_savepoint(connection, piece)
                 connection.execute("COMMIT")
             except BaseException:
@@ -161,6 +181,63 @@ class Database:
             yield
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def sync(self) -> None:
+        """Make every transaction durable that `write` has returned from. Raises OSError."""
+        try:
+            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # all of it is in the database itself, which SQLite synced
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def tidy(self) -> None:
+        """Write a WAL that has grown back into the database, so that no commit has to: that takes two syncs.
+
+        Writers go on meanwhile; only a large one is brought to its end under the lock. Raises StorageError,
+        CatalogBusy.
+        """
+        try:
+            size = os.stat(f"{self.path}-wal").st_size
+        except OSError:
+            return
+        if size < WAL_SMALL:
+            return
+        if self._tidier is None:
+            self._tidier = self._connect(readonly=False)
+            self._tidier.execute("PRAGMA busy_timeout=50")  # a reader in the way: the next time then
+        try:
+            _, pages, done = self._tidier.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if size > WAL_LARGE or pages == done:
+                with self._locked():  # nobody appends: what little came since is written too, and the WAL begins anew
+                    self._tidier.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as exc:
+            raise _mapped(exc) from exc
+
+    def keep_tidy(self) -> None:
+        """Call `tidy` again and again, on a thread of its own, until `close`."""
+        self._keeper = threading.Thread(target=self._tidy_on, name="catalog-keeper", daemon=True)
+        self._keeper.start()
+
+    def _tidy_on(self) -> None:
+        while not self._ending.wait(TIDY_S):
+            with suppress(NodeError):  # a commit will say what is wrong
+                self.tidy()
+
+    def checkpoint(self) -> None:
+        """Write all transactions into the database file, synced. Raises StorageError, CatalogBusy."""
+        with self._locked():
+            connection = self._connect(readonly=False)
+            try:
+                busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.Error as exc:
+                raise _mapped(exc) from exc
+            finally:
+                connection.close()
+        if busy:
+            raise CatalogBusy("a reader keeps the catalog from being written back")
 
     # --- reading
 
@@ -205,6 +282,7 @@ class Database:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
         connection.execute("PRAGMA busy_timeout=5000")
         if readonly:
             connection.execute("PRAGMA query_only=ON")
@@ -216,11 +294,15 @@ class Database:
             if self._closed:
                 return
             self._closed = True
+        self._ending.set()
+        if self._keeper is not None:
+            self._keeper.join(30.0)
         deadline = time.monotonic() + 30.0
         while self._writer and time.monotonic() < deadline:
             time.sleep(0.005)
-        if self._connection is not None:
-            self._connection.close()
+        for connection in (self._connection, self._tidier):
+            if connection is not None:
+                connection.close()
         with suppress(queue.Empty):
             while True:
                 self._idle_readers.get_nowait().close()

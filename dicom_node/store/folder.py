@@ -3,8 +3,9 @@
     <root>/aa/<64 hex digits>.dcm     256 shard folders, made and synced at install
     <root>/tmp/                       only where the file system has no nameless files (O_TMPFILE)
 
-The digits are SHA-256 over the transfer syntax UID and the data set's own SHA-256, so one name means one content: a
-name that is taken is the same object, already there. Order per object: sync the file, name it, sync the folder.
+The digits are SHA-256 over the transfer syntax UID and the data set's own digest (BLAKE3), so one name means one
+content: a name that is taken is the same object, already there. Order per object: sync the file, name it, sync the
+folder; or, with an intake journal, append it there, then name the file and leave it to the journal to sync it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blake3 import blake3
+
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
-from dicom_node.interfaces import ArchivedObject
-from dicom_node.model import ArchivedFile
+from dicom_node.interfaces import ArchivedObject, JournaledObject
+from dicom_node.model import ArchivedFile, JournalPlace, Receipt
+from dicom_node.store.buffers import RecordBuffer, RecordBuffers
 from dicom_node.store.fs import FileSystem, RealFileSystem
+from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import build_file_meta, parse_file_meta
 
 __all__ = ["FolderArchive", "FolderSpool"]
@@ -45,6 +50,9 @@ class FolderArchive:
         self._reserve_bytes = reserve_bytes
         self._reserve_ratio = reserve_ratio
         self._tmp = root / "tmp"
+        self._syncing_fd = -1
+        self.buffers = RecordBuffers()
+        self.journal: Journal | None = None
         try:
             self._install()
         except OSError as exc:
@@ -75,11 +83,14 @@ class FolderArchive:
             transfer_syntax_uid=transfer_syntax_uid,
             source_ae=source_ae,
         )
+        return self._spool(meta, transfer_syntax_uid)
+
+    def _spool(self, meta: bytes, transfer_syntax_uid: str) -> FolderSpool:
         try:
             fd, temporary = self._open()
         except OSError as exc:
             raise _storage_error("a new file cannot be opened", exc) from exc
-        return FolderSpool(self._fs, self._root, fd, temporary, meta, transfer_syntax_uid)
+        return FolderSpool(self, self._fs, self._root, fd, temporary, meta, transfer_syntax_uid)
 
     def _open(self) -> tuple[int, Path | None]:
         try:
@@ -126,6 +137,59 @@ class FolderArchive:
             return
         except OSError as exc:
             raise _storage_error("a file cannot be removed", exc) from exc
+
+    # --- the intake journal
+
+    def settled(self, file: ArchivedFile) -> None:
+        """See `interfaces.Archive.settled`."""
+        if file.journal is not None:
+            self.given_up(file.journal)
+
+    def given_up(self, place: JournalPlace) -> None:
+        """The journal need not wait for this record."""
+        if self.journal is not None:
+            self.journal.settled(place)
+
+    def watch_writes(self) -> None:
+        """From now on `sync` tells of every write that failed. Raises StorageError."""
+        try:
+            self._syncing_fd = self._fs.open_folder(self._root)
+        except OSError as exc:
+            raise _storage_error("the archive cannot be opened", exc) from exc
+
+    def sync(self) -> None:
+        """Make every file durable that was named before. Raises OSError. After `watch_writes`."""
+        self._fs.syncfs(self._syncing_fd)
+
+    def location_of(self, record: JournaledObject) -> str:
+        """Where the file of a journal record belongs."""
+        return _location(record.transfer_syntax_uid, record.digest.hex())
+
+    def put_back(self, record: JournaledObject, *, anew: bool = False) -> ArchivedFile | None:
+        """See that the file of a journal record is there with its bytes; `sync` makes it durable.
+
+        `anew`: write it even if it seems to be there, durable by itself. None for a record that was never whole.
+        Raises StorageError.
+        """
+        spool = self._spool(record.read(0, record.meta_length), record.transfer_syntax_uid)
+        try:
+            offset = record.meta_length
+            while piece := record.read(offset, PIECE):
+                spool.write(piece)
+                offset += len(piece)
+            if spool.sha256 != record.digest.hex():
+                return None
+            return spool.put_back(record.place, anew=anew)
+        except OSError as exc:
+            raise _storage_error("the intake journal cannot be read", exc) from exc
+        finally:
+            spool.discard()
+
+    def close(self) -> None:
+        """Give descriptors back. Idempotent."""
+        if self._syncing_fd >= 0:
+            fd, self._syncing_fd = self._syncing_fd, -1
+            self._fs.close(fd)
 
     def sweep(self) -> int:
         """Remove what a crash left in `tmp`; returns how many. Only while no other process receives."""
@@ -181,7 +245,14 @@ class FolderSpool:
     """`interfaces.Spool`: one data set on its way in. Not for two threads at a time."""
 
     def __init__(
-        self, fs: FileSystem, root: Path, fd: int, temporary: Path | None, meta: bytes, transfer_syntax_uid: str
+        self,
+        archive: FolderArchive,
+        fs: FileSystem,
+        root: Path,
+        fd: int,
+        temporary: Path | None,
+        meta: bytes,
+        transfer_syntax_uid: str,
     ) -> None:
         self._fs = fs
         self._root = root
@@ -189,10 +260,15 @@ class FolderSpool:
         self._temporary = temporary
         self._meta_length = len(meta)
         self._transfer_syntax_uid = transfer_syntax_uid
-        self._pending = bytearray(meta)
-        self._hashed_from = len(meta)  # the pending bytes before this one are not of the data set
-        self._digest = hashlib.sha256()
-        self._length = 0
+        self._archive = archive
+        self._buffer: RecordBuffer | None = archive.buffers.take()
+        self._bytes = self._buffer.file  # of the file: all of it while it fits, then the last part
+        self._bytes[: len(meta)] = meta
+        self._filled = len(meta)
+        self._written = 0  # of what is filled
+        self._before = 0  # bytes of the file that are no longer in the buffer
+        self._digest = blake3()
+        self._hashed = len(meta)  # of what is filled; the meta information is not of the data set
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._created = False
@@ -201,14 +277,13 @@ class FolderSpool:
     @property
     def length(self) -> int:
         """Data set bytes so far."""
-        return self._length
+        return self._before + self._filled - self._meta_length
 
     @property
     def sha256(self) -> str:
         """Of the data set bytes so far."""
-        digest = self._digest.copy()
-        digest.update(self._pending[self._hashed_from :])
-        return digest.hexdigest()
+        self._hash(self._filled)
+        return self._digest.hexdigest()
 
     @property
     def created(self) -> bool:
@@ -216,59 +291,137 @@ class FolderSpool:
         return self._created
 
     def write(self, fragment: bytes | memoryview) -> None:
-        """See `interfaces.Spool.write`: memory stays below two pieces whatever the fragment's size."""
+        """See `interfaces.Spool.write`: memory stays within one buffer whatever the fragment's size."""
         view = memoryview(fragment)
-        self._length += len(view)
-        for start in range(0, len(view), PIECE):
-            self._pending += view[start : start + PIECE]
-            while len(self._pending) >= PIECE:
-                self._flush(PIECE)
+        while len(view):
+            room = len(self._bytes) - self._filled
+            if not room:
+                self._flush(self._filled)
+                self._before += self._filled
+                self._filled = self._written = self._hashed = 0
+                continue
+            part, view = view[:room], view[room:]
+            self._bytes[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            if self._filled - self._written >= PIECE:
+                self._flush(self._filled - (self._filled - self._written) % PIECE)
 
-    def _flush(self, count: int) -> None:
-        with memoryview(self._pending) as pending:
-            self._digest.update(pending[self._hashed_from : count])
-            written = 0
-            try:
-                while written < count:
-                    written += self._fs.write(self._fd, pending[written:count])
-            except OSError as exc:
-                raise _storage_error("a received object cannot be written", exc) from exc
-        self._hashed_from = 0
-        del self._pending[:count]
+    def _hash(self, end: int) -> None:
+        if end > self._hashed:
+            self._digest.update(self._bytes[self._hashed : end])
+            self._hashed = end
+
+    def _flush(self, end: int) -> None:
+        """Hash and write the buffer up to `end`, in pieces: larger ones cost the page cache more than they save."""
+        self._hash(end)
+        try:
+            while self._written < end:
+                piece = self._bytes[self._written : min(self._written + PIECE, end)]
+                self._written += self._fs.write(self._fd, piece)
+        except OSError as exc:
+            raise _storage_error("a received object cannot be written", exc) from exc
 
     def view(self) -> memoryview:
         """See `interfaces.Spool.view`. Raises StorageError."""
+        if not self._before:
+            return self._bytes[self._meta_length : self._filled].toreadonly()
         if self._view is None:
-            self._flush(len(self._pending))
+            self._flush(self._filled)
             try:
-                self._map = mmap.mmap(self._fd, self._meta_length + self._length, prot=mmap.PROT_READ)
+                self._map = mmap.mmap(self._fd, self._meta_length + self.length, prot=mmap.PROT_READ)
             except OSError as exc:
                 raise _storage_error("a received object cannot be read back", exc) from exc
             self._view = memoryview(self._map)[self._meta_length :]
         return self._view
 
-    def commit(self) -> ArchivedFile:
+    def commit(self, receipt: Receipt | None = None) -> ArchivedFile:
         """See `interfaces.Spool.commit`. The spool is closed afterwards, whatever happens."""
         try:
-            self._flush(len(self._pending))
-            sha256 = self._digest.hexdigest()
-            location = _location(self._transfer_syntax_uid, sha256)
+            self._flush(self._filled)
+            digest = self._digest.digest()
+            location = _location(self._transfer_syntax_uid, digest.hex())
+            place = None if receipt is None else self._journal(receipt, digest)
             try:
-                self._fs.fsync(self._fd)
-                self._name(location)
+                if place is None:
+                    self._fs.fsync(self._fd)
+                    self._name(location)
+                else:
+                    self._name_for_now(location)
             except OSError as exc:
+                if place is not None:
+                    self._archive.given_up(place)
                 raise _storage_error("a received object cannot be made durable", exc) from exc
+            return ArchivedFile(
+                location=location,
+                data_set_offset=self._offset,
+                data_set_length=self.length,
+                sha256=digest.hex(),
+                journal=place,
+            )
         finally:
             self.discard()
-        return ArchivedFile(
-            location=location, data_set_offset=self._offset, data_set_length=self._length, sha256=sha256
+
+    def _journal(self, receipt: Receipt, digest: bytes) -> JournalPlace | None:
+        journal = self._archive.journal
+        if journal is None or self._buffer is None:
+            return None
+        return journal.append(
+            receipt,
+            self._buffer,
+            length=self._before + self._filled,
+            meta_length=self._meta_length,
+            transfer_syntax_uid=self._transfer_syntax_uid,
+            digest=digest,
+            source_fd=self._fd if self._before else None,
         )
 
-    def _name(self, location: str) -> None:
+    def _name_for_now(self, location: str) -> None:
+        """Give the file its name; the journal makes file and name durable, and holds all of it until then."""
+        target = self._root / location
+        if self._temporary is not None:
+            shard, name = location.split("/")
+            folder_fd = self._fs.open_folder(self._root / shard)
+            try:
+                self._place(name, folder_fd, target, durable=False)
+            finally:
+                self._fs.close(folder_fd)
+            return
+        try:
+            self._fs.link_path(self._fd, target)
+            self._created = True
+        except FileExistsError:
+            if not self._same_bytes(target, durable=False):
+                self._name(location)
+
+    def put_back(self, place: JournalPlace, *, anew: bool) -> ArchivedFile:
+        """See `FolderArchive.put_back`; the journal holds all of it already. The spool is closed afterwards."""
+        try:
+            self._flush(self._filled)
+            digest = self._digest.hexdigest()
+            location = _location(self._transfer_syntax_uid, digest)
+            try:
+                if anew:
+                    self._fs.fsync(self._fd)
+                    self._name(location, anew=True)
+                else:
+                    self._name_for_now(location)
+            except OSError as exc:
+                raise _storage_error("an object of the intake journal cannot be put in its place", exc) from exc
+            return ArchivedFile(
+                location=location,
+                data_set_offset=self._offset,
+                data_set_length=self.length,
+                sha256=digest,
+                journal=place,
+            )
+        finally:
+            self.discard()
+
+    def _name(self, location: str, *, anew: bool = False) -> None:
         shard, name = location.split("/")
         folder_fd = self._fs.open_folder(self._root / shard)
         try:
-            self._place(name, folder_fd, self._root / location)
+            self._place(name, folder_fd, self._root / location, durable=True, anew=anew)
             try:
                 self._fs.fsync_dir(folder_fd)
             except OSError:
@@ -280,19 +433,20 @@ class FolderSpool:
         finally:
             self._fs.close(folder_fd)
 
-    def _place(self, name: str, folder_fd: int, target: Path) -> None:
+    def _place(self, name: str, folder_fd: int, target: Path, *, durable: bool, anew: bool = False) -> None:
+        """Name the file, unless it is there already with these very bytes; `durable`: then sync that one."""
         if self._temporary is None:
             try:
                 self._fs.link(self._fd, name, folder_fd)
             except FileExistsError:
-                if not self._same_bytes(target):
+                if anew or not self._same_bytes(target, durable=durable):
                     self._replace(name, folder_fd)
             else:
                 self._created = True
         elif not target.exists():
             self._fs.rename(self._temporary, name, folder_fd)
             self._temporary, self._created = None, True
-        elif not self._same_bytes(target):
+        elif anew or not self._same_bytes(target, durable=durable):
             self._fs.rename(self._temporary, name, folder_fd)
             self._temporary = None
 
@@ -311,19 +465,24 @@ class FolderSpool:
                 self._fs.unlink(temporary)
             raise
 
-    def _same_bytes(self, target: Path) -> bool:
-        """Whether `target` still holds our data set: an acknowledgement must not rest on a file that rotted."""
+    def _same_bytes(self, target: Path, *, durable: bool) -> bool:
+        """Whether `target` still holds our data set: an acknowledgement must not rest on a file that rotted.
+
+        `durable`: nor on one that only the system's memory holds, because the journal it came by keeps it so far.
+        """
         try:
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
         try:
             start = parse_file_meta(memoryview(os.pread(fd, PIECE, 0))).data_set_offset
-            if os.fstat(fd).st_size - start != self._length:
+            if os.fstat(fd).st_size - start != self.length:
                 return False
-            for offset in range(0, self._length, PIECE):
+            for offset in range(0, self.length, PIECE):
                 if os.pread(fd, PIECE, start + offset) != os.pread(self._fd, PIECE, self._meta_length + offset):
                     return False
+            if durable:
+                self._fs.fsync(fd)
             self._offset = start
             return True
         except (InvalidInstance, OSError):
@@ -348,16 +507,19 @@ class FolderSpool:
             with suppress(OSError):  # `sweep` finds it
                 self._fs.unlink(self._temporary)
             self._temporary = None
+        if self._buffer is not None:
+            buffer, self._buffer = self._buffer, None
+            self._archive.buffers.give_back(buffer)
 
 
-def _location(transfer_syntax_uid: str, data_set_sha256: str) -> str:
+def _location(transfer_syntax_uid: str, digest: str) -> str:
     # hashing the digest instead of the bytes a second time; the transfer syntax is part of what the bytes mean
-    name = hashlib.sha256(f"{transfer_syntax_uid} {data_set_sha256}".encode()).hexdigest()
+    name = hashlib.sha256(f"{transfer_syntax_uid} {digest}".encode()).hexdigest()
     return f"{name[:2]}/{name}.dcm"
 
 
 def _hash_from(fd: int, offset: int) -> str:
-    digest = hashlib.sha256()
+    digest = blake3()
     while piece := os.pread(fd, 16 * PIECE, offset):
         digest.update(piece)
         offset += len(piece)

@@ -6,11 +6,14 @@ Calls raise OSError and nothing else; what it means is decided by the caller.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Protocol
 
 __all__ = ["FileSystem", "RealFileSystem"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
@@ -49,6 +52,29 @@ class FileSystem(Protocol):
 
     def link(self, fd: int, name: str, folder_fd: int) -> None:
         """Give the open file a name. Raises FileExistsError, never replaces."""
+        ...
+
+    def link_path(self, fd: int, path: Path) -> None:
+        """As `link`, without a descriptor of the folder: for names that are made durable later, all at once."""
+        ...
+
+    def open_direct(self, path: Path, *, create: bool) -> int:
+        """A file past the system's cache (O_DIRECT), new or there already. EINVAL where there is no such thing."""
+        ...
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write some of `data` at a place; returns how much."""
+        ...
+
+    def fdatasync(self, fd: int) -> None:
+        """Make the bytes of a file whose size does not change survive a power cut."""
+        ...
+
+    def syncfs(self, fd: int) -> None:
+        """Make all that was written to the file system of an open folder survive a power cut, names too.
+
+        A descriptor tells of every write that failed since it was opened: keep one for as long as that matters.
+        """
         ...
 
     def rename(self, source: Path, name: str, folder_fd: int) -> None:
@@ -105,6 +131,28 @@ class RealFileSystem:
         `dst_dir_fd` makes Python call linkat with AT_SYMLINK_FOLLOW; plain link() would try to link the symlink.
         """
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
+
+    def link_path(self, fd: int, path: Path) -> None:
+        """Name an open file through /proc; `path` is absolute, so the folder given is looked at by Python only."""
+        os.link(f"/proc/self/fd/{fd}", path, dst_dir_fd=fd, follow_symlinks=True)
+
+    def open_direct(self, path: Path, *, create: bool) -> int:
+        """Open past the cache."""
+        flags = os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+        return os.open(path, flags, FILE_MODE)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """Write at a place."""
+        return os.pwrite(fd, data, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        """Sync a file's bytes."""
+        os.fdatasync(fd)
+
+    def syncfs(self, fd: int) -> None:
+        """Sync a file system; by the C library, for Python has no name for it."""
+        if _libc.syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def rename(self, source: Path, name: str, folder_fd: int) -> None:
         """Move into a folder."""

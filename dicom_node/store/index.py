@@ -28,7 +28,7 @@ from dicom_node.model import (
     StoreOutcome,
 )
 from dicom_node.store.database import Database
-from dicom_node.store.instances import insert_instance, mark_instance, restore_instance
+from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, restore_instance
 from dicom_node.store.query import Plan, plan, supported
 from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
@@ -84,15 +84,13 @@ class SqliteIndex:
         same_pixels: Callable[[StoredInstance], bool],
     ) -> StoreOutcome:
         """See `interfaces.InstanceIndex.add_instance`. Raises StorageError when the archived file is gone."""
-        same: bool | None = None
-        first = self.instance(record.header.sop_instance_uid) if policy is ConflictPolicy.KEEP_FIRST else None
-        if (
-            first is not None
-            and first.transfer_syntax_uid == record.header.transfer_syntax_uid
-            and first.sha256 != record.file.sha256
-        ):
-            same = same_pixels(first)
-        return self._database.write(lambda connection: self._add(connection, record, policy, same))
+        durable = record.file.journal is None
+        try:
+            return self._database.write(lambda connection: self._add(connection, record, policy, None), durable=durable)
+        except FirstMustBeRead:
+            first = self.instance(record.header.sop_instance_uid)
+        same = first is not None and same_pixels(first)
+        return self._database.write(lambda connection: self._add(connection, record, policy, same), durable=durable)
 
     def _add(
         self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None
@@ -101,6 +99,8 @@ class SqliteIndex:
         # (`if_unreferenced`, under the same lock), and a row must never point at nothing.
         if not os.path.exists(self._archive_path(record.file.location)):
             raise StorageError("the archived file is gone before it was indexed")
+        if (place := record.file.journal) is not None:
+            connection.execute("INSERT OR IGNORE INTO journaled VALUES (?, ?)", (place.segment, place.offset))
         return insert_instance(connection, record, policy, same)
 
     def if_unreferenced(self, location: str, action: Callable[[], None]) -> bool:
@@ -117,6 +117,24 @@ class SqliteIndex:
             return found is None
 
         return self._database.write(look)
+
+    # --- the intake journal
+
+    def journaled(self, segment: bytes) -> frozenset[int]:
+        """Offsets of the records of this life of a segment that were indexed, or refused."""
+        return frozenset(row[0] for row in self._fetch("SELECT place FROM journaled WHERE segment = ?", (segment,)))
+
+    def received_at(self, sop_instance_uid: str) -> datetime | None:
+        """When the instance came that is kept under this UID, None for none."""
+        rows = self._fetch("SELECT received_at FROM instance WHERE sop_instance_uid = ?", (sop_instance_uid,))
+        return utc(rows[0]["received_at"]) if rows else None
+
+    def forget_journaled(self, segment: bytes | None = None) -> None:
+        """That life of a segment is over; None: no journal holds anything any more."""
+        where, parameters = ("", ()) if segment is None else (" WHERE segment = ?", (segment,))
+        self._database.write(
+            lambda connection: connection.execute(f"DELETE FROM journaled{where}", parameters), durable=False
+        )
 
     # --- instances: reading
 
@@ -227,7 +245,7 @@ class SqliteIndex:
         """See `interfaces.CheckedIndex.restore`."""
         return self._database.write(lambda connection: restore_instance(connection, record))
 
-    # --- associations
+    # --- associations. None of it need survive a power cut, for no association does: the next start finds them dead
 
     def open_association(self, association_id: str, source: Source) -> None:
         """See `interfaces.AssociationLog.open_association`."""
@@ -248,7 +266,7 @@ class SqliteIndex:
             if prune:
                 self._prune(connection)
 
-        self._database.write(write)
+        self._database.write(write, durable=False)
 
     def touch_associations(self, association_ids: Iterable[str]) -> None:
         """See `interfaces.AssociationLog.touch_associations`."""
@@ -260,7 +278,8 @@ class SqliteIndex:
                     "UPDATE association SET last_boot_s = ?, last_boot_id = ? "
                     "WHERE association_id = ? AND ended = 'open'",
                     rows,
-                )
+                ),
+                durable=False,
             )
 
     def end_association(self, association_id: str, end: AssociationEnd) -> None:
@@ -271,7 +290,8 @@ class SqliteIndex:
                 "UPDATE association SET ended = ?, last_boot_s = ?, last_boot_id = ? "
                 "WHERE association_id = ? AND ended = 'open'",
                 (end.value, boot.seconds, boot.boot_id, association_id),
-            )
+            ),
+            durable=False,
         )
 
     def mark_store_failed(self, association_id: str) -> None:
@@ -279,7 +299,8 @@ class SqliteIndex:
         self._database.write(
             lambda connection: connection.execute(
                 "UPDATE association SET store_failed = 1 WHERE association_id = ?", (association_id,)
-            )
+            ),
+            durable=False,
         )
 
     def close_dead_epochs(self, live: Iterable[str]) -> int:

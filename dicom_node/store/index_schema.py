@@ -130,3 +130,12 @@ def other_identities(db: Database) -> None:
         "CREATE TABLE other_identity (study_instance_uid TEXT NOT NULL, patient_id TEXT NOT NULL, "
         "issuer TEXT NOT NULL, PRIMARY KEY (study_instance_uid, patient_id, issuer)) WITHOUT ROWID"
     )
+
+
+@index_migrations()
+def journaled_records(db: Database) -> None:
+    """Records of the intake journal whose objects are indexed, until their segment is used again."""
+    db.execute(
+        "CREATE TABLE journaled (segment BLOB NOT NULL, place INTEGER NOT NULL, PRIMARY KEY (segment, place)) "
+        "WITHOUT ROWID"
+    )

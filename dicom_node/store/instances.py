@@ -9,12 +9,10 @@ does one sent again to a series that was never routed (`_waited_for`). What an e
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 
-from dicom_node.headers import INDEXED, is_image, value_representation
+from dicom_node.headers import INDEXED, is_image
 from dicom_node.model import (
     ConflictPolicy,
     InstanceHeader,
@@ -23,14 +21,24 @@ from dicom_node.model import (
     Origin,
     StoreOutcome,
 )
-from dicom_node.store.names import name_key
+from dicom_node.store.kept import (
+    another_patient,
+    filled,
+    identity,
+    joined,
+    kept_attributes,
+    patient_columns,
+    study_columns,
+)
+from dicom_node.store.plain import insert_plain, write_instance
 from dicom_node.store.returned import about_study, note_return
-from dicom_node.store.rows import json_text, utc_text
+from dicom_node.store.rows import json_text, source_text, utc_text
 
-__all__ = ["KEY_SUFFIX", "insert_instance", "mark_instance", "restore_instance"]
+__all__ = ["FirstMustBeRead", "insert_instance", "mark_instance", "restore_instance"]
 
-LAST = 2**62  # instance_order of an instance whose number is none
-KEY_SUFFIX = ".key"  # beside a PN attribute in JSON: its folded form, for matching
+
+class FirstMustBeRead(Exception):
+    """What kind of variant this is depends on the bytes of the instance known first: read them, and come again."""
 
 
 def insert_instance(
@@ -41,9 +49,12 @@ def insert_instance(
 ) -> StoreOutcome:
     """Index one archived instance; the semantics are `interfaces.InstanceIndex.add_instance`'s.
 
-    `same_pixels`: whether its pixel data is that of the instance already known under this UID; None when nobody looked.
+    `same_pixels`: whether its pixel data is that of the instance already known under this UID; None when nobody looked,
+    which raises FirstMustBeRead where it matters.
     A PRODUCED instance whose UID is known is DUPLICATE whatever its content: the existing one is adopted and kept.
     """
+    if record.origin is Origin.RECEIVED and insert_plain(connection, record):
+        return StoreOutcome.NEW
     if record.origin is not Origin.RETURNED:
         return _insert(connection, record, policy, same_pixels, moves_completion=True)
     about = about_study(connection, record)
@@ -74,7 +85,7 @@ def restore_instance(connection: sqlite3.Connection, record: InstanceRecord) -> 
     """
     if record.origin is not Origin.PRODUCED and about_study(connection, record):
         return _set_aside(connection, record)
-    return _insert(connection, record, ConflictPolicy.KEEP_FIRST, None, moves_completion=False)
+    return _insert(connection, record, ConflictPolicy.KEEP_FIRST, False, moves_completion=False)
 
 
 def _insert(
@@ -95,7 +106,7 @@ def _insert(
         return outcome
     _upsert_study(connection, record, overwrite=False)
     _upsert_series(connection, record, overwrite=False)
-    _write_instance(connection, record, record.origin)
+    write_instance(connection, record, record.origin)
     _count_one(connection, record)
     if moves_completion and record.origin is Origin.RECEIVED:
         _note_received(connection, record, opens=is_image(record.header))
@@ -156,7 +167,7 @@ def _insert_known(
         study = connection.execute(
             "SELECT patient_id, issuer FROM study WHERE study_instance_uid = ?", (header.study_instance_uid,)
         ).fetchone()
-        if study is not None and _another_patient(study, header):
+        if study is not None and another_patient(study, header):
             _flag_identity(connection, header)
     variant = connection.execute(
         "SELECT id, kind FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?",
@@ -172,6 +183,8 @@ def _insert_known(
         if policy is ConflictPolicy.REFUSE:
             return StoreOutcome.REFUSED
         if policy is ConflictPolicy.KEEP_FIRST:
+            if same_pixels is None:
+                raise FirstMustBeRead
             return _keep_variant(
                 connection, record, StoreOutcome.HEADER_CHANGED if same_pixels else StoreOutcome.VARIANT
             )
@@ -203,7 +216,7 @@ def _keep_variant(connection: sqlite3.Connection, record: InstanceRecord, kind: 
         (
             *(header.sop_instance_uid, kind.value, header.transfer_syntax_uid),
             *(file.location, file.data_set_offset, file.data_set_length, file.sha256),
-            *(json_text(asdict(record.source)), utc_text(record.received_at)),
+            *(source_text(record.source), utc_text(record.received_at)),
         ),
     )
     return kind
@@ -230,7 +243,7 @@ def _replace(
     connection.execute("DELETE FROM instance WHERE sop_instance_uid = ?", (uid,))
     _upsert_study(connection, record, overwrite=True)
     _upsert_series(connection, record, overwrite=True)
-    _write_instance(connection, record, origin)
+    write_instance(connection, record, origin)
     places = {
         (known["study_instance_uid"], known["series_instance_uid"]),
         (record.header.study_instance_uid, record.header.series_instance_uid),
@@ -269,36 +282,13 @@ def _mark(connection: sqlite3.Connection, sop_instance_uid: str, state: str) -> 
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def _write_instance(connection: sqlite3.Connection, record: InstanceRecord, origin: Origin) -> None:
-    header, file = record.header, record.file
-    number = header.attributes.get("InstanceNumber", "")
-    connection.execute(
-        "INSERT INTO instance (sop_instance_uid, sop_class_uid, study_instance_uid, series_instance_uid, "
-        "transfer_syntax_uid, instance_number, instance_order, location, data_set_offset, data_set_length, sha256, "
-        "pixel_data_offset, origin, modality, is_image, attributes, source, received_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(header.sop_instance_uid, header.sop_class_uid, header.study_instance_uid, header.series_instance_uid),
-            *(header.transfer_syntax_uid, number, _order(number)),
-            *(file.location, file.data_set_offset, file.data_set_length, file.sha256, header.pixel_data_offset),
-            *(origin.value, header.attributes.get("Modality", ""), int(is_image(header))),
-            json_text(_kept(header.attributes, INDEXED[Level.IMAGE])),
-            *(json_text(asdict(record.source)), utc_text(record.received_at)),
-        ),
-    )
-
-
-def _order(number: str) -> int:
-    return int(number) if re.fullmatch(r"[+-]?\d{1,12}", number) and number.isascii() else LAST
-
-
 def _upsert_study(connection: sqlite3.Connection, record: InstanceRecord, *, overwrite: bool) -> None:
     header = record.header
     known = connection.execute(
         "SELECT patient, patient_id, issuer, attributes FROM study WHERE study_instance_uid = ?",
         (header.study_instance_uid,),
     ).fetchone()
-    kept = _kept(header.attributes, (*INDEXED[Level.PATIENT], *INDEXED[Level.STUDY]))
+    kept = kept_attributes(header.attributes, (*INDEXED[Level.PATIENT], *INDEXED[Level.STUDY]))
     if known is None:
         patient = _patient(connection, record)
         now = utc_text(record.received_at)
@@ -307,48 +297,30 @@ def _upsert_study(connection: sqlite3.Connection, record: InstanceRecord, *, ove
             "study_time, accession_number, study_id, modalities, sop_classes, series_count, instance_count, "
             "attributes, first_received_at, last_received_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '', '', 0, 0, ?, ?, ?)",
-            (header.study_instance_uid, patient, *_study_columns(kept), json_text(kept), now, now),
+            (header.study_instance_uid, patient, *study_columns(kept), json_text(kept), now, now),
         )
         return
-    if _another_patient(known, header):
+    if another_patient(known, header):
         if record.origin is Origin.RECEIVED:
             _flag_identity(connection, header)
         # the second identity's demographics say nothing about the first's
-        kept = _kept(header.attributes, INDEXED[Level.STUDY])
+        kept = kept_attributes(header.attributes, INDEXED[Level.STUDY])
     else:
-        _fill_patient(connection, known["patient"], _kept(header.attributes, INDEXED[Level.PATIENT]), overwrite)
-    merged = _merged(json.loads(known["attributes"]), kept, overwrite)
+        _fill_patient(
+            connection, known["patient"], kept_attributes(header.attributes, INDEXED[Level.PATIENT]), overwrite
+        )
+    merged = filled(json.loads(known["attributes"]), kept, overwrite)
     if merged is not None:
         connection.execute(
             "UPDATE study SET patient_id = ?, issuer = ?, name_key = ?, birth_date = ?, study_date = ?, "
             "study_time = ?, accession_number = ?, study_id = ?, attributes = ? WHERE study_instance_uid = ?",
-            (*_study_columns(merged), json_text(merged), header.study_instance_uid),
+            (*study_columns(merged), json_text(merged), header.study_instance_uid),
         )
-
-
-def _study_columns(kept: Mapping[str, str]) -> tuple[str, ...]:
-    return (
-        kept.get("PatientID", ""),
-        kept.get("IssuerOfPatientID", ""),
-        kept.get("PatientName" + KEY_SUFFIX, ""),
-        *(kept.get(keyword, "") for keyword in ("PatientBirthDate", "StudyDate", "StudyTime")),
-        *(kept.get(keyword, "") for keyword in ("AccessionNumber", "StudyID")),
-    )
-
-
-def _identity(attributes: Mapping[str, str]) -> tuple[str, str]:
-    return attributes.get("PatientID", ""), attributes.get("IssuerOfPatientID", "")
-
-
-def _another_patient(study: sqlite3.Row, header: InstanceHeader) -> bool:
-    """Whether `header` names another patient than the study has. An issuer left out is no other issuer."""
-    patient_id, issuer = _identity(header.attributes)
-    return bool(study["patient_id"] != patient_id or (issuer and study["issuer"] and study["issuer"] != issuer))
 
 
 def _flag_identity(connection: sqlite3.Connection, header: InstanceHeader) -> None:
     """The study is in conflict; a release holds for the identities it had then, not for one that comes later."""
-    study, (patient_id, issuer) = header.study_instance_uid, _identity(header.attributes)
+    study, (patient_id, issuer) = header.study_instance_uid, identity(header.attributes)
     seen = connection.execute(
         "SELECT 1 FROM other_identity WHERE study_instance_uid = ? AND patient_id = ? "
         "AND (issuer = ? OR issuer = '' OR ? = '')",
@@ -362,10 +334,10 @@ def _flag_identity(connection: sqlite3.Connection, header: InstanceHeader) -> No
 
 
 def _patient(connection: sqlite3.Connection, record: InstanceRecord) -> int:
-    patient_id, issuer = _identity(record.header.attributes)
+    patient_id, issuer = identity(record.header.attributes)
     # an empty ID says nothing about who it is: such a patient has this one study
     only_study = record.header.study_instance_uid if not patient_id else ""
-    kept = _kept(record.header.attributes, INDEXED[Level.PATIENT])
+    kept = kept_attributes(record.header.attributes, INDEXED[Level.PATIENT])
     known = connection.execute(
         "SELECT id FROM patient WHERE patient_id = ? AND issuer = ? AND only_study = ?",
         (patient_id, issuer, only_study),
@@ -376,22 +348,18 @@ def _patient(connection: sqlite3.Connection, record: InstanceRecord) -> int:
     row = connection.execute(
         "INSERT INTO patient (patient_id, issuer, only_study, patient_name, name_key, birth_date, attributes) "
         "VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id",
-        (patient_id, issuer, only_study, *_patient_columns(kept), json_text(kept)),
+        (patient_id, issuer, only_study, *patient_columns(kept), json_text(kept)),
     ).fetchone()
     return int(row["id"])
 
 
-def _patient_columns(kept: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(kept.get(keyword, "") for keyword in ("PatientName", "PatientName" + KEY_SUFFIX, "PatientBirthDate"))
-
-
 def _fill_patient(connection: sqlite3.Connection, patient: int, kept: Mapping[str, str], overwrite: bool) -> None:
     row = connection.execute("SELECT attributes FROM patient WHERE id = ?", (patient,)).fetchone()
-    merged = _merged(json.loads(row["attributes"]), kept, overwrite)
+    merged = filled(json.loads(row["attributes"]), kept, overwrite)
     if merged is not None:
         connection.execute(
             "UPDATE patient SET patient_name = ?, name_key = ?, birth_date = ?, attributes = ? WHERE id = ?",
-            (*_patient_columns(merged), json_text(merged), patient),
+            (*patient_columns(merged), json_text(merged), patient),
         )
 
 
@@ -401,14 +369,14 @@ def _upsert_series(connection: sqlite3.Connection, record: InstanceRecord, *, ov
     known = connection.execute(
         "SELECT attributes FROM series WHERE study_instance_uid = ? AND series_instance_uid = ?", key
     ).fetchone()
-    kept = _kept(header.attributes, INDEXED[Level.SERIES])
+    kept = kept_attributes(header.attributes, INDEXED[Level.SERIES])
     if known is None:
         connection.execute(
             "INSERT INTO series (study_instance_uid, series_instance_uid, modality, series_number, instance_count, "
             "attributes) VALUES (?, ?, ?, ?, 0, ?)",
             (*key, kept.get("Modality", ""), kept.get("SeriesNumber", ""), json_text(kept)),
         )
-    elif (merged := _merged(json.loads(known["attributes"]), kept, overwrite)) is not None:
+    elif (merged := filled(json.loads(known["attributes"]), kept, overwrite)) is not None:
         connection.execute(
             "UPDATE series SET modality = ?, series_number = ?, attributes = ? "
             "WHERE study_instance_uid = ? AND series_instance_uid = ?",
@@ -437,8 +405,8 @@ def _count_one(connection: sqlite3.Connection, record: InstanceRecord) -> None:
         "sop_classes = ? WHERE study_instance_uid = ?",
         (
             int(count == 1),
-            _joined([*row["modalities"].split("\\"), header.attributes.get("Modality", "")]),
-            _joined([*row["sop_classes"].split("\\"), header.sop_class_uid]),
+            joined([*row["modalities"].split("\\"), header.attributes.get("Modality", "")]),
+            joined([*row["sop_classes"].split("\\"), header.sop_class_uid]),
             study,
         ),
     )
@@ -466,14 +434,10 @@ def _recount(connection: sqlite3.Connection, study: str, series: str) -> None:
         "modalities = :modalities, sop_classes = :classes WHERE study_instance_uid = :study",
         {
             **names,
-            "modalities": _joined(row["modality"] for row in rows),
-            "classes": _joined(row["sop_class_uid"] for row in rows),
+            "modalities": joined(row["modality"] for row in rows),
+            "classes": joined(row["sop_class_uid"] for row in rows),
         },
     )
-
-
-def _joined(values: Iterable[str]) -> str:
-    return "\\".join(sorted({value for value in values if value}))
 
 
 # --- completion ----------------------------------------------------------------------------------------------------
@@ -510,42 +474,5 @@ def _open_series(connection: sqlite3.Connection, record: InstanceRecord) -> None
     connection.execute(
         "UPDATE series SET routing = 'open', received_seq = received_seq + 1, source = ? "
         "WHERE study_instance_uid = ? AND series_instance_uid = ?",
-        (json_text(asdict(record.source)), study, record.header.series_instance_uid),
+        (source_text(record.source), study, record.header.series_instance_uid),
     )
-
-
-# --- attributes ----------------------------------------------------------------------------------------------------
-
-
-def _kept(attributes: Mapping[str, str], keywords: Iterable[str]) -> dict[str, str]:
-    """The attributes of one level as the index keeps them, person names with their folded form."""
-    kept: dict[str, str] = {}
-    for keyword in keywords:
-        if text := attributes.get(keyword):
-            vr = value_representation(keyword)
-            # PS3.5 6.2: 1993.08.22 and 10:09:07 are the forms of ACR-NEMA; kept as today's, so that ranges work
-            if vr == "DA":
-                text = _OLD_DATE.sub(r"\1\2\3", text)
-            elif vr == "TM":
-                text = text.replace(":", "")
-            kept[keyword] = text
-            if vr == "PN":
-                kept[keyword + KEY_SUFFIX] = name_key(text)
-    return kept
-
-
-def _merged(old: Mapping[str, str], new: Mapping[str, str], overwrite: bool) -> dict[str, str] | None:
-    """`old` with its gaps filled from `new`, or None when that changes nothing; `overwrite` lets `new` win.
-
-    Who the patient is, is never changed: the row's key says it.
-    """
-    changes = {
-        key: text
-        for key, text in new.items()
-        if old.get(key) != text and key not in _PATIENT_IDENTITY and (overwrite or key not in old)
-    }
-    return {**old, **changes} if changes else None
-
-
-_PATIENT_IDENTITY = frozenset({"PatientID", "IssuerOfPatientID"})
-_OLD_DATE = re.compile(r"(\d{4})\.(\d\d)\.(\d\d)")

@@ -21,7 +21,7 @@ from dicom_node.model import (
     MatchKind,
     Query,
 )
-from dicom_node.store.instances import KEY_SUFFIX
+from dicom_node.store.kept import KEY_SUFFIX
 from dicom_node.store.names import glob_pattern, literal_prefix, name_group
 
 __all__ = ["Plan", "plan", "supported"]

@@ -7,8 +7,9 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from dicom_node.errors import LeaseLost
@@ -38,6 +39,12 @@ def utc(text: str) -> datetime:
 def json_text(value: Any) -> str:
     """Compact JSON; what JSON does not know is kept as its text."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+@lru_cache(maxsize=256)
+def source_text(source: Source) -> str:
+    """A Source as the catalog keeps it; those of one association are all the same."""
+    return json_text(asdict(source))
 
 
 def source_of(text: str) -> Source:

@@ -1,0 +1,278 @@
+"""The intake journal after a crash: every acknowledged object is in its place and indexed, and nothing twice."""
+
+import io
+import os
+import random
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+
+from dicom_node.clock import SystemClock
+from dicom_node.config import NodeConfig, StorageSettings
+from dicom_node.model import BootTime, ConflictPolicy, Origin, Source, StoreOutcome
+from dicom_node.pipeline.fsck import fsck
+from dicom_node.pipeline.ingest import Ingest
+from dicom_node.store.catalog import Catalog
+from dicom_node.store.database import Database
+from dicom_node.wiring import node_catalog, replay_journals, start_journal
+
+CT, EXPLICIT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
+SENDER = Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1", association_id="one")
+
+
+class Ticking:
+    """Each look is a moment later."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 2, tzinfo=UTC)
+
+    def wall(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+    def boot(self) -> BootTime:
+        return SystemClock().boot()
+
+    def sleep(self, seconds: float) -> None:
+        return None
+
+
+@dataclass
+class Node:
+    """A receiver's catalog and door on one data folder."""
+
+    folder: Path
+    clock: Ticking
+    policy: ConflictPolicy = ConflictPolicy.KEEP_FIRST
+
+    def __post_init__(self) -> None:
+        storage = StorageSettings(reserve_bytes=0, reserve_ratio=0, journal_bytes=16 * 1024**2)
+        self.config = NodeConfig(data_dir=self.folder, storage=storage)
+        self.catalog: Catalog = node_catalog(self.config, self.clock)
+
+    def begin(self) -> "Node":
+        """Replay, then receive with a journal."""
+        replay_journals(self.catalog, self.config)
+        start_journal(self.catalog, self.config, 0)
+        journal = self.catalog.archive.journal
+        assert journal is not None
+        deadline = time.monotonic() + 10
+        while not journal._segments:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        self.ingest = Ingest(
+            self.catalog.archive,
+            self.catalog.index,
+            conflict_policy_for=lambda source: self.policy,
+            origin_for=lambda source: Origin.RECEIVED,
+            max_object_bytes=2**30,
+            max_inflated_header_bytes=2**20,
+            clock=self.clock,
+        )
+        return self
+
+    def send(self, uid: str, body: bytes) -> StoreOutcome | None:
+        pieces = [body[start : start + 50_000] for start in range(0, len(body), 50_000)]
+        return self.ingest.accept(
+            sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, fragments=pieces, source=SENDER
+        ).outcome
+
+    def kept(self, uid: str) -> bytes:
+        found = self.catalog.index.instance(uid)
+        assert found is not None, f"{uid} is lost"
+        return Path(found.path).read_bytes()[found.data_set_offset :]
+
+    def check(self) -> None:
+        """Archive and index agree, down to the bytes."""
+        report = fsck(self.catalog, rebuild=False, verify_hashes=True, clock=self.clock)
+        assert report.clean, report
+
+
+def image(uid: str, size: int = 3000, **attributes: Any) -> bytes:
+    ds = pydicom.Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = CT, uid
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.2.826.1", "1.2.826.1.1"
+    ds.PatientID, ds.Modality = "P1", "CT"
+    for keyword, value in attributes.items():
+        setattr(ds, keyword, value)
+    ds.add_new("PixelData", "OW", os.urandom(size // 2 * 2))
+    out = io.BytesIO()
+    pydicom.dcmwrite(out, ds, implicit_vr=False, little_endian=True)
+    return out.getvalue()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[[str], Node]]:
+    """Nodes on folders of those names, all with one clock."""
+    clock, made = Ticking(), []
+
+    def opened(name: str) -> Node:
+        made.append(Node(tmp_path / name, clock))
+        return made[-1]
+
+    yield opened
+    for one in made:
+        one.catalog.close()
+
+
+def power_cut(node: Node, to: Path, *, wal_bytes: int | None, lost: Callable[[Path], bool]) -> None:
+    """What a power cut leaves of a node under way: its journal, a beginning of its WAL, and the files not `lost`.
+
+    A lost file has no name, no bytes, or bytes that never reached the disk, in turns.
+    """
+    shutil.copytree(node.folder, to)
+    wal = to / "catalog.db-wal"
+    if wal_bytes is not None and wal.exists():
+        os.truncate(wal, min(wal_bytes, wal.stat().st_size))
+    (to / "catalog.db-shm").unlink(missing_ok=True)
+    for number, path in enumerate(sorted(to.glob("archive/??/*.dcm"))):
+        if not lost(path):
+            continue
+        if number % 3 == 0:
+            path.unlink()
+        elif number % 3 == 1:
+            os.truncate(path, 0)
+        else:
+            path.write_bytes(bytes(path.stat().st_size))
+
+
+def whole(path: Path) -> bool:
+    return False
+
+
+def test_after_a_kill_nothing_is_lost_and_nothing_is_indexed_twice(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    bodies = {f"1.2.3.{number}": image(f"1.2.3.{number}", 60_000 + number) for number in range(20)}
+    assert {before.send(uid, body) for uid, body in bodies.items()} == {StoreOutcome.NEW}
+    power_cut(before, before.folder.with_name("b"), wal_bytes=None, lost=whole)
+    after = node("b").begin()
+    assert {uid: after.kept(uid) for uid in bodies} == bodies
+    assert all(not after.catalog.index.variants(uid) for uid in bodies)
+    after.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_power_cut_leaves_of_files_and_rows_all_that_was_acknowledged_is_there(
+    seed: int, node: Callable[[str], Node]
+) -> None:
+    chance = random.Random(seed)
+    before = node("a").begin()
+    bodies = {f"1.2.3.{number}": image(f"1.2.3.{number}", chance.choice([500, 9000, 130_000])) for number in range(25)}
+    for uid, body in bodies.items():
+        assert before.send(uid, body) is StoreOutcome.NEW
+    wal = (before.folder / "catalog.db-wal").stat().st_size
+    to = before.folder.with_name("b")
+    power_cut(before, to, wal_bytes=chance.randrange(wal), lost=lambda path: chance.random() < 0.7)
+    after = node("b").begin()
+    assert {uid: after.kept(uid) for uid in bodies} == bodies
+    after.check()
+    study = next(one for one in after.catalog.queue.open_studies())
+    assert study.study_instance_uid == "1.2.826.1"
+    instances = after.catalog.queue.series_instances("1.2.826.1", "1.2.826.1.1")
+    assert len(instances) == len(bodies), "completion counts each once"
+    assert list((to / "journal/0").glob("segment-*")) != []
+
+
+def test_conflicts_end_as_they_had_ended(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    before.policy = ConflictPolicy.REPLACE
+    uid = "1.2.3.1"
+    first, second = image(uid), image(uid, PatientComments="changed")
+    outcomes = [before.send(uid, body) for body in (first, second, first)]
+    assert outcomes == [StoreOutcome.NEW, StoreOutcome.REPLACED, StoreOutcome.REPLACED]
+    before.policy = ConflictPolicy.REFUSE
+    assert before.send(uid, second) is not StoreOutcome.REPLACED
+    for name, wal_bytes in (("b", None), ("c", 0)):
+        to = before.folder.with_name(name)
+        power_cut(before, to, wal_bytes=wal_bytes, lost=lambda path: True)
+        after = node(name).begin()
+        assert after.kept(uid) == first, name
+        after.check()
+
+
+def test_a_record_without_a_row_does_not_replace_what_came_after_it(
+    node: Callable[[str], Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = node("a").begin()
+    before.policy = ConflictPolicy.REPLACE
+    uid = "1.2.3.1"
+    failed, later = image(uid), image(uid, PatientComments="later")
+    with monkeypatch.context() as patched:
+        patched.setattr(Database, "write", _full)
+        assert before.send(uid, failed) is None, "its sender was told that it failed"
+    assert before.send(uid, later) is StoreOutcome.NEW
+    power_cut(before, before.folder.with_name("b"), wal_bytes=None, lost=whole)
+    after = node("b").begin()
+    assert after.kept(uid) == later
+    after.check()
+
+
+def _full(*_: object, **__: object) -> None:
+    from dicom_node.errors import StorageError
+
+    raise StorageError("the disk is full")
+
+
+def test_what_was_refused_or_deleted_stays_away(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    before.policy = ConflictPolicy.REFUSE
+    first, refused, deleted = image("1.2.3.1"), image("1.2.3.1"), image("1.2.3.2")
+    assert before.send("1.2.3.1", first) is StoreOutcome.NEW
+    assert before.send("1.2.3.1", refused) is StoreOutcome.REFUSED
+    assert before.send("1.2.3.2", deleted) is StoreOutcome.NEW
+    gone = before.catalog.index.instance("1.2.3.2")
+    assert gone is not None
+    before.catalog.database.write(
+        lambda connection: connection.execute("DELETE FROM instance WHERE sop_instance_uid = '1.2.3.2'")
+    )
+    os.unlink(gone.path)
+    power_cut(before, before.folder.with_name("b"), wal_bytes=None, lost=whole)
+    after = node("b").begin()
+    assert after.catalog.index.instance("1.2.3.2") is None
+    assert after.catalog.index.variants("1.2.3.1") == ()
+    assert len(list(after.catalog.archive.locations())) == 1
+    after.check()
+
+
+def test_replay_that_is_cut_short_is_begun_again(node: Callable[[str], Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = node("a").begin()
+    bodies = {f"1.2.3.{number}": image(f"1.2.3.{number}") for number in range(6)}
+    for uid, body in bodies.items():
+        before.send(uid, body)
+    power_cut(before, before.folder.with_name("b"), wal_bytes=0, lost=lambda path: True)
+    after = node("b")
+    put_back, calls = type(after.catalog.archive).put_back, []
+
+    def third(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return put_back(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(after.catalog.archive), "put_back", third)
+        with pytest.raises(KeyboardInterrupt):
+            replay_journals(after.catalog, after.config)
+    after.begin()
+    assert {uid: after.kept(uid) for uid in bodies} == bodies
+    after.check()
+
+
+def test_a_clean_end_leaves_nothing_to_replay(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    before.send("1.2.3.1", image("1.2.3.1"))
+    before.catalog.close()
+    after = node("a")
+    journal = after.catalog.open_journal(0)
+    assert list(journal.left_behind()) == []
+    journal.close()
+    with sqlite3.connect(before.folder / "catalog.db") as connection:
+        assert connection.execute("SELECT count(*) FROM journaled").fetchone() == (0,)
