@@ -43,7 +43,7 @@ serve: $(STAMP)  ## the node, with NODE_ARGS
 	$(BIN)/dicom-node serve $(NODE_ARGS)
 
 test: $(STAMP) tools  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not crash and not engine_peers" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not crash and not engine_peers" $(PYTEST_ARGS)
 
 peers: $(PEERS)/triton/.installed $(PEERS)/monai-label/.installed  ## real engines of others, each in its own environment under PEERS (4 GB)
 

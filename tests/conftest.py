@@ -20,6 +20,10 @@ from typing import Any
 import psutil
 import pytest
 
+# Tests run side by side, one to a core, and so do the processes they start: threads of one computation only wait for
+# each other there (with two each, torch takes three times the processor time). Before numpy or torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # tool: the Debian package it comes with
 PACKAGES = {
     **dict.fromkeys(("echoscu", "storescu", "findscu", "getscu", "movescu", "storescp"), "dcmtk"),

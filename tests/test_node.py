@@ -24,6 +24,7 @@ when:
 send: {{to: [PACS], what: source}}
 """
 PACS = {"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": 9}}
+BARE: dict[str, Any] = {"engines": {}, "jobs": {"workers": 0}}  # no network is loaded for a test of something else
 
 
 def metric(node: Any, name: str, **labels: str) -> float:
@@ -85,12 +86,12 @@ def test_nothing_survives_kill_9_of_the_supervisor(running_node: Start, wait_for
     node.process.kill()
     node.process.wait(timeout=10)
     wait_for(lambda: not any(member.is_running() for member in members), 10, "every process to be gone")
-    again = running_node()  # the ports and the locks are free again
+    again = running_node(**BARE)  # the ports and the locks are free again
     assert again.get("/ready")[0] == 200
 
 
 def test_a_second_node_gets_neither_the_data_folder_nor_the_port(running_node: Start, tmp_path: Path) -> None:
-    node = running_node(jobs={"workers": 0}, engines={})
+    node = running_node(**BARE)
     serve = [sys.executable, "-m", "dicom_node.cli", "serve", "--config", str(node.config)]
     second = subprocess.run(serve, capture_output=True, text=True, timeout=60)
     assert (second.returncode, second.stdout) == (2, "")
@@ -103,7 +104,7 @@ def test_a_second_node_gets_neither_the_data_folder_nor_the_port(running_node: S
 
 
 def test_rules_are_reloaded_whole_or_not_at_all(running_node: Start, tmp_path: Path) -> None:
-    node = running_node(destinations=PACS)
+    node = running_node(destinations=PACS, **BARE)
     (node.rules_dir / "one.yaml").write_text(RULE.format(name="one"))
     assert node.command("rules", "reload").stdout.startswith("1 rules in force")
     assert metric(node, "ruleset_rules") == 1
@@ -122,7 +123,7 @@ def test_rules_are_reloaded_whole_or_not_at_all(running_node: Start, tmp_path: P
 def test_a_broken_rule_and_a_restart_of_the_service_leave_the_rules_last_in_force(
     running_node: Start, wait_for: WaitFor
 ) -> None:
-    node = running_node(destinations=PACS, jobs={"workers": 0}, engines={})
+    node = running_node(destinations=PACS, **BARE)
     (node.rules_dir / "one.yaml").write_text(RULE.format(name="one"))
     node.command("rules", "reload")
     (node.rules_dir / "one.yaml").write_text(RULE.format(name="one").replace("PACS", "NOWHERE"))
@@ -160,7 +161,7 @@ def test_a_missing_rules_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_makes_the_node_not_ready(running_node: Start) -> None:
-    node = running_node(storage={"reserve_bytes": 2**60, "reserve_ratio": 0.0})
+    node = running_node(storage={"reserve_bytes": 2**60, "reserve_ratio": 0.0}, **BARE)
     status, body = node.get("/ready")
     assert status == 503
     assert [check["name"] for check in json.loads(body)["checks"] if not check["ok"]] == ["disk"]
@@ -168,7 +169,7 @@ def test_a_full_disk_makes_the_node_not_ready(running_node: Start) -> None:
 
 
 def test_a_stuck_receiver_makes_the_node_not_ready(running_node: Start, wait_for: WaitFor) -> None:
-    node = running_node()
+    node = running_node(**BARE)
     os.kill(node.pid("receiver"), signal.SIGSTOP)
     try:
         wait_for(lambda: node.get("/ready")[0] == 503, 20, "the silent receiver to be noticed")
@@ -181,7 +182,7 @@ def test_a_stuck_receiver_makes_the_node_not_ready(running_node: Start, wait_for
 def test_what_is_sent_is_kept_shown_and_fetched_back(
     running_node: Start, wait_for: WaitFor, tool: Tool, tmp_path: Path
 ) -> None:
-    node = running_node(destinations=PACS, completion={"quiet_s": 0.2})
+    node = running_node(destinations=PACS, completion={"quiet_s": 0.2}, **BARE)
     source = tmp_path / "in.dcm"
     (tmp_path / "in.dump").write_text(
         "(0008,0016) UI =SecondaryCaptureImageStorage\n(0008,0018) UI [1.2.3.4.1]\n(0008,0060) CS [OT]\n"

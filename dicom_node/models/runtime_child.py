@@ -60,4 +60,4 @@ def _fault(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # nothing is left to be written, and to take torch apart costs who stops it a second

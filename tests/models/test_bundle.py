@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,16 @@ class _Evil:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.fixture(scope="module")
+def runtimes() -> Iterator[None]:
+    """Those of the engines here, kept from one to the next: the last engine of a process stops them."""
+    engine = LocalModelEngine("kept", EngineSettings(model="demo-ct-abdomen"), devices=("cpu",))
+    engine._runtimes()
+    yield
+    engine.close()
+
+
+@pytest.mark.usefixtures("runtimes")
 @pytest.mark.parametrize("content", ["pickle", "legacy", "torch", "nonsense"])
 def test_weights_that_would_execute_are_refused_and_do_not(
     content: str, tmp_path: Path, task_for: Callable[..., Any]

@@ -52,15 +52,15 @@ def test_what_a_format_says_comes_back_as_it_is(tmp_path: Path) -> None:
         describe_apart(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["torch", "numpy", "yaml", "secrets", "dicom_node"])
-def test_python_in_the_working_folder_is_never_imported(module: str, tmp_path: Path) -> None:
-    (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+def test_python_in_the_working_folder_is_never_imported(tmp_path: Path) -> None:
+    for module in ("torch", "numpy", "yaml", "secrets", "dicom_node"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / module)!r} + '.ran', 'w')")
     (tmp_path / "node.yaml").write_text(f"data_dir: {tmp_path / 'data'}")
     words = ["models", "check", "demo-cxr-findings", "--config", str(tmp_path / "node.yaml")]
     command = [str(Path(sys.executable).parent / "dicom-node"), *words]  # as it is installed
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "ran").exists()
+    assert sorted(tmp_path.glob("*.ran")) == []
 
 
 def test_a_pickle_cannot_change_the_functions_that_read_it() -> None:
