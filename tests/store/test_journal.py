@@ -21,8 +21,10 @@ from dicom_node.model import ArchivedFile, ConflictPolicy, JournalPlace, Origin,
 from dicom_node.store import journal as journal_module
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffers
 from dicom_node.store.catalog import Catalog, open_catalog
+from dicom_node.store.database import Database
 from dicom_node.store.folder import FolderSpool
 from dicom_node.store.fs import RealFileSystem
+from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -43,8 +45,15 @@ class Disk(RealFileSystem):
 
     fails: dict[str, int] = field(default_factory=dict)  # call -> how often still
     synced: int = 0
+    steps: list[str] = field(default_factory=list)
+    fail_at: int = -1  # of the steps from now
 
     def _may(self, call: str) -> None:
+        if threading.current_thread().name == "intake-journal" and call != "syncfs":
+            return  # it makes the next segment ready, at any moment
+        self.steps.append(call)
+        if len(self.steps) - 1 == self.fail_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.fails.get(call, 0) > 0:
             self.fails[call] -= 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -65,6 +74,26 @@ class Disk(RealFileSystem):
     def open_direct(self, path: Path, *, create: bool) -> int:
         self._may("open_direct")
         return super().open_direct(path, create=create)
+
+    def open_tmpfile(self, folder: Path) -> int:
+        self._may("open_tmpfile")
+        return super().open_tmpfile(folder)
+
+    def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
+        self._may("write")
+        return super().write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        self._may("fsync")
+        super().fsync(fd)
+
+    def link_path(self, fd: int, path: Path) -> None:
+        self._may("link_path")
+        super().link_path(fd, path)
+
+    def link(self, fd: int, name: str, folder_fd: int) -> None:
+        self._may("link")
+        super().link(fd, name, folder_fd)
 
 
 @pytest.fixture
@@ -252,6 +281,62 @@ def test_a_segment_is_not_used_again_before_its_records_are_settled(
     with found(opened()) as records:
         assert [record.place for record in records] == full
     assert journal.refused == len(places) - len(full)
+
+
+def test_an_object_is_in_the_journal_before_it_has_a_name_and_a_segment_synced_before_it_is_used_again(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Database, "sync", lambda self: disk.steps.append("sync rows"))
+    monkeypatch.setattr(SqliteIndex, "forget_journaled", lambda self, name: disk.steps.append("forget"))
+    catalog = opened()
+    journal = begun(catalog)
+    spool = spooled(catalog, b"g" * 3000)
+    disk.steps.clear()
+    file = spool.commit(RECEIPT)
+    steps = [step for step, before in zip(disk.steps, ["", *disk.steps], strict=False) if step != before]
+    assert steps[:4] == ["write", "pwrite", "fdatasync", "link_path"]
+    assert "fsync" not in disk.steps[:5], "that is what the journal spares"
+    until(lambda: len(journal._segments) == 2)  # the next one is made ready meanwhile
+    disk.steps.clear()
+    catalog.archive.settled(file)
+    catalog.close()
+    assert disk.steps == ["syncfs", "sync rows", "pwrite", "fdatasync", "forget"]
+
+
+@pytest.mark.parametrize("size", [3000, BUFFER + 1])
+def test_after_any_failing_call_the_object_is_refused_or_fully_there_also_after_a_crash(
+    size: int, opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.0)
+    catalog = opened()
+    begun(catalog)
+    promised: dict[str, bytes] = {}
+    for nth in range(60):
+        body = os.urandom(size)
+        disk.steps.clear()
+        disk.fail_at = nth
+        try:
+            promised[kept(catalog, body, f"1.2.{nth}").location] = body
+        except StorageError:
+            continue
+        finally:
+            reached = len(disk.steps) > nth
+            disk.fail_at = -1
+        if not reached:
+            break
+    else:
+        pytest.fail("the object was never received without a fault")
+    assert len(promised) >= 3
+    crash(catalog)
+    for location in promised:
+        if catalog.archive.status(location) is not None:
+            os.unlink(catalog.archive.path(location))  # the journal alone must do, where it was asked to
+    again = opened()
+    with found(again) as records:
+        held = {again.archive.location_of(record) for record in records if again.archive.put_back(record)}
+    assert held, "none was journaled"
+    for location in held & set(promised):
+        assert Path(again.archive.path(location)).read_bytes().endswith(promised[location])
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
