@@ -34,6 +34,7 @@ from dicom_node.dimse.link import (
     cut,
 )
 from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece, MessageReader
+from dicom_node.dimse.outgoing import StoredDataSet
 from dicom_node.dimse.upper_layer.connection import (
     Aborted,
     Connection,
@@ -139,6 +140,11 @@ class Association:
     def contexts(self) -> Mapping[int, AgreedContext]:
         """The accepted contexts by their ids."""
         return self._contexts
+
+    @property
+    def pdu_bytes(self) -> int:
+        """See `link.Link`."""
+        return self._pdu_bytes
 
     @property
     def established(self) -> bool:
@@ -460,7 +466,12 @@ class Association:
             self._corked_at = time.monotonic()
         for piece, last in cut([command], size):
             parts += (data_header(context_id, is_command=True, last=last, length=len(piece)), piece)
-        if data_set is not None:
+        if isinstance(data_set, StoredDataSet):
+            for pdus in data_set.pdus(context_id, self._pdu_bytes):
+                parts.append(pdus)
+                self._write(parts)
+                parts = []
+        elif data_set is not None:
             for piece, last in cut(data_set, size):
                 parts += (data_header(context_id, is_command=False, last=last, length=len(piece)), piece)
                 if len(parts) >= 2 * BATCH:
@@ -468,7 +479,7 @@ class Association:
                     parts = []
         if more and len(parts) < 2 * BATCH and time.monotonic() - self._corked_at < CORK_S:
             self._corked = parts
-        else:
+        elif parts:
             self._write(parts)
 
     def _write(self, parts: list[bytes | memoryview]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -14,7 +14,7 @@ from dicom_node.dimse.commands import CommandValue, element, error_comment
 from dicom_node.dimse.contexts import ProposedContext
 from dicom_node.dimse.link import AssociationLost
 from dicom_node.dimse.request import Request, encode_identifier, read_identifier, respond_bad
-from dicom_node.dimse.session import MoveOriginator, OpenLink, Session, batches, is_stored, send_store
+from dicom_node.dimse.session import MoveOriginator, OpenLink, Session, StoreSender, batches, is_stored, with_following
 from dicom_node.errors import DeliveryError, NodeError
 from dicom_node.model import Destination, StoredInstance
 from dicom_node.services.identifier import BadIdentifier
@@ -48,33 +48,27 @@ class Retrievals:
         plan = self._planned(request)
         if isinstance(plan, int):
             return plan
-        accepted: dict[str, dict[str, int]] = {}
+        contexts: dict[tuple[str, str], int] = {}
         for context in request.link.contexts.values():
             if context.we_ask:
-                syntaxes = accepted.setdefault(context.abstract_syntax, {})
-                syntaxes.setdefault(context.transfer_syntax, context.context_id)
-        if not accepted:
+                contexts.setdefault((context.abstract_syntax, context.transfer_syntax), context.context_id)
+        if not contexts:
             log.warning(
                 "C-GET cannot send: the requester proposed no SCP role for any storage SOP class",
                 extra=dict(request.link.log_fields),
             )
-        message_ids = _MessageIds(request.message_id)
+        message_ids, following = _MessageIds(request.message_id), iter(plan.instances[1:])
 
         def send(instance: StoredInstance) -> SubOperationResult:
-            if not accepted:
+            if not contexts:
                 return SubOperationResult(
                     outcome=SubOperation.FAILED, reason="no SCP role proposed for storage", fatal=True
                 )
-            status, error = send_store(
-                request.link,
-                instance,
-                accepted.get(instance.sop_class_uid, {}),
-                message_ids.next(),
-                timeout_s=self._delivery.response_timeout_s,
-            )
+            status, error = sender.store(instance, message_ids.next(), following=next(following, None))
             return _sub_operation(request, instance, status, error)
 
-        return self._report(request, plan.instances, send)
+        with StoreSender(request.link, contexts, self._delivery.response_timeout_s) as sender:
+            return self._report(request, plan.instances, send)
 
     def move(self, request: Request) -> int:
         """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
@@ -152,18 +146,15 @@ class _Mover:
         self._request, self._stack = request, stack
         self._originator = MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id)
         self._batches = batches(instances)
-        self._left = 0
+        self._batch: Iterator[tuple[StoredInstance, StoredInstance | None]] = iter(())
         self._session: Session | None = None
 
     def send(self, instance: StoredInstance) -> SubOperationResult:
         """Send the next instance; a destination that cannot be had is fatal for the rest."""
         try:
-            if self._left == 0:
-                self._open_next()
-            self._left -= 1
-            assert self._session is not None
-            status, error = self._session.store(
-                instance, originator=self._originator, on_wait=self._request.link.check_alive
+            session, following = self._next()
+            status, error = session.store(
+                instance, following=following, originator=self._originator, on_wait=self._request.link.check_alive
             )
         except DeliveryError as exc:
             return self._gone(exc)
@@ -172,12 +163,17 @@ class _Mover:
             return self._gone(exc)
         return _sub_operation(self._request, instance, status, error)
 
-    def _open_next(self) -> None:
-        if self._session is not None:
-            self._session.close()
-        batch, contexts = next(self._batches)
-        self._session = self._stack.enter_context(self._new_session(contexts))
-        self._left = len(batch)
+    def _next(self) -> tuple[Session, StoredInstance | None]:
+        """The association for the next instance, and the one after it on the same."""
+        here = next(self._batch, None)
+        if here is None or self._session is None:
+            if self._session is not None:
+                self._session.close()
+            batch, contexts = next(self._batches)
+            self._session = self._stack.enter_context(self._new_session(contexts))
+            self._batch = with_following(batch)
+            here = next(self._batch)
+        return self._session, here[1]
 
     def _gone(self, error: NodeError) -> SubOperationResult:
         log.warning(
