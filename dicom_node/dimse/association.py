@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from dicom_node.dimse.commands import CommandField
@@ -391,9 +391,9 @@ class Association:
             return Message(item.context_id, command, self._data_set() if has_data_set else None)
         return None
 
-    def _fed(self, data: Data) -> Iterator[CommandReceived | DataSetPiece]:
+    def _fed(self, data: Data) -> tuple[()] | tuple[CommandReceived | DataSetPiece]:
         try:
-            yield from self._messages.feed(data)
+            return self._messages.feed(data)
         except BadMessage as exc:
             raise self._nonsense(exc) from exc
 
@@ -462,14 +462,13 @@ class Association:
             raise self._lost("the association ended") from exc
         size = self._pdu_bytes - 6
         parts, self._corked = self._corked, []
-        if not parts:
+        if more and not parts:
             self._corked_at = time.monotonic()
-        for piece, last in cut([command], size):
+        for piece, last in cut([command], size) if len(command) > size else ((command, True),):
             parts += (data_header(context_id, is_command=True, last=last, length=len(piece)), piece)
         if isinstance(data_set, StoredDataSet):
-            for pdus in data_set.pdus(context_id, self._pdu_bytes):
-                parts.append(pdus)
-                self._write(parts)
+            for pdus in data_set.pdus(context_id):
+                self._write([*parts, pdus])
                 parts = []
         elif data_set is not None:
             for piece, last in cut(data_set, size):
@@ -482,16 +481,20 @@ class Association:
         elif parts:
             self._write(parts)
 
-    def _write(self, parts: list[bytes | memoryview]) -> None:
+    def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""
-        views = [memoryview(part) for part in parts if len(part)]
         try:
-            while views:
-                sent = self._sock.sendmsg(views)
+            sent = self._sock.sendmsg(parts)
+            if sent == sum(map(len, parts)):
+                return
+            views = [memoryview(part) for part in parts if len(part)]
+            while True:
                 while views and sent >= len(views[0]):
                     sent -= len(views.pop(0))
-                if sent:
-                    views[0] = views[0][sent:]
+                if not views:
+                    return
+                views[0] = views[0][sent:]
+                sent = self._sock.sendmsg(views)
         except OSError as exc:
             with suppress(OSError):  # what is queued would keep the connection open as long as the peer reads nothing
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -14,7 +14,7 @@ from typing import Self
 
 from dicom_node.dimse.upper_layer.connection import data_header
 
-__all__ = ["ShortFile", "StoredDataSet"]
+__all__ = ["TEMPLATES", "ShortFile", "StoredDataSet", "Template"]
 
 CHUNK = 1024 * 1024  # of one read and one write
 MOST_PDUS = 1000  # in one read: below IOV_MAX of every system
@@ -34,18 +34,22 @@ class StoredDataSet:
     """
 
     def __init__(self, path: str, offset: int, length: int) -> None:
-        self._template: _Template | None = None
-        self._first: memoryview | None = None
+        self._ready: tuple[Template, memoryview] | None = None
         self._position, self.left = offset, length
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if length < 0 or os.fstat(self._fd).st_size < offset + length:
-                raise ShortFile("the file is shorter than its index entry says")
-            if length > CHUNK:
-                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+            if length < 0:
+                raise ShortFile("a data set of less than nothing")
+            if length > CHUNK:  # what comes out at once is checked by reading it
+                self._look_at(offset, length)
         except OSError:
-            os.close(self._fd)
+            self.close()
             raise
+
+    def _look_at(self, offset: int, length: int) -> None:
+        if os.fstat(self._fd).st_size < offset + length:
+            raise ShortFile("the file is shorter than its index entry says")
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def __enter__(self) -> Self:
         return self
@@ -56,11 +60,10 @@ class StoredDataSet:
         self.close()
 
     def close(self) -> None:
-        """Close the file, give back the memory. Idempotent."""
+        """Close the file. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._give_back()
 
     def __iter__(self) -> Iterator[memoryview]:
         """The bytes, for a wire that makes its own PDUs."""
@@ -70,24 +73,20 @@ class StoredDataSet:
             self.read_into([piece], len(piece))
             yield piece
 
-    def read_ahead(self, context_id: int, pdu_bytes: int) -> None:
-        """Read what the first write carries; `pdus` must then be asked for the same. Raises OSError."""
-        if self._first is None:
-            self._template = _TEMPLATES.take(pdu_bytes)
-            self._first = self._template.fill(context_id, self)
+    def read_ahead(self, template: Template, context_id: int) -> None:
+        """Read what the first write carries; nothing else may fill `template` before it is sent. Raises OSError."""
+        self._ready = template, template.fill(context_id, self)
 
-    def pdus(self, context_id: int, pdu_bytes: int) -> Iterator[memoryview]:
-        """P-DATA-TF PDUs that carry it, many at once, for one write each; the last of all says that it is.
+    def pdus(self, context_id: int) -> Iterator[memoryview]:
+        """After `read_ahead` for that context: P-DATA-TF PDUs that carry it, many at once, for one write each.
 
-        `pdu_bytes`: the most the peer takes (PS3.8 D.1). Each view is good until the next one. Raises OSError.
+        The last of all says that it is. Each view is good until the next one. Raises OSError.
         """
-        self.read_ahead(context_id, pdu_bytes)
-        assert self._first is not None
-        assert self._template is not None
-        yield self._first
+        assert self._ready is not None
+        template, first = self._ready
+        yield first
         while self.left:
-            yield self._template.fill(context_id, self)
-        self._give_back()
+            yield template.fill(context_id, self)
 
     def read_into(self, parts: Sequence[memoryview], length: int) -> None:
         """Fill `parts`, which have room for `length` bytes together. Raises OSError, ShortFile."""
@@ -106,18 +105,12 @@ class StoredDataSet:
             while skipped < len(part):
                 read = os.preadv(self._fd, [part[skipped:]], position + skipped)
                 if not read:
-                    raise ShortFile("the file became shorter while it was read")
+                    raise ShortFile("the file is shorter than its index entry says")
                 skipped += read
             position += len(part)
 
-    def _give_back(self) -> None:
-        self._first = None
-        if self._template is not None:
-            _TEMPLATES.give_back(self._template)
-            self._template = None
 
-
-class _Template:
+class Template:
     """Room for P-DATA-TF PDUs of one length, one value in each, whose heads are in place: only contents are missing."""
 
     def __init__(self, pdu_bytes: int) -> None:
@@ -164,22 +157,22 @@ class _Template:
         self._bytes[start : start + _HEAD] = data_header(context_id, is_command=False, last=last, length=length)
 
 
-class _Templates:
+class Templates:
     """Templates that are used again, whoever needed them last."""
 
     def __init__(self) -> None:
-        self._free: list[_Template] = []
+        self._free: list[Template] = []
         self._guard = threading.Lock()
 
-    def take(self, pdu_bytes: int) -> _Template:
-        """One for this length."""
+    def take(self, pdu_bytes: int) -> Template:
+        """One for P-DATA-TF PDUs of at most `pdu_bytes` (PS3.8 D.1)."""
         with self._guard:
             for number in range(len(self._free) - 1, -1, -1):
                 if self._free[number].pdu_bytes == pdu_bytes:
                     return self._free.pop(number)
-        return _Template(pdu_bytes)
+        return Template(pdu_bytes)
 
-    def give_back(self, template: _Template) -> None:
+    def give_back(self, template: Template) -> None:
         """It may be used again; the one nobody wanted for longest makes room."""
         with self._guard:
             self._free.append(template)
@@ -187,4 +180,4 @@ class _Templates:
                 del self._free[0]
 
 
-_TEMPLATES = _Templates()
+TEMPLATES = Templates()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,9 +30,12 @@ from dicom_node.services.retrieve import (
 
 __all__ = ["Retrievals"]
 
+_COMPLETED = SubOperationResult(outcome=SubOperation.COMPLETED)
+
 log = logging.getLogger(__name__)
 
 PROCESSING_FAILURE = 0x0110
+PENDING_S = 0.02  # between two pending responses
 
 
 class Retrievals:
@@ -81,8 +85,15 @@ class Retrievals:
         if isinstance(plan, int):
             return plan
         with ExitStack() as stack:
-            session = partial(Session, self._delivery, destination, calling_ae_title=self._ae_title)
-            mover = _Mover(partial(session, open_link=self._open_link), destination, request, plan.instances, stack)
+            session = partial(
+                Session,
+                self._delivery,
+                destination,
+                calling_ae_title=self._ae_title,
+                open_link=self._open_link,
+                originator=MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id),
+            )
+            mover = _Mover(session, destination, request, plan.instances, stack)
             return self._report(request, plan.instances, mover.send)
 
     def _planned(self, request: Request) -> RetrievePlan | int:
@@ -105,9 +116,16 @@ class Retrievals:
         instances: Sequence[StoredInstance],
         send: Callable[[StoredInstance], SubOperationResult],
     ) -> int:
-        status = PROCESSING_FAILURE
-        for progress in self._retrieve.retrieve(instances, send, request.cancelled):
-            status = progress.status
+        """Answer with what was done so far, at most every `PENDING_S`: pending responses are the SCP's to choose
+        (PS3.4 C.4.2.3.1, C.4.3.3.1), and of a thousand small objects nobody wants to hear one by one.
+        """
+        status, next_at = PROCESSING_FAILURE, 0.0
+
+        def is_time() -> bool:
+            return time.monotonic() >= next_at
+
+        for progress in self._retrieve.retrieve(instances, send, request.cancelled, is_time):
+            status, next_at = progress.status, time.monotonic() + PENDING_S
             request.respond(_counts(progress), _failures(progress, request.transfer_syntax))
         return status
 
@@ -144,7 +162,6 @@ class _Mover:
     ) -> None:
         self._new_session, self._destination = session, destination
         self._request, self._stack = request, stack
-        self._originator = MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id)
         self._batches = batches(instances)
         self._batch: Iterator[tuple[StoredInstance, StoredInstance | None]] = iter(())
         self._session: Session | None = None
@@ -153,9 +170,7 @@ class _Mover:
         """Send the next instance; a destination that cannot be had is fatal for the rest."""
         try:
             session, following = self._next()
-            status, error = session.store(
-                instance, following=following, originator=self._originator, on_wait=self._request.link.check_alive
-            )
+            status, error = session.store(instance, following=following, on_wait=self._request.link.check_alive)
         except DeliveryError as exc:
             return self._gone(exc)
         except AssociationLost as exc:
@@ -185,7 +200,7 @@ class _Mover:
 
 def _sub_operation(request: Request, instance: StoredInstance, status: int | None, error: str) -> SubOperationResult:
     if status == 0:
-        return SubOperationResult(outcome=SubOperation.COMPLETED)
+        return _COMPLETED
     if status is not None and is_stored(status):
         return SubOperationResult(outcome=SubOperation.WARNING)
     log.warning(

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandField, CommandValue, encode_command
+from dicom_node.dimse.commands import NO_DATA_SET, CommandField, StoreRequests, encode_command
 from dicom_node.dimse.contexts import EXPLICIT_LE, IMPLICIT_LE, VERIFICATION, ProposedContext
 from dicom_node.dimse.link import AssociationLost, Fragments, Link, Message
-from dicom_node.dimse.outgoing import ShortFile, StoredDataSet
+from dicom_node.dimse.outgoing import TEMPLATES, ShortFile, StoredDataSet, Template
 from dicom_node.dimse.requestor import open_link as open_own_link
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, TranscodeError
 from dicom_node.interfaces import Heartbeat
@@ -120,6 +120,7 @@ class Session:
         calling_ae_title: str,
         max_data_set_bytes: int = 8 * 1024**3,
         open_link: OpenLink = open_own_link,
+        originator: MoveOriginator | None = None,
     ) -> None:
         self._settings = settings
         self._message_id = 0
@@ -140,7 +141,7 @@ class Session:
         self.context_ids: Mapping[int, tuple[str, str]] = {
             context.context_id: (context.abstract_syntax, context.transfer_syntax) for context in agreed
         }
-        self._sender = StoreSender(self._link, self.contexts, settings.response_timeout_s)
+        self._sender = StoreSender(self._link, self.contexts, settings.response_timeout_s, originator)
 
     def __enter__(self) -> Self:
         return self
@@ -193,16 +194,13 @@ class Session:
         instance: StoredInstance,
         *,
         following: StoredInstance | None = None,
-        originator: MoveOriginator | None = None,
         on_wait: Callable[[], None] | None = None,
     ) -> tuple[int | None, str]:
         """C-STORE one instance; status and error. Status None: no context for it, unreadable, or not re-encodable.
 
         `following`: what will be stored next, as far as that is known: it is opened meanwhile. Raises AssociationLost.
         """
-        return self._sender.store(
-            instance, self.next_message_id(), following=following, originator=originator, on_wait=on_wait
-        )
+        return self._sender.store(instance, self.next_message_id(), following=following, on_wait=on_wait)
 
 
 class StoreSender:
@@ -212,12 +210,21 @@ class StoreSender:
     out as stored, and what goes wrong with it then is found again, and told, in its own turn.
     """
 
-    def __init__(self, link: Link, contexts: Mapping[tuple[str, str], int], timeout_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        contexts: Mapping[tuple[str, str], int],
+        timeout_s: float,
+        originator: MoveOriginator | None = None,
+    ) -> None:
         self._link, self._timeout_s = link, timeout_s
+        self._originator = None if originator is None else (originator.ae_title, originator.message_id)
         self._accepted: dict[str, dict[str, int]] = {}  # by SOP class: transfer syntax to context id
         for (sop_class_uid, syntax), context_id in contexts.items():
             self._accepted.setdefault(sop_class_uid, {}).setdefault(syntax, context_id)
         self._ahead: tuple[StoredInstance, StoredDataSet] | None = None
+        self._template: Template | None = None
+        self._requests: dict[str, StoreRequests] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -228,10 +235,13 @@ class StoreSender:
         self.close()
 
     def close(self) -> None:
-        """Give back what was opened ahead. Idempotent."""
+        """Give back what it has taken. Idempotent."""
         if self._ahead is not None:
             self._ahead[1].close()
             self._ahead = None
+        if self._template is not None:
+            TEMPLATES.give_back(self._template)
+            self._template = None
 
     def store(
         self,
@@ -239,7 +249,6 @@ class StoreSender:
         message_id: int,
         *,
         following: StoredInstance | None = None,
-        originator: MoveOriginator | None = None,
         on_wait: Callable[[], None] | None = None,
     ) -> tuple[int | None, str]:
         """See `Session.store`. `following`: what the next call will be about, as far as that is known."""
@@ -258,7 +267,7 @@ class StoreSender:
         with content:
             try:
                 data_set = content if isinstance(content, StoredDataSet) else _fragments(content)
-                self._link.send_message(accepted[syntax], _store_request(instance, message_id, originator), data_set)
+                self._link.send_message(accepted[syntax], self._request(instance, message_id), data_set)
             except OSError as exc:
                 # half a data set is out: only an abort keeps the peer from taking it for a whole one
                 self._link.abort()
@@ -267,6 +276,12 @@ class StoreSender:
             self._open_ahead(following)
         status = status_of(self._link.await_response(message_id, self._timeout_s, on_wait))
         return status, "" if is_stored(status) else f"the peer answered 0x{status:04X}"
+
+    def _request(self, instance: StoredInstance, message_id: int) -> bytes:
+        requests = self._requests.get(instance.sop_class_uid)
+        if requests is None:
+            requests = self._requests[instance.sop_class_uid] = StoreRequests(instance.sop_class_uid, self._originator)
+        return requests.encode(message_id, instance.sop_instance_uid)
 
     def _opened(self, instance: StoredInstance, accepted: Mapping[str, int]) -> tuple[str, StoredDataSet | BinaryIO]:
         """Its data set, in which transfer syntax. Raises OSError, TranscodeError."""
@@ -290,8 +305,10 @@ class StoreSender:
         """Opened, and what goes out with the request is read: a file that cannot be read costs no association."""
         data_set = StoredDataSet(instance.path, instance.data_set_offset, instance.data_set_length)
         try:
-            if self._link.pdu_bytes:
-                data_set.read_ahead(context_id, self._link.pdu_bytes)
+            if self._template is None and self._link.pdu_bytes:
+                self._template = TEMPLATES.take(self._link.pdu_bytes)
+            if self._template is not None:
+                data_set.read_ahead(self._template, context_id)
         except OSError:
             data_set.close()
             raise
@@ -302,21 +319,6 @@ class StoreSender:
         if context_id is not None:
             with suppress(OSError):
                 self._ahead = (instance, self._opened_as_stored(instance, context_id))
-
-
-def _store_request(instance: StoredInstance, message_id: int, originator: MoveOriginator | None) -> bytes:
-    fields: dict[str, CommandValue] = {
-        "AffectedSOPClassUID": instance.sop_class_uid,
-        "CommandField": CommandField.C_STORE,
-        "MessageID": message_id,
-        "Priority": 0,
-        "CommandDataSetType": WITH_DATA_SET,
-        "AffectedSOPInstanceUID": instance.sop_instance_uid,
-    }
-    if originator is not None:
-        fields["MoveOriginatorApplicationEntityTitle"] = originator.ae_title
-        fields["MoveOriginatorMessageID"] = originator.message_id
-    return encode_command(fields)
 
 
 def _fragments(content: BinaryIO) -> Fragments:
