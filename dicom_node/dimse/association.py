@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from dicom_node.dimse.commands import CommandField
@@ -447,13 +447,7 @@ class Association:
         self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False
     ) -> None:
         """See `link.Link`."""
-        self._drain()
-        if self._over or self._interrupted:
-            raise AssociationLost("the association ended")
-        try:
-            self._connection.sends_data()
-        except UpperLayerMisuse as exc:
-            raise self._lost("the association ended") from exc
+        self._begin_sending()
         size = self._pdu_bytes - 6
         parts, self._corked = self._corked, []
         if not parts:
@@ -470,6 +464,38 @@ class Association:
             self._corked = parts
         else:
             self._write(parts)
+
+    def send_messages(self, context_id: int, command: bytes, data_sets: Sequence[bytes], *, more: bool = False) -> None:
+        """See `link.Link`. Where each fits into a PDU of its own they are one piece of bytes."""
+        size = self._pdu_bytes - 6
+        if len(command) > size or max(map(len, data_sets), default=0) > size:
+            for number, data_set in enumerate(data_sets, 1):
+                self.send_message(context_id, command, [data_set], more=more or number < len(data_sets))
+            return
+        self._begin_sending()
+        before = data_header(context_id, is_command=True, last=True, length=len(command)) + command
+        parts: list[bytes] = []
+        for data_set in data_sets:
+            head = data_header(context_id, is_command=False, last=True, length=len(data_set))
+            parts += (before, head, data_set)
+        held, self._corked = self._corked, []
+        if not held:
+            self._corked_at = time.monotonic()
+        held.append(b"".join(parts))
+        if more and len(held) < 2 * BATCH and time.monotonic() - self._corked_at < CORK_S:
+            self._corked = held
+        else:
+            self._write(held)
+
+    def _begin_sending(self) -> None:
+        """Raises AssociationLost where nothing can be sent any more."""
+        self._drain()
+        if self._over or self._interrupted:
+            raise AssociationLost("the association ended")
+        try:
+            self._connection.sends_data()
+        except UpperLayerMisuse as exc:
+            raise self._lost("the association ended") from exc
 
     def _write(self, parts: list[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""

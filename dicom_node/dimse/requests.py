@@ -14,12 +14,12 @@ from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SO
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.request import Peer, Request, encode_answer, read_identifier, respond_bad
+from dicom_node.dimse.request import Peer, Request, encode_answers, read_query, respond_bad
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
-from dicom_node.services.find import FindService
+from dicom_node.services.find import SOME, FindService
 from dicom_node.services.identifier import BadIdentifier
 from dicom_node.services.store import StoreRequest, StoreService
 
@@ -175,18 +175,20 @@ class Requests:
 
     def _query(self, request: Request) -> int:
         try:
-            identifier = read_identifier(request)
+            identifier = read_query(request)
         except BadIdentifier as exc:
             return respond_bad(request, exc)
         status = PROCESSING_FAILURE
         for response in self._find.find(request.model, identifier, request.options, request.cancelled):
-            status = response.status
+            status, answers = response.status, response.answers
+            if answers is not None:
+                encoded = encode_answers(answers, request.transfer_syntax)
+                request.respond_each({"Status": status}, encoded, more=len(answers) < SOME)
+                continue
             fields: dict[str, CommandValue] = {"Status": status}
             if response.comment:
                 fields["ErrorComment"] = error_comment(response.comment)
             if response.offending:
                 fields["OffendingElement"] = response.offending
-            found = response.identifier
-            encoded = None if found is None else encode_answer(found, request.transfer_syntax)
-            request.respond(fields, encoded, more=found is not None)
+            request.respond(fields)
         return status

@@ -34,7 +34,7 @@ from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
 __all__ = ["SqliteIndex", "Variant"]
 
-PAGE = 500  # rows a read holds at once
+PAGE = 512  # rows a read holds at once
 _PRUNE_EVERY = 500  # associations opened between two looks for old ones
 _PRUNE_AGE_S = 24 * 3600.0
 
@@ -162,17 +162,32 @@ class SqliteIndex:
             parameters=tuple(parameters),
             order=("i.series_instance_uid", "i.instance_order", "i.sop_instance_uid"),
             walk="SeriesInstanceUID" in uids,
-            keywords=(),
+            at=(),
         )
         rows = self._pages(pages, ("series_instance_uid", "instance_order", "sop_instance_uid"))
         return (stored_instance(row, self._archive_path) for row in rows)
 
     def find(self, query: Query) -> Iterator[Match]:
         """See `interfaces.InstanceIndex.find`. Raises InvalidIdentifier for an attribute that is not `supported`."""
-        pages = plan(query)
-        rows = self._pages(pages, tuple(f"k{number}" for number in range(len(pages.order))))
-        columns = [(keyword, f"c{number}") for number, keyword in enumerate(pages.keywords)]
-        return (Match(attributes={keyword: row[column] for keyword, column in columns}) for row in rows)
+        pages = self.find_pages(query)
+        return (Match(attributes=dict(zip(query.returns, row, strict=True))) for page in pages for row in page)
+
+    def find_pages(self, query: Query) -> Iterator[Sequence[tuple[str, ...]]]:
+        """See `interfaces.InstanceIndex.find_pages`. Raises InvalidIdentifier as `find` does."""
+        return self._texts(plan(query), len(query.returns))
+
+    def _texts(self, pages: Plan, width: int) -> Iterator[Sequence[tuple[str, ...]]]:
+        after: tuple[object, ...] | None = None
+        while True:
+            with self._database.read() as connection:
+                cursor = connection.cursor()
+                cursor.row_factory = None  # plain tuples
+                rows = cursor.execute(*pages.page(after, PAGE)).fetchall()
+            if rows:
+                yield rows if len(rows[0]) == width else [row[:width] for row in rows]
+            if len(rows) < PAGE:
+                return
+            after = tuple(rows[-1][column] for column in pages.at)
 
     def supported(self, level: Level) -> frozenset[str]:
         """See `interfaces.InstanceIndex.supported`."""

@@ -114,7 +114,7 @@ class Plan:
     parameters: tuple[object, ...]
     order: tuple[str, ...]
     walk: bool  # whether SQLite may walk the index that has this order
-    keywords: tuple[str, ...]
+    at: tuple[int, ...]  # the columns of a row that have `order`
 
     def page(self, after: tuple[object, ...] | None, size: int) -> Sql:
         """SQL and parameters of the page behind the row whose order columns are `after`."""
@@ -147,16 +147,24 @@ def plan(query: Query) -> Plan:
             conditions.append(sql)
             parameters += bound
             selective = selective or key.keyword in _SELECTIVE[level]
-    columns = [f"{_expression(level, keyword)} AS c{number}" for number, keyword in enumerate(query.returns)]
-    columns += [f"{term} AS k{number}" for number, term in enumerate(_ORDER[level])]
+    select, at = _select(level, query.returns)
     return Plan(
-        select=f"SELECT {', '.join(columns)} FROM {_FROM[level]}",
+        select=select,
         where=" AND ".join(conditions),
         parameters=tuple(parameters),
         order=_ORDER[level],
         walk=not selective,
-        keywords=query.returns,
+        at=at,
     )
+
+
+@lru_cache(maxsize=256)
+def _select(level: Level, returns: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+    """The query up to its conditions, and where in its rows the order stands; what is not returned comes last."""
+    columns = [_expression(level, keyword) for keyword in returns]
+    columns += [term for term in _ORDER[level] if term not in columns]
+    at = tuple(columns.index(term) for term in _ORDER[level])
+    return f"SELECT {', '.join(columns)} FROM {_FROM[level]}", at
 
 
 # --- attributes to expressions -------------------------------------------------------------------------------------

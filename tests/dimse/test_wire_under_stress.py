@@ -273,17 +273,17 @@ def test_a_cancel_is_heard_after_any_number_of_others(
     find = {"CommandField": 0x20, "Priority": 0, "CommandDataSetType": 0, "AffectedSOPClassUID": STUDY_ROOT_FIND}
     for number in range(100, 200):  # each comes when its operation is over, or never was
         peer.send_command(3, CommandField=0x0FFF, MessageIDBeingRespondedTo=number, CommandDataSetType=0x0101)
-    real = node.catalog.index.find
+    real = node.catalog.index.find_pages
     asked, sent = threading.Event(), threading.Event()
 
     def slow(query: Any) -> Any:
         asked.set()
         assert sent.wait(10.0)
-        for match in real(query):
+        for page in real(query):
             wait_for(lambda: node.server._living()[-1].is_cancelled(300), 5.0, "the cancel to arrive")
-            yield match
+            yield page
 
-    node.catalog.index.find = slow
+    node.catalog.index.find_pages = slow
     peer.send_command(3, study_keys(path), **find, MessageID=300)
     assert asked.wait(10.0)
     peer.send_command(3, CommandField=0x0FFF, MessageIDBeingRespondedTo=300, CommandDataSetType=0x0101)
