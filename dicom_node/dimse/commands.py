@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 __all__ = [
     "NO_DATA_SET",
@@ -17,6 +18,8 @@ __all__ = [
     "encode_command",
     "error_comment",
 ]
+
+_HEAD, _LENGTH, _NUMBER = struct.Struct("<HHI"), struct.Struct("<HHII"), struct.Struct("<HHIH")
 
 CommandValue = str | int | Sequence[int] | Sequence[str]
 
@@ -67,8 +70,8 @@ _ELEMENTS: Mapping[str, tuple[int, str]] = {
 
 def encode_command(fields: Mapping[str, CommandValue]) -> bytes:
     """The command set with these elements, (0000,0000) included. Raises KeyError for a keyword it does not know."""
-    body = b"".join(_encode(*_ELEMENTS[keyword], fields[keyword]) for keyword in sorted(fields, key=_element_number))
-    return struct.pack("<HHII", 0, 0, 4, len(body)) + body
+    body = b"".join([_encode(number, vr, fields[keyword]) for keyword, number, vr in _in_order(tuple(fields))])
+    return _LENGTH.pack(0, 0, 4, len(body)) + body
 
 
 def element(keyword: str) -> int:
@@ -81,18 +84,20 @@ def error_comment(text: str) -> str:
     return "".join(char if " " <= char <= "~" and char != "\\" else "?" for char in text)[:64]
 
 
-def _element_number(keyword: str) -> int:
-    return _ELEMENTS[keyword][0]
+@lru_cache(maxsize=256)  # there are few kinds of messages
+def _in_order(keywords: tuple[str, ...]) -> tuple[tuple[str, int, str], ...]:
+    found = ((keyword, *_ELEMENTS[keyword]) for keyword in keywords)
+    return tuple(sorted(found, key=lambda item: item[1]))
 
 
 def _encode(element: int, vr: str, value: CommandValue) -> bytes:
     if vr == "US":
-        content = struct.pack("<H", value)
-    elif vr == "AT":
+        return _NUMBER.pack(0, element, 2, value)
+    if vr == "AT":
         tags = [value] if isinstance(value, int) else value
         content = b"".join(struct.pack("<HH", int(tag) >> 16, int(tag) & 0xFFFF) for tag in tags)
     else:
         content = str(value).encode("ascii", "replace")
         if len(content) % 2:
             content += b"\0" if vr == "UI" else b" "
-    return struct.pack("<HHI", 0, element, len(content)) + content
+    return _HEAD.pack(0, element, len(content)) + content

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple
 
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -52,13 +53,13 @@ class Peer:
     recorded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request as it came, and the context it came in."""
+class Request(NamedTuple):
+    """One request as it came, and the context it came in. `kind`: its Command Field (0000,0100)."""
 
     link: Link
     peer: Peer
     message: Message
+    kind: int
     message_id: int
     sop_class_uid: str
     transfer_syntax: str
@@ -86,14 +87,13 @@ class Request:
     def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None, *, more: bool = False) -> None:
         """Send one response of this request; `more`: the next follows at once. Raises AssociationLost."""
         command: dict[str, CommandValue] = {
-            "CommandField": CommandField.RESPONSE | self.message.command.field,
+            "CommandField": CommandField.RESPONSE | self.kind,
             "MessageIDBeingRespondedTo": self.message_id,
             "CommandDataSetType": NO_DATA_SET if data_set is None else WITH_DATA_SET,
             **fields,
         }
-        affected = self.uid("AffectedSOPClassUID")
-        if affected:
-            command.setdefault("AffectedSOPClassUID", affected)
+        if "AffectedSOPClassUID" not in fields and (affected := self.uid("AffectedSOPClassUID")):
+            command["AffectedSOPClassUID"] = affected
         parts = None if data_set is None else [data_set]
         self.link.send_message(self.message.context_id, encode_command(command), parts, more=more)
 

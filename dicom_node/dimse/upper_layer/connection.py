@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from dicom_node.dimse.upper_layer.pdus import (
     P_DATA,
@@ -52,6 +53,7 @@ __all__ = [
 
 HEAD = 6  # bytes before the content of a PDU, and before that of a PDV
 _COMMAND, _LAST = 0x01, 0x02  # message control header, PS3.8 annex E.2
+_BOTH_HEADS = struct.Struct(">BxIIBB")  # of a P-DATA-TF PDU and of its first value
 
 
 class UpperLayerMisuse(NodeError):
@@ -98,8 +100,7 @@ class AssociationRefused:
     answer: AssociateRJ
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):  # there is one for every read: the cheapest kind of value
     """A piece of one presentation data value. `last`: the command set or data set ends with it."""
 
     context_id: int
@@ -293,7 +294,10 @@ class Connection:
             if found is None:
                 continue
             if isinstance(found, Data):
-                yield from self._data(found)
+                if self._state is State.STA6 and found.context_id in self._ids:
+                    yield found
+                else:
+                    yield from self._data(found)
             else:
                 yield from self._pdu(found)
 
@@ -375,7 +379,7 @@ class Connection:
 def data_header(context_id: int, *, is_command: bool, last: bool, length: int) -> bytes:
     """The 12 bytes before a presentation data value of `length` bytes that is alone in its PDU (PS3.8 9.3.5, E.2)."""
     control = (_COMMAND if is_command else 0) | (_LAST if last else 0)
-    return struct.pack(">BxIIBB", P_DATA, length + 6, length + 2, context_id, control)
+    return _BOTH_HEADS.pack(P_DATA, length + 6, length + 2, context_id, control)
 
 
 def _accepted(answer: AssociateAC) -> frozenset[int]:
@@ -404,6 +408,15 @@ class _Reader:
     def step(self, received: memoryview, position: int) -> tuple[int, Pdu | Data | None]:
         """Go on from `position`; the new position, and what was completed by it, if anything. Raises InvalidPdu."""
         if self._kind == 0:
+            if not self._head and len(received) - position >= 2 * HEAD:
+                kind, length, value_length, context_id, control = _BOTH_HEADS.unpack_from(received, position)
+                end = position + HEAD + length
+                fits = HEAD <= length <= self._limits.pdu_bytes and end <= len(received)
+                if kind == P_DATA and fits and value_length + 4 == length:
+                    # a whole PDU of one value, as most are: the long way would find the same
+                    self.pdus += 1
+                    content = received[position + 2 * HEAD : end]
+                    return end, Data(context_id, bool(control & _COMMAND), content, bool(control & _LAST))
             return self._read_head(received, position)
         if self._kind == P_DATA:
             return self._read_data(received, position)
