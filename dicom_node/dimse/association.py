@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from dicom_node.dimse.commands import CommandField
@@ -34,6 +34,7 @@ from dicom_node.dimse.link import (
     cut,
 )
 from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece, MessageReader
+from dicom_node.dimse.outgoing import StoredDataSet
 from dicom_node.dimse.upper_layer.connection import (
     Aborted,
     Connection,
@@ -153,6 +154,11 @@ class Association:
     def contexts(self) -> Mapping[int, AgreedContext]:
         """The accepted contexts by their ids."""
         return self._contexts
+
+    @property
+    def pdu_bytes(self) -> int:
+        """See `link.Link`."""
+        return self._pdu_bytes
 
     @property
     def established(self) -> bool:
@@ -529,11 +535,15 @@ class Association:
             raise self._lost("the association ended") from exc
         size = self._pdu_bytes - 6
         parts, self._corked = self._corked, []
-        if not parts:
+        if more and not parts:
             self._corked_at = time.monotonic()
-        for piece, last in cut([command], size):
+        for piece, last in cut([command], size) if len(command) > size else ((command, True),):
             parts += (data_header(context_id, is_command=True, last=last, length=len(piece)), piece)
-        if data_set is not None:
+        if isinstance(data_set, StoredDataSet):
+            for pdus in data_set.pdus(context_id):
+                self._write([*parts, pdus])
+                parts = []
+        elif data_set is not None:
             for piece, last in cut(data_set, size):
                 parts += (data_header(context_id, is_command=False, last=last, length=len(piece)), piece)
                 if len(parts) >= 2 * BATCH:
@@ -541,19 +551,23 @@ class Association:
                     parts = []
         if more and len(parts) < 2 * BATCH and time.monotonic() - self._corked_at < CORK_S:
             self._corked = parts
-        else:
+        elif parts:
             self._write(parts)
 
-    def _write(self, parts: list[bytes | memoryview]) -> None:
+    def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""
-        views = [memoryview(part) for part in parts if len(part)]
         try:
-            while views:
-                sent = self._sock.sendmsg(views)
+            sent = self._sock.sendmsg(parts)
+            if sent == sum(map(len, parts)):
+                return
+            views = [memoryview(part) for part in parts if len(part)]
+            while True:
                 while views and sent >= len(views[0]):
                     sent -= len(views.pop(0))
-                if sent:
-                    views[0] = views[0][sent:]
+                if not views:
+                    return
+                views[0] = views[0][sent:]
+                sent = self._sock.sendmsg(views)
         except OSError as exc:
             with suppress(OSError):  # what is queued would keep the connection open as long as the peer reads nothing
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

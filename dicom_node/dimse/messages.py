@@ -18,12 +18,12 @@ from dicom_node.errors import NodeError
 
 __all__ = ["BadMessage", "Command", "CommandReceived", "DataSetPiece", "MessageReader", "read_command"]
 
+_ELEMENT = struct.Struct("<HHI")
 MAX_COMMAND_BYTES = 64 * 1024
 MAX_EMPTY_PIECES = 64
 
 _COMMAND_FIELD, _MESSAGE_ID, _RESPONDED_TO = 0x0100, 0x0110, 0x0120
 _DATA_SET_TYPE, _STATUS = 0x0800, 0x0900
-_ELEMENT = struct.Struct("<HHI")
 
 
 class BadMessage(NodeError):
@@ -92,20 +92,19 @@ def read_command(encoded: bytes) -> Command:
     not add up, for another group, and for an element that is there twice.
     """
     elements: dict[int, bytes] = {}
-    position, end, head = 0, len(encoded), _ELEMENT.unpack_from
+    position, end = 0, len(encoded)
     while position < end:
         if end - position < 8:
             raise BadMessage("bytes are left over after the last element of a command set")
-        group, element, length = head(encoded, position)
-        position += 8
+        group, element, length = _ELEMENT.unpack_from(encoded, position)
+        start, position = position + 8, position + 8 + length
         if group != 0:
             raise BadMessage(f"an element of group {group:04X} in a command set")
-        if length > end - position:
-            raise BadMessage(f"(0000,{element:04X}) says it has {length} bytes, {end - position} are left")
+        if position > end:
+            raise BadMessage(f"(0000,{element:04X}) says it has {length} bytes, {end - start} are left")
         if element in elements:
             raise BadMessage(f"(0000,{element:04X}) is there twice")
-        elements[element] = encoded[position : position + length]
-        position += length
+        elements[element] = encoded[start:position]
     return Command(elements)
 
 
@@ -140,8 +139,8 @@ class MessageReader:
         return self._context_id is not None
 
     def feed(self, data: Data) -> tuple[()] | tuple[CommandReceived | DataSetPiece]:
-        """What this piece completes, if anything. Raises BadMessage."""
-        if self._context_id not in (None, data.context_id):
+        """What this piece completes. Raises BadMessage."""
+        if self._context_id is not None and self._context_id != data.context_id:
             raise BadMessage("two messages are mixed")
         if not data.content and not data.last:
             self._empty += 1
@@ -162,11 +161,10 @@ class MessageReader:
         if len(self._command) + len(data.content) > self._max_command_bytes:
             raise BadMessage(f"a command set of more than {self._max_command_bytes} bytes")
         self._context_id = data.context_id
-        if self._command or not data.last:
-            self._command += data.content
         if not data.last:
+            self._command += data.content
             return ()
-        command = read_command(bytes(self._command or data.content))
+        command = read_command(b"".join((self._command, data.content)))
         self._command.clear()
         self._in_data_set = command.has_data_set
         if not self._in_data_set:

@@ -51,9 +51,9 @@ __all__ = [
     "data_header",
 ]
 
+_DATA_HEAD = struct.Struct(">BxIIBB")  # of a P-DATA-TF and of its first value
 HEAD = 6  # bytes before the content of a PDU, and before that of a PDV
 _COMMAND, _LAST = 0x01, 0x02  # message control header, PS3.8 annex E.2
-_BOTH_HEADS = struct.Struct(">BxIIBB")  # of a P-DATA-TF PDU and of its first value
 
 
 class UpperLayerMisuse(NodeError):
@@ -379,7 +379,7 @@ class Connection:
 def data_header(context_id: int, *, is_command: bool, last: bool, length: int) -> bytes:
     """The 12 bytes before a presentation data value of `length` bytes that is alone in its PDU (PS3.8 9.3.5, E.2)."""
     control = (_COMMAND if is_command else 0) | (_LAST if last else 0)
-    return _BOTH_HEADS.pack(P_DATA, length + 6, length + 2, context_id, control)
+    return _DATA_HEAD.pack(P_DATA, length + 6, length + 2, context_id, control)
 
 
 def _accepted(answer: AssociateAC) -> frozenset[int]:
@@ -408,22 +408,27 @@ class _Reader:
     def step(self, received: memoryview, position: int) -> tuple[int, Pdu | Data | None]:
         """Go on from `position`; the new position, and what was completed by it, if anything. Raises InvalidPdu."""
         if self._kind == 0:
-            if not self._head and len(received) - position >= 2 * HEAD:
-                kind, length, value_length, context_id, control = _BOTH_HEADS.unpack_from(received, position)
-                end = position + HEAD + length
-                fits = HEAD <= length <= self._limits.pdu_bytes and end <= len(received)
-                if kind == P_DATA and fits and value_length + 4 == length:
-                    # a whole PDU of one value, as most are: the long way would find the same
-                    self.pdus += 1
-                    content = received[position + 2 * HEAD : end]
-                    return end, Data(context_id, bool(control & _COMMAND), content, bool(control & _LAST))
-            return self._read_head(received, position)
+            return self._read_whole(received, position) or self._read_head(received, position)
         if self._kind == P_DATA:
             return self._read_data(received, position)
         taken = min(self._left, len(received) - position)
         self._body += received[position : position + taken]
         self._left -= taken
         return position + taken, None if self._left else self._whole()
+
+    def _read_whole(self, received: memoryview, position: int) -> tuple[int, Data] | None:
+        """A whole P-DATA-TF with a single value, as most commands come; None for all else, which is looked at twice."""
+        if self._head or len(received) - position < _DATA_HEAD.size:
+            return None
+        kind, length, value_length, context_id, control = _DATA_HEAD.unpack_from(received, position)
+        end = position + HEAD + length
+        if kind != P_DATA or value_length != length - 4 or value_length < 2 or end > len(received):
+            return None
+        if length > self._limits.pdu_bytes:
+            return None
+        self.pdus += 1
+        content = received[position + _DATA_HEAD.size : end]
+        return end, Data(context_id, bool(control & _COMMAND), content, bool(control & _LAST))
 
     def _gather(self, received: memoryview, position: int) -> tuple[int, bytes | None]:
         """Six bytes of a head, wherever they were cut."""
