@@ -33,7 +33,7 @@ from dicom_node.dimse.contexts import (
 )
 from dicom_node.dimse.link import AssociationLost, Fragments, Message, gathered
 from dicom_node.dimse.request import MAX_IDENTIFIER_BYTES, encode_identifier
-from dicom_node.dimse.session import MAX_CONTEXTS, Session, batches, status_of
+from dicom_node.dimse.session import MAX_CONTEXTS, Session, batches, status_of, with_following
 from dicom_node.errors import DeliveryUnavailable, InvalidInstance
 from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicom_node.model import Destination, Origin, StoredInstance
@@ -113,9 +113,9 @@ def send_files(
             on_result(path, None, str(exc) if isinstance(exc, InvalidInstance) else "the file cannot be read")
     for batch, contexts in batches(instances):
         with Session(settings, destination, contexts, calling_ae_title=calling_ae_title) as session:
-            for instance in batch:
+            for instance, following in with_following(batch):
                 try:
-                    status, error = session.store(instance)
+                    status, error = session.store(instance, following=following)
                 except AssociationLost as exc:
                     raise DeliveryUnavailable(f"{destination.ae_title}: {exc}") from exc
                 on_result(Path(instance.path), status, error)

@@ -74,6 +74,11 @@ class Link(Protocol):
         """The accepted contexts by their ids."""
         ...
 
+    @property
+    def pdu_bytes(self) -> int:
+        """The longest P-DATA-TF of a `StoredDataSet` that is sent; 0: this wire reads it and makes PDUs by itself."""
+        ...
+
     def check_alive(self) -> None:
         """Nothing, while the association is there."""
         ...

@@ -8,8 +8,9 @@ then to be aborted.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dicom_node.dimse.commands import NO_DATA_SET
 from dicom_node.dimse.upper_layer.connection import Data
@@ -17,6 +18,7 @@ from dicom_node.errors import NodeError
 
 __all__ = ["BadMessage", "Command", "CommandReceived", "DataSetPiece", "MessageReader", "read_command"]
 
+_ELEMENT = struct.Struct("<HHI")
 MAX_COMMAND_BYTES = 64 * 1024
 MAX_EMPTY_PIECES = 64
 
@@ -44,7 +46,7 @@ class Command:
             return None
         if len(raw) != 2:
             raise BadMessage(f"(0000,{element:04X}) has {len(raw)} bytes, 2 are needed")
-        return int.from_bytes(raw, "little")
+        return raw[0] | raw[1] << 8
 
     def text(self, element: int) -> str | None:
         """An element of VR UI, AE or LO without its padding, None when it is not there or empty."""
@@ -94,29 +96,26 @@ def read_command(encoded: bytes) -> Command:
     while position < end:
         if end - position < 8:
             raise BadMessage("bytes are left over after the last element of a command set")
-        group, element, length = struct.unpack_from("<HHI", encoded, position)
-        position += 8
+        group, element, length = _ELEMENT.unpack_from(encoded, position)
+        start, position = position + 8, position + 8 + length
         if group != 0:
             raise BadMessage(f"an element of group {group:04X} in a command set")
-        if length > end - position:
-            raise BadMessage(f"(0000,{element:04X}) says it has {length} bytes, {end - position} are left")
+        if position > end:
+            raise BadMessage(f"(0000,{element:04X}) says it has {length} bytes, {end - start} are left")
         if element in elements:
             raise BadMessage(f"(0000,{element:04X}) is there twice")
-        elements[element] = encoded[position : position + length]
-        position += length
+        elements[element] = encoded[start:position]
     return Command(elements)
 
 
-@dataclass(frozen=True, slots=True)
-class CommandReceived:
+class CommandReceived(NamedTuple):
     """A whole command set; when it says so, `DataSetPiece`s follow before anything else."""
 
     context_id: int
     command: Command
 
 
-@dataclass(frozen=True, slots=True)
-class DataSetPiece:
+class DataSetPiece(NamedTuple):
     """A piece of the data set of the last command; `last` ends the message. The view is good until the next receive."""
 
     context_id: int
@@ -139,39 +138,38 @@ class MessageReader:
         """Whether a message has begun and not ended."""
         return self._context_id is not None
 
-    def feed(self, data: Data) -> Iterator[CommandReceived | DataSetPiece]:
+    def feed(self, data: Data) -> tuple[()] | tuple[CommandReceived | DataSetPiece]:
         """What this piece completes. Raises BadMessage."""
-        if self._context_id not in (None, data.context_id):
+        if self._context_id is not None and self._context_id != data.context_id:
             raise BadMessage("two messages are mixed")
         if not data.content and not data.last:
             self._empty += 1
             if self._empty > MAX_EMPTY_PIECES:
                 raise BadMessage("too many empty values")
-            return
+            return ()
         if data.is_command:
-            yield from self._feed_command(data)
-            return
+            return self._feed_command(data)
         if not self._in_data_set:
             raise BadMessage("a data set without its command set")
         if data.last:
             self._end()
-        yield DataSetPiece(data.context_id, data.content, data.last)
+        return (DataSetPiece(data.context_id, data.content, data.last),)
 
-    def _feed_command(self, data: Data) -> Iterator[CommandReceived]:
+    def _feed_command(self, data: Data) -> tuple[()] | tuple[CommandReceived]:
         if self._in_data_set:
             raise BadMessage("a command set where a data set was to come")
         if len(self._command) + len(data.content) > self._max_command_bytes:
             raise BadMessage(f"a command set of more than {self._max_command_bytes} bytes")
         self._context_id = data.context_id
-        self._command += data.content
         if not data.last:
-            return
-        command = read_command(bytes(self._command))
+            self._command += data.content
+            return ()
+        command = read_command(b"".join((self._command, data.content)))
         self._command.clear()
         self._in_data_set = command.has_data_set
         if not self._in_data_set:
             self._end()
-        yield CommandReceived(data.context_id, command)
+        return (CommandReceived(data.context_id, command),)
 
     def _end(self) -> None:
         self._context_id, self._in_data_set, self._empty = None, False, 0

@@ -405,6 +405,11 @@ class PynetdicomLink(Association):
             for item in self.accepted_contexts
         }
 
+    @property
+    def pdu_bytes(self) -> int:
+        """See `link.Link`."""
+        return 0
+
     def _serve_request(self, msg: Any, context_id: int) -> None:
         if self.on_request is None or self._sent_release:
             return

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from typing import NamedTuple
 
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -53,13 +54,13 @@ class Peer:
     recorded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request as it came, and the context it came in."""
+class Request(NamedTuple):
+    """One request as it came, and the context it came in. `kind`: its Command Field (0000,0100)."""
 
     link: Link
     peer: Peer
     message: Message
+    kind: int
     message_id: int
     sop_class_uid: str
     transfer_syntax: str
@@ -98,18 +99,18 @@ class Request:
         self.link.send_messages(self.message.context_id, command, data_sets, more=more)
 
     def _response(self, fields: Mapping[str, CommandValue], *, with_data_set: bool) -> bytes:
-        affected = self.uid("AffectedSOPClassUID")
         if len(fields) == 1 and isinstance(status := fields.get("Status"), int):  # as nearly all are
-            before, after = _plain_response(self.message.command.field, affected, status, with_data_set)
+            affected = self.uid("AffectedSOPClassUID")
+            before, after = _plain_response(self.kind, affected, status, with_data_set)
             return before + self.message_id.to_bytes(2, "little") + after
         command: dict[str, CommandValue] = {
-            "CommandField": CommandField.RESPONSE | self.message.command.field,
+            "CommandField": CommandField.RESPONSE | self.kind,
             "MessageIDBeingRespondedTo": self.message_id,
             "CommandDataSetType": WITH_DATA_SET if with_data_set else NO_DATA_SET,
             **fields,
         }
-        if affected:
-            command.setdefault("AffectedSOPClassUID", affected)
+        if "AffectedSOPClassUID" not in fields and (affected := self.uid("AffectedSOPClassUID")):
+            command["AffectedSOPClassUID"] = affected
         return encode_command(command)
 
 

@@ -33,6 +33,7 @@ UNRECOGNIZED_OPERATION = 0x0211
 _KNOWN = frozenset(
     {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
 )
+_SERVICES = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
 _REQUESTS = _KNOWN | {
     *(CommandField.N_EVENT_REPORT, CommandField.N_GET, CommandField.N_SET),
     *(CommandField.N_ACTION, CommandField.N_CREATE, CommandField.N_DELETE),
@@ -80,20 +81,19 @@ class Requests:
         """The message as a request, None for what is none."""
         context, command = link.contexts.get(message.context_id), message.command
         try:
-            message_id = command.message_id
-            if context is None or message_id is None or command.responded_to or command.field not in _REQUESTS:
+            message_id, kind = command.message_id, command.field
+            if context is None or message_id is None or command.responded_to or kind not in _REQUESTS:
                 return None
         except BadMessage:
             return None
-        return Request(link, peer, message, message_id, context.abstract_syntax, context.transfer_syntax)
+        return Request(link, peer, message, kind, message_id, context.abstract_syntax, context.transfer_syntax)
 
     def _handler(self, request: Request) -> tuple[Callable[[Request], int], str]:
         """The service for this kind of message in this kind of context."""
-        kind, context = request.message.command.field, request.sop_class_uid
-        services = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
+        kind, context = request.kind, request.sop_class_uid
         if kind == CommandField.C_ECHO and context == VERIFICATION:
             return self._echo, "echo"
-        if kind == CommandField.C_STORE and context not in services:
+        if kind == CommandField.C_STORE and context not in _SERVICES:
             return self._receive, "store"
         if kind == CommandField.C_FIND and context in FIND_SOP_CLASSES:
             return self._query, "find"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -14,7 +15,7 @@ from dicom_node.dimse.commands import CommandValue, element, error_comment
 from dicom_node.dimse.contexts import ProposedContext
 from dicom_node.dimse.link import AssociationLost
 from dicom_node.dimse.request import Request, encode_identifier, read_identifier, respond_bad
-from dicom_node.dimse.session import MoveOriginator, OpenLink, Session, batches, is_stored, send_store
+from dicom_node.dimse.session import MoveOriginator, OpenLink, Session, StoreSender, batches, is_stored, with_following
 from dicom_node.errors import DeliveryError, NodeError
 from dicom_node.model import Destination, StoredInstance
 from dicom_node.services.identifier import BadIdentifier
@@ -29,9 +30,12 @@ from dicom_node.services.retrieve import (
 
 __all__ = ["Retrievals"]
 
+_COMPLETED = SubOperationResult(outcome=SubOperation.COMPLETED)
+
 log = logging.getLogger(__name__)
 
 PROCESSING_FAILURE = 0x0110
+PENDING_S = 0.02  # between two pending responses
 
 
 class Retrievals:
@@ -48,33 +52,27 @@ class Retrievals:
         plan = self._planned(request)
         if isinstance(plan, int):
             return plan
-        accepted: dict[str, dict[str, int]] = {}
+        contexts: dict[tuple[str, str], int] = {}
         for context in request.link.contexts.values():
             if context.we_ask:
-                syntaxes = accepted.setdefault(context.abstract_syntax, {})
-                syntaxes.setdefault(context.transfer_syntax, context.context_id)
-        if not accepted:
+                contexts.setdefault((context.abstract_syntax, context.transfer_syntax), context.context_id)
+        if not contexts:
             log.warning(
                 "C-GET cannot send: the requester proposed no SCP role for any storage SOP class",
                 extra=dict(request.link.log_fields),
             )
-        message_ids = _MessageIds(request.message_id)
+        message_ids, following = _MessageIds(request.message_id), iter(plan.instances[1:])
 
         def send(instance: StoredInstance) -> SubOperationResult:
-            if not accepted:
+            if not contexts:
                 return SubOperationResult(
                     outcome=SubOperation.FAILED, reason="no SCP role proposed for storage", fatal=True
                 )
-            status, error = send_store(
-                request.link,
-                instance,
-                accepted.get(instance.sop_class_uid, {}),
-                message_ids.next(),
-                timeout_s=self._delivery.response_timeout_s,
-            )
+            status, error = sender.store(instance, message_ids.next(), following=next(following, None))
             return _sub_operation(request, instance, status, error)
 
-        return self._report(request, plan.instances, send)
+        with StoreSender(request.link, contexts, self._delivery.response_timeout_s) as sender:
+            return self._report(request, plan.instances, send)
 
     def move(self, request: Request) -> int:
         """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
@@ -87,8 +85,15 @@ class Retrievals:
         if isinstance(plan, int):
             return plan
         with ExitStack() as stack:
-            session = partial(Session, self._delivery, destination, calling_ae_title=self._ae_title)
-            mover = _Mover(partial(session, open_link=self._open_link), destination, request, plan.instances, stack)
+            session = partial(
+                Session,
+                self._delivery,
+                destination,
+                calling_ae_title=self._ae_title,
+                open_link=self._open_link,
+                originator=MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id),
+            )
+            mover = _Mover(session, destination, request, plan.instances, stack)
             return self._report(request, plan.instances, mover.send)
 
     def _planned(self, request: Request) -> RetrievePlan | int:
@@ -111,9 +116,16 @@ class Retrievals:
         instances: Sequence[StoredInstance],
         send: Callable[[StoredInstance], SubOperationResult],
     ) -> int:
-        status = PROCESSING_FAILURE
-        for progress in self._retrieve.retrieve(instances, send, request.cancelled):
-            status = progress.status
+        """Answer with what was done so far, at most every `PENDING_S`: pending responses are the SCP's to choose
+        (PS3.4 C.4.2.3.1, C.4.3.3.1), and of a thousand small objects nobody wants to hear one by one.
+        """
+        status, next_at = PROCESSING_FAILURE, 0.0
+
+        def is_time() -> bool:
+            return time.monotonic() >= next_at
+
+        for progress in self._retrieve.retrieve(instances, send, request.cancelled, is_time):
+            status, next_at = progress.status, time.monotonic() + PENDING_S
             request.respond(_counts(progress), _failures(progress, request.transfer_syntax))
         return status
 
@@ -150,21 +162,15 @@ class _Mover:
     ) -> None:
         self._new_session, self._destination = session, destination
         self._request, self._stack = request, stack
-        self._originator = MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id)
         self._batches = batches(instances)
-        self._left = 0
+        self._batch: Iterator[tuple[StoredInstance, StoredInstance | None]] = iter(())
         self._session: Session | None = None
 
     def send(self, instance: StoredInstance) -> SubOperationResult:
         """Send the next instance; a destination that cannot be had is fatal for the rest."""
         try:
-            if self._left == 0:
-                self._open_next()
-            self._left -= 1
-            assert self._session is not None
-            status, error = self._session.store(
-                instance, originator=self._originator, on_wait=self._request.link.check_alive
-            )
+            session, following = self._next()
+            status, error = session.store(instance, following=following, on_wait=self._request.link.check_alive)
         except DeliveryError as exc:
             return self._gone(exc)
         except AssociationLost as exc:
@@ -172,12 +178,17 @@ class _Mover:
             return self._gone(exc)
         return _sub_operation(self._request, instance, status, error)
 
-    def _open_next(self) -> None:
-        if self._session is not None:
-            self._session.close()
-        batch, contexts = next(self._batches)
-        self._session = self._stack.enter_context(self._new_session(contexts))
-        self._left = len(batch)
+    def _next(self) -> tuple[Session, StoredInstance | None]:
+        """The association for the next instance, and the one after it on the same."""
+        here = next(self._batch, None)
+        if here is None or self._session is None:
+            if self._session is not None:
+                self._session.close()
+            batch, contexts = next(self._batches)
+            self._session = self._stack.enter_context(self._new_session(contexts))
+            self._batch = with_following(batch)
+            here = next(self._batch)
+        return self._session, here[1]
 
     def _gone(self, error: NodeError) -> SubOperationResult:
         log.warning(
@@ -189,7 +200,7 @@ class _Mover:
 
 def _sub_operation(request: Request, instance: StoredInstance, status: int | None, error: str) -> SubOperationResult:
     if status == 0:
-        return SubOperationResult(outcome=SubOperation.COMPLETED)
+        return _COMPLETED
     if status is not None and is_stored(status):
         return SubOperationResult(outcome=SubOperation.WARNING)
     log.warning(

@@ -11,13 +11,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandField, CommandValue, encode_command
+from dicom_node.dimse.commands import NO_DATA_SET, CommandField, StoreRequests, encode_command
 from dicom_node.dimse.contexts import EXPLICIT_LE, IMPLICIT_LE, VERIFICATION, ProposedContext
 from dicom_node.dimse.link import AssociationLost, Fragments, Link, Message
+from dicom_node.dimse.outgoing import TEMPLATES, ShortFile, StoredDataSet, Template
 from dicom_node.dimse.requestor import open_link as open_own_link
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, TranscodeError
 from dicom_node.interfaces import Heartbeat
@@ -30,10 +32,11 @@ __all__ = [
     "MoveOriginator",
     "OpenLink",
     "Session",
+    "StoreSender",
     "batches",
     "is_stored",
-    "send_store",
     "status_of",
+    "with_following",
 ]
 
 log = logging.getLogger(__name__)
@@ -94,6 +97,13 @@ def batches(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[StoredIn
         yield batch, list(contexts.values())
 
 
+def with_following(
+    instances: Sequence[StoredInstance],
+) -> Iterator[tuple[StoredInstance, StoredInstance | None]]:
+    """Each one, and the one after it; None after the last."""
+    return zip_longest(instances, instances[1:])
+
+
 class Session:
     """One association as requestor, used from one thread. A context manager: released at the end, aborted on errors.
 
@@ -110,6 +120,7 @@ class Session:
         calling_ae_title: str,
         max_data_set_bytes: int = 8 * 1024**3,
         open_link: OpenLink = open_own_link,
+        originator: MoveOriginator | None = None,
     ) -> None:
         self._settings = settings
         self._message_id = 0
@@ -130,6 +141,7 @@ class Session:
         self.context_ids: Mapping[int, tuple[str, str]] = {
             context.context_id: (context.abstract_syntax, context.transfer_syntax) for context in agreed
         }
+        self._sender = StoreSender(self._link, self.contexts, settings.response_timeout_s, originator)
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +161,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._sender.close()
         if abort:
             self._link.abort()
         else:
@@ -180,74 +193,132 @@ class Session:
         self,
         instance: StoredInstance,
         *,
-        originator: MoveOriginator | None = None,
+        following: StoredInstance | None = None,
         on_wait: Callable[[], None] | None = None,
     ) -> tuple[int | None, str]:
         """C-STORE one instance; status and error. Status None: no context for it, unreadable, or not re-encodable.
 
-        Raises AssociationLost.
+        `following`: what will be stored next, as far as that is known: it is opened meanwhile. Raises AssociationLost.
         """
-        accepted = {syntax: cx for (uid, syntax), cx in self.contexts.items() if uid == instance.sop_class_uid}
-        return send_store(
-            self._link,
-            instance,
-            accepted,
-            self.next_message_id(),
-            timeout_s=self._settings.response_timeout_s,
-            originator=originator,
-            on_wait=on_wait,
-        )
+        return self._sender.store(instance, self.next_message_id(), following=following, on_wait=on_wait)
 
 
-def send_store(
-    link: Link,
-    instance: StoredInstance,
-    accepted: Mapping[str, int],
-    message_id: int,
-    *,
-    timeout_s: float,
-    originator: MoveOriginator | None = None,
-    on_wait: Callable[[], None] | None = None,
-) -> tuple[int | None, str]:
-    """Send one instance on `link`, as stored when `accepted` (transfer syntax to context id) has its syntax.
+class StoreSender:
+    """C-STORE requests on one link, one after the other, from one thread. A context manager.
 
-    As `Session.store`; also used by the C-GET SCP on the requester's own association.
+    While the peer answers one, the next is opened, and what of it goes out in one write is read: only where it goes
+    out as stored, and what goes wrong with it then is found again, and told, in its own turn.
     """
-    if not accepted:
-        return None, "no presentation context was accepted for its SOP class"
-    try:
-        syntax, content = transcode(
+
+    def __init__(
+        self,
+        link: Link,
+        contexts: Mapping[tuple[str, str], int],
+        timeout_s: float,
+        originator: MoveOriginator | None = None,
+    ) -> None:
+        self._link, self._timeout_s = link, timeout_s
+        self._originator = None if originator is None else (originator.ae_title, originator.message_id)
+        self._accepted: dict[str, dict[str, int]] = {}  # by SOP class: transfer syntax to context id
+        for (sop_class_uid, syntax), context_id in contexts.items():
+            self._accepted.setdefault(sop_class_uid, {}).setdefault(syntax, context_id)
+        self._ahead: tuple[StoredInstance, StoredDataSet] | None = None
+        self._template: Template | None = None
+        self._requests: dict[str, StoreRequests] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what it has taken. Idempotent."""
+        if self._ahead is not None:
+            self._ahead[1].close()
+            self._ahead = None
+        if self._template is not None:
+            TEMPLATES.give_back(self._template)
+            self._template = None
+
+    def store(
+        self,
+        instance: StoredInstance,
+        message_id: int,
+        *,
+        following: StoredInstance | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> tuple[int | None, str]:
+        """See `Session.store`. `following`: what the next call will be about, as far as that is known."""
+        accepted = self._accepted.get(instance.sop_class_uid)
+        if not accepted:
+            return None, "no presentation context was accepted for its SOP class"
+        try:
+            syntax, content = self._opened(instance, accepted)
+        except ShortFile:
+            return None, "the stored file is shorter than its index entry says"
+        except TranscodeError as exc:
+            return None, str(exc)
+        except OSError:
+            log.error("stored file cannot be read", extra={"sop_instance": instance.sop_instance_uid})
+            return None, "the stored file cannot be read"
+        with content:
+            try:
+                data_set = content if isinstance(content, StoredDataSet) else _fragments(content)
+                self._link.send_message(accepted[syntax], self._request(instance, message_id), data_set)
+            except OSError as exc:
+                # half a data set is out: only an abort keeps the peer from taking it for a whole one
+                self._link.abort()
+                raise AssociationLost("the stored file could not be read to its end") from exc
+        if following is not None:
+            self._open_ahead(following)
+        status = status_of(self._link.await_response(message_id, self._timeout_s, on_wait))
+        return status, "" if is_stored(status) else f"the peer answered 0x{status:04X}"
+
+    def _request(self, instance: StoredInstance, message_id: int) -> bytes:
+        requests = self._requests.get(instance.sop_class_uid)
+        if requests is None:
+            requests = self._requests[instance.sop_class_uid] = StoreRequests(instance.sop_class_uid, self._originator)
+        return requests.encode(message_id, instance.sop_instance_uid)
+
+    def _opened(self, instance: StoredInstance, accepted: Mapping[str, int]) -> tuple[str, StoredDataSet | BinaryIO]:
+        """Its data set, in which transfer syntax. Raises OSError, TranscodeError."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            if ahead[0] is instance:
+                return instance.transfer_syntax_uid, ahead[1]
+            ahead[1].close()
+        syntax = instance.transfer_syntax_uid
+        if syntax in accepted:
+            return syntax, self._opened_as_stored(instance, accepted[syntax])
+        return transcode(
             instance.path,
             instance.data_set_offset,
-            instance.transfer_syntax_uid,
+            syntax,
             tuple(accepted),
             data_set_length=instance.data_set_length,
         )
-    except TranscodeError as exc:
-        return None, str(exc)
-    except OSError:
-        log.error("stored file cannot be read", extra={"sop_instance": instance.sop_instance_uid})
-        return None, "the stored file cannot be read"
-    fields: dict[str, CommandValue] = {
-        "AffectedSOPClassUID": instance.sop_class_uid,
-        "CommandField": CommandField.C_STORE,
-        "MessageID": message_id,
-        "Priority": 0,
-        "CommandDataSetType": WITH_DATA_SET,
-        "AffectedSOPInstanceUID": instance.sop_instance_uid,
-    }
-    if originator is not None:
-        fields["MoveOriginatorApplicationEntityTitle"] = originator.ae_title
-        fields["MoveOriginatorMessageID"] = originator.message_id
-    with content:
+
+    def _opened_as_stored(self, instance: StoredInstance, context_id: int) -> StoredDataSet:
+        """Opened, and what goes out with the request is read: a file that cannot be read costs no association."""
+        data_set = StoredDataSet(instance.path, instance.data_set_offset, instance.data_set_length)
         try:
-            link.send_message(accepted[syntax], encode_command(fields), _fragments(content))
-        except OSError as exc:
-            # half a data set is out: only an abort keeps the peer from taking it for a whole one
-            link.abort()
-            raise AssociationLost("the stored file could not be read to its end") from exc
-    status = status_of(link.await_response(message_id, timeout_s, on_wait))
-    return status, "" if is_stored(status) else f"the peer answered 0x{status:04X}"
+            if self._template is None and self._link.pdu_bytes:
+                self._template = TEMPLATES.take(self._link.pdu_bytes)
+            if self._template is not None:
+                data_set.read_ahead(self._template, context_id)
+        except OSError:
+            data_set.close()
+            raise
+        return data_set
+
+    def _open_ahead(self, instance: StoredInstance) -> None:
+        context_id = self._accepted.get(instance.sop_class_uid, {}).get(instance.transfer_syntax_uid)
+        if context_id is not None:
+            with suppress(OSError):
+                self._ahead = (instance, self._opened_as_stored(instance, context_id))
 
 
 def _fragments(content: BinaryIO) -> Fragments:
@@ -286,9 +357,9 @@ class DimseSender:
         for batch, contexts in batches(instances):
             heartbeat()
             with self._session(destination, contexts) as session:
-                for instance in batch:
+                for instance, following in with_following(batch):
                     heartbeat()
-                    self._send_one(session, destination, instance, on_result, heartbeat)
+                    self._send_one(session, destination, instance, following, on_result, heartbeat)
 
     def _session(self, destination: Destination, contexts: Sequence[ProposedContext]) -> Session:
         return Session(self._settings, destination, contexts, calling_ae_title=self._calling, open_link=self._open_link)
@@ -298,11 +369,12 @@ class DimseSender:
         session: Session,
         destination: Destination,
         instance: StoredInstance,
+        following: StoredInstance | None,
         on_result: Callable[[StoredInstance, int | None, str], None],
         heartbeat: Heartbeat,
     ) -> None:
         try:
-            status, error = session.store(instance, on_wait=heartbeat)
+            status, error = session.store(instance, following=following, on_wait=heartbeat)
         except AssociationLost as exc:
             raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
         if status is not None and (status in _LATER or status == 0x0110):

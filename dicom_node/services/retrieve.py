@@ -133,8 +133,9 @@ class RetrieveService:
         instances: Sequence[StoredInstance],
         send_instance: Callable[[StoredInstance], SubOperationResult],
         cancelled: Callable[[], bool],
+        is_time: Callable[[], bool] = lambda: True,
     ) -> Iterator[Progress]:
-        """Send one after the other; yield a pending response after each but the last, then the final one.
+        """Send one after the other; yield a pending response after each but the last if `is_time`, then the final one.
 
         Final: 0x0000; 0xFE00 after a cancel; 0xB000 when some failed or had warnings; 0xA702 when none was taken.
         After a `fatal` result the rest counts as failed.
@@ -148,14 +149,14 @@ class RetrieveService:
                 return
             result = send_instance(instance)
             rest = instances[position:] if result.fatal else ()
-            for lost in (instance, *rest) if result.outcome is SubOperation.FAILED else ():
-                failures.append(lost.sop_instance_uid)
+            if result.outcome is SubOperation.FAILED:
+                failures += [lost.sop_instance_uid for lost in (instance, *rest)]
             count[result.outcome] += 1
             comment = comment or result.reason
             if result.fatal:
                 count[SubOperation.FAILED] += len(rest)
                 break
-            if position < len(instances):
+            if position < len(instances) and is_time():
                 yield _progress(PENDING, len(instances) - position, count)
         yield _final(_status(count), 0, count, failures, comment)
 

@@ -38,6 +38,14 @@ PAGE = 512  # rows a read holds at once
 _PRUNE_EVERY = 500  # associations opened between two looks for old ones
 _PRUNE_AGE_S = 24 * 3600.0
 
+# what a `StoredInstance` is made of: not `attributes`, the longest column by far
+_STORED = ", ".join(
+    f"i.{column}"
+    for column in (
+        *("sop_class_uid", "sop_instance_uid", "study_instance_uid", "series_instance_uid", "transfer_syntax_uid"),
+        *("location", "data_set_offset", "data_set_length", "sha256", "origin", "modality"),
+    )
+)
 _UNIQUE_KEYS = {
     "PatientID": "s.patient_id",
     "StudyInstanceUID": "i.study_instance_uid",
@@ -156,16 +164,24 @@ class SqliteIndex:
         if not uids:
             raise InvalidIdentifier(f"no unique key for a retrieve at the {level.value} level")
         joined = " JOIN study AS s ON s.study_instance_uid = i.study_instance_uid" if "PatientID" in uids else ""
-        pages = Plan(
-            select=f"SELECT i.* FROM instance AS i{joined}",
-            where=" AND ".join(conditions),
-            parameters=tuple(parameters),
-            order=("i.series_instance_uid", "i.instance_order", "i.sop_instance_uid"),
-            walk="SeriesInstanceUID" in uids,
-            at=(),
+        # the order is found once, of nothing but UIDs: pages that each sort all rows would cost the square of them
+        found = self._fetch(
+            f"SELECT i.sop_instance_uid FROM instance AS i{joined} WHERE {' AND '.join(conditions)} "
+            "ORDER BY +i.series_instance_uid, +i.instance_order, +i.sop_instance_uid",
+            parameters,
         )
-        rows = self._pages(pages, ("series_instance_uid", "instance_order", "sop_instance_uid"))
-        return (stored_instance(row, self._archive_path) for row in rows)
+        return self._stored([row[0] for row in found])
+
+    def _stored(self, sop_instance_uids: Sequence[str]) -> Iterator[StoredInstance]:
+        """These instances in this order, but those that are gone meanwhile."""
+        for start in range(0, len(sop_instance_uids), PAGE):
+            for row in self._fetch(
+                f"SELECT {_STORED} FROM json_each(?) AS asked "
+                "CROSS JOIN instance AS i ON i.sop_instance_uid = asked.value "
+                "WHERE i.state = 'present' ORDER BY asked.key",
+                (json.dumps(sop_instance_uids[start : start + PAGE]),),
+            ):
+                yield stored_instance(row, self._archive_path)
 
     def find(self, query: Query) -> Iterator[Match]:
         """See `interfaces.InstanceIndex.find`. Raises InvalidIdentifier for an attribute that is not `supported`."""
@@ -192,15 +208,6 @@ class SqliteIndex:
     def supported(self, level: Level) -> frozenset[str]:
         """See `interfaces.InstanceIndex.supported`."""
         return supported(level)
-
-    def _pages(self, pages: Plan, order: Sequence[str]) -> Iterator[sqlite3.Row]:
-        after: tuple[object, ...] | None = None
-        while True:
-            rows = self._fetch(*pages.page(after, PAGE))
-            yield from rows
-            if len(rows) < PAGE:
-                return
-            after = tuple(rows[-1][column] for column in order)
 
     # --- fsck
 

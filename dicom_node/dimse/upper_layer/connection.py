@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from dicom_node.dimse.upper_layer.pdus import (
     P_DATA,
@@ -50,6 +51,7 @@ __all__ = [
     "data_header",
 ]
 
+_DATA_HEAD = struct.Struct(">BxIIBB")  # of a P-DATA-TF and of its first value
 HEAD = 6  # bytes before the content of a PDU, and before that of a PDV
 _COMMAND, _LAST = 0x01, 0x02  # message control header, PS3.8 annex E.2
 
@@ -98,8 +100,7 @@ class AssociationRefused:
     answer: AssociateRJ
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):  # there is one for every read: the cheapest kind of value
     """A piece of one presentation data value. `last`: the command set or data set ends with it."""
 
     context_id: int
@@ -174,6 +175,10 @@ _NEXT: dict[Action, State] = {
 }
 
 
+# looking up a member of an enumeration costs more than most of what is done with it
+_STA1, _STA6, _STA7, _STA8, _STA9, _STA10 = State.STA1, State.STA6, State.STA7, State.STA8, State.STA9, State.STA10
+
+
 class Connection:
     """The upper layer of one transport connection that is open."""
 
@@ -183,7 +188,7 @@ class Connection:
         self._out = bytearray()
         self.artim_running = False
         self.closing = False
-        self._state = State.STA1
+        self._state = _STA1
         self._reader = _Reader(limits)
         self._ids: frozenset[int] = frozenset()  # of contexts that were accepted
         self._answers_release = False
@@ -208,7 +213,7 @@ class Connection:
     @property
     def established(self) -> bool:
         """Whether data may be sent: it may until a release was asked for by us, or answered."""
-        return self._state in (State.STA6, State.STA8)
+        return self._state in (_STA6, _STA8)
 
     def to_send(self) -> bytes:
         """What is to be written to the transport now, before anything else; gives it once."""
@@ -242,7 +247,7 @@ class Connection:
 
     def sends_data(self) -> None:
         """Say that P-DATA is about to be written, head (`data_header`) and content, by the driver itself."""
-        if self._state not in (State.STA6, State.STA8):
+        if self._state not in (_STA6, _STA8):
             raise UpperLayerMisuse(f"no data can be sent: {self._state.value}")
 
     def release(self) -> None:
@@ -252,7 +257,7 @@ class Connection:
 
     def answer_release(self) -> None:
         """Agree to the release that the peer asked for; where both asked, at the moment the Standard gives."""
-        if self._state is State.STA10:  # the acceptor's answer comes after the requestor's
+        if self._state is _STA10:  # the acceptor's answer comes after the requestor's
             self._answers_release = True
             return
         self._do(Event.RELEASE_RESPONSE)
@@ -284,7 +289,7 @@ class Connection:
         """
         position, end = 0, len(received)
         reader = self._reader
-        while position < end and self._state is not State.STA1 and not reader.deaf:
+        while position < end and self._state is not _STA1 and not reader.deaf:
             try:
                 position, found = reader.step(received, position)
             except InvalidPdu as exc:
@@ -293,13 +298,16 @@ class Connection:
             if found is None:
                 continue
             if isinstance(found, Data):
-                yield from self._data(found)
+                if self._state is _STA6 and found.context_id in self._ids:
+                    yield found
+                else:
+                    yield from self._data(found)
             else:
                 yield from self._pdu(found)
 
     def receive_end(self) -> Iterator[UpperEvent]:
         """The events of a transport that was closed or broke."""
-        if self._state is State.STA1:
+        if self._state is _STA1:
             return
         action = self._do(Event.TRANSPORT_CLOSED)
         self.closing = True
@@ -307,7 +315,7 @@ class Connection:
             yield ConnectionLost()
 
     def _data(self, data: Data) -> Iterator[UpperEvent]:
-        if self._state in (State.STA6, State.STA7):
+        if self._state in (_STA6, _STA7):
             if data.context_id in self._ids:
                 yield data
             else:
@@ -364,7 +372,7 @@ class Connection:
         elif action in _ARTIM_STOPS:
             self.artim_running = False
         if action is Action.AR_8:  # the only one whose outcome depends on the side (PS3.8 table 9-8)
-            self._state = State.STA9 if self._side is Side.REQUESTOR else State.STA10
+            self._state = _STA9 if self._side is Side.REQUESTOR else _STA10
         else:
             self._state = _NEXT[action]
         if action in _CLOSES:
@@ -375,7 +383,7 @@ class Connection:
 def data_header(context_id: int, *, is_command: bool, last: bool, length: int) -> bytes:
     """The 12 bytes before a presentation data value of `length` bytes that is alone in its PDU (PS3.8 9.3.5, E.2)."""
     control = (_COMMAND if is_command else 0) | (_LAST if last else 0)
-    return struct.pack(">BxIIBB", P_DATA, length + 6, length + 2, context_id, control)
+    return _DATA_HEAD.pack(P_DATA, length + 6, length + 2, context_id, control)
 
 
 def _accepted(answer: AssociateAC) -> frozenset[int]:
@@ -404,13 +412,27 @@ class _Reader:
     def step(self, received: memoryview, position: int) -> tuple[int, Pdu | Data | None]:
         """Go on from `position`; the new position, and what was completed by it, if anything. Raises InvalidPdu."""
         if self._kind == 0:
-            return self._read_head(received, position)
+            return self._read_whole(received, position) or self._read_head(received, position)
         if self._kind == P_DATA:
             return self._read_data(received, position)
         taken = min(self._left, len(received) - position)
         self._body += received[position : position + taken]
         self._left -= taken
         return position + taken, None if self._left else self._whole()
+
+    def _read_whole(self, received: memoryview, position: int) -> tuple[int, Data] | None:
+        """A whole P-DATA-TF with a single value, as most commands come; None for all else, which is looked at twice."""
+        if self._head or len(received) - position < _DATA_HEAD.size:
+            return None
+        kind, length, value_length, context_id, control = _DATA_HEAD.unpack_from(received, position)
+        end = position + HEAD + length
+        if kind != P_DATA or value_length != length - 4 or value_length < 2 or end > len(received):
+            return None
+        if length > self._limits.pdu_bytes:
+            return None
+        self.pdus += 1
+        content = received[position + _DATA_HEAD.size : end]
+        return end, Data(context_id, bool(control & _COMMAND), content, bool(control & _LAST))
 
     def _gather(self, received: memoryview, position: int) -> tuple[int, bytes | None]:
         """Six bytes of a head, wherever they were cut."""
