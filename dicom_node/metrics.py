@@ -93,6 +93,8 @@ class Metrics:
         self._engine = _Labels(sorted(config.engines))
         self._rule = _Labels(())
         self._device = _Labels(dict.fromkeys((*config.jobs.devices, "cpu")))
+        self._request_counters: dict[tuple[str, str], Counter] = {}
+        self._request_seconds: dict[str, Histogram] = {}
         self._intake()
         self._studies()
         self._work()

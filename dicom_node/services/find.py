@@ -74,7 +74,7 @@ class FindOptions:
     datetime: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answers:
     """Some identifiers of one query's responses, one for each row of texts."""
 
@@ -98,8 +98,7 @@ class Answers:
         return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FindResponse:
+class FindResponse(NamedTuple):
     """One C-FIND response, or with a pending status one for each of `answers`, which differ in nothing else.
 
     `offending` are tags for (0000,0901).
@@ -120,8 +119,7 @@ class _Wanted(NamedTuple):
     character_set: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
+class _Plan(NamedTuple):
     query: Query
     status: int  # of a pending response
     wanted: _Wanted

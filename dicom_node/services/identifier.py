@@ -36,6 +36,11 @@ __all__ = [
 _UNREADABLE = (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError)
 
 
+# One element of a query's identifier: its tag, its keyword ('' for what is not the Standard's), the Standard's VR, and
+# its value as `text_of` gives it ('' for a sequence). A plain tuple: there are a dozen in every query.
+Element = tuple[int, str, str, str]
+
+
 class InformationModel(Enum):
     """Query/Retrieve Information Models of PS3.4 C.6."""
 
@@ -111,18 +116,6 @@ def level_named(text: str, model: InformationModel) -> Level:
     raise BadIdentifier(f"Query/Retrieve Level is none of {known}", 0x00080052)
 
 
-class Element(NamedTuple):
-    """One element of a query's identifier. `keyword` is '' for what is not the Standard's, `vr` the Standard's VR.
-
-    `text`: as `text_of` says, '' for a sequence.
-    """
-
-    tag: int
-    keyword: str
-    vr: str
-    text: str
-
-
 class Identifier(NamedTuple):
     """A query's identifier: its level and its character set as they were named, '' for none, and all its elements.
 
@@ -155,4 +148,4 @@ def _element(data_set: Dataset, tag: BaseTag) -> Element:
     keyword = element.keyword  # looked up by pydicom each time
     # the VR the Standard gives the attribute: an Explicit VR sender may say UN
     vr = dictionary_VR(tag)[:2] if keyword else str(element.VR)[:2]
-    return Element(int(tag), keyword, vr, "" if element.VR == "SQ" else text_of(element))
+    return int(tag), keyword, vr, "" if element.VR == "SQ" else text_of(element)

@@ -67,13 +67,13 @@ def scan_identifier(encoded: bytes, *, implicit_vr: bool, little_endian: bool) -
         text = _text(encoded[position:stop], vr) if length else ""
         if text is None:
             return None
-        if tag == _CHARACTER_SET:
+        if tag == _LEVEL:
+            level = text
+        elif tag == _CHARACTER_SET:
             character_set = text
             if text not in _PLAIN_SETS:
                 return None
-        elif tag == _LEVEL:
-            level = text
-        elements.append(Element(tag, keyword, vr, text))
+        elements.append((tag, keyword, vr, text))
         position, last = stop, tag
     return Identifier(level, character_set, elements) if position == end else None
 

@@ -195,10 +195,7 @@ class SqliteIndex:
     def _texts(self, pages: Plan, width: int) -> Iterator[Sequence[tuple[str, ...]]]:
         after: tuple[object, ...] | None = None
         while True:
-            with self._database.read() as connection:
-                cursor = connection.cursor()
-                cursor.row_factory = None  # plain tuples
-                rows = cursor.execute(*pages.page(after, PAGE)).fetchall()
+            rows = self._database.rows(*pages.page(after, PAGE))
             if rows:
                 yield rows if len(rows[0]) == width else [row[:width] for row in rows]
             if len(rows) < PAGE:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from dicom_node.errors import InvalidIdentifier
 from dicom_node.headers import INDEXED, multi_valued, value_representation
@@ -22,7 +22,7 @@ from dicom_node.model import (
     Query,
 )
 from dicom_node.store.instances import KEY_SUFFIX
-from dicom_node.store.names import glob_pattern, literal_prefix, name_group
+from dicom_node.store.names import beyond, glob_pattern, literal_prefix, name_group
 
 __all__ = ["Plan", "plan", "supported"]
 
@@ -105,8 +105,7 @@ _JSON[Level.IMAGE] = "i.attributes"
 _MAX_VALUE = 1024  # no VR that is matched allows more but LT, UC and UT, and none is asked for by a whole page of text
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A query ready to be run page by page."""
 
     select: str
@@ -265,7 +264,7 @@ def _wildcard(text: str, pattern: str) -> Sql:
     if not prefix:
         return f"{text} GLOB ?", (glob_pattern(pattern),)
     within = f"{text} >= ? AND {text} < ?"  # what an index can use
-    bounds = (prefix, prefix + "\U0010ffff")
+    bounds = (prefix, beyond(prefix))
     if pattern == prefix + "*":
         return f"({within})", bounds
     return f"({within} AND {text} GLOB ?)", (*bounds, glob_pattern(pattern))
@@ -320,7 +319,7 @@ def _names_beginning(level: Level, prefix: str) -> Sql:
     return (
         f"{column} IN (SELECT {unique} FROM {table} WHERE name_key >= ? AND name_key < ? "
         f"UNION ALL SELECT {unique} FROM {table} WHERE instr(name_key, '=') > 0)",
-        (prefix, prefix + "\U0010ffff"),
+        (prefix, beyond(prefix)),
     )
 
 

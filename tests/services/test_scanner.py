@@ -134,7 +134,7 @@ def test_what_clients_ask_is_scanned(implicit: bool, little: bool) -> None:
     found = scan_identifier(encoded, implicit_vr=implicit, little_endian=little)
     assert isinstance(found, Identifier)
     assert (found.level, found.character_set) == ("STUDY", "ISO_IR 100")
-    texts = {item.keyword: item.text for item in found.elements}
+    texts = {keyword: text for _, keyword, _, text in found.elements}
     assert texts["StudyInstanceUID"] == "1.2.3\\1.2.4"
     assert texts["PatientName"] == "Doe^J*"
 
