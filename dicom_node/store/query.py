@@ -308,17 +308,18 @@ def _filled_time(time: str) -> str:
 
 
 _NAMED = {
-    Level.PATIENT: ("patient", "id", "p.id"),
-    Level.STUDY: ("study", "study_instance_uid", "s.study_instance_uid"),
+    Level.PATIENT: ("patient", "patient_name_groups", "p.rowid"),
+    Level.STUDY: ("study", "study_name_groups", "s.rowid"),
 }
 
 
 def _names_beginning(level: Level, prefix: str) -> Sql:
     """What an index finds first: names that begin so, and all that have other groups, which may begin so."""
-    table, unique, column = _NAMED[level]
+    table, groups, rowid = _NAMED[level]
     return (
-        f"{column} IN (SELECT {unique} FROM {table} WHERE name_key >= ? AND name_key < ? "
-        f"UNION ALL SELECT {unique} FROM {table} WHERE instr(name_key, '=') > 0)",
+        # left to itself SQLite reads every name for the second part
+        f"{rowid} IN (SELECT rowid FROM {table} WHERE name_key >= ? AND name_key < ? "
+        f"UNION ALL SELECT rowid FROM {table} INDEXED BY {groups} WHERE instr(name_key, '=') > 0)",
         (prefix, beyond(prefix)),
     )
 
