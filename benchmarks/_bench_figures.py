@@ -21,7 +21,18 @@ from _bench_report import Figure, Report
 from _bench_systems import Sink, System, Usage
 from _raw_client import IMPLICIT_LE, STUDY_FIND, STUDY_GET, VERIFICATION, RawAssociation
 
-__all__ = ["QUICK", "STARTS", "STUDY_BYTES", "Bench", "Size"]
+__all__ = [
+    "FIND_MS",
+    "FIND_TARGETS",
+    "QUICK",
+    "STARTS",
+    "STUDY_BYTES",
+    "Bench",
+    "Size",
+    "at_once",
+    "question",
+    "raw_sender",
+]
 
 FORK = get_context("fork")
 CLIENT_S = 600.0
@@ -372,7 +383,7 @@ def find_figures(bench: Bench) -> None:
             rows: list[int] = []
 
             def ask(kind: str = kind, chooser: random.Random = chooser, rows: list[int] = rows) -> None:
-                rows.append(association.find(_question(batch, kind, chooser.randrange(count))))
+                rows.append(association.find(question(batch, kind, chooser.randrange(count))))
 
             took = timed(ask, bench.size.seconds)
             if 0 in rows:
@@ -389,7 +400,8 @@ def find_figures(bench: Bench) -> None:
         association.release()
 
 
-def _question(batch: Batch, kind: str, study: int) -> dict[int, str]:
+def question(batch: Batch, kind: str, study: int) -> dict[int, str]:
+    """The identifier that finds study number `study` by this kind of key, ten keys returned."""
     keys = dict.fromkeys(RETURNED, "") | {LEVEL: "STUDY"}
     if kind == "StudyInstanceUID":
         keys[STUDY_UID] = batch.study_uid(study)

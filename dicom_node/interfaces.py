@@ -202,6 +202,10 @@ class InstanceIndex(Protocol):
         """
         ...
 
+    def find_pages(self, query: Query) -> Iterator[Sequence[tuple[str, ...]]]:
+        """As `find`, page by page and without names: each match is the texts of `query.returns`, in that order."""
+        ...
+
     def supported(self, level: Level) -> frozenset[str]:
         """Keywords that can be matched or returned at `level` (those of higher levels included)."""
         ...

@@ -93,6 +93,8 @@ class Metrics:
         self._engine = _Labels(sorted(config.engines))
         self._rule = _Labels(())
         self._device = _Labels(dict.fromkeys((*config.jobs.devices, "cpu")))
+        self._request_counters: dict[tuple[str, str], Counter] = {}
+        self._request_seconds: dict[str, Histogram] = {}
         self._intake()
         self._studies()
         self._work()
@@ -130,6 +132,10 @@ class Metrics:
         self._dimse_seconds = self._histogram(
             "dimse_duration_seconds", "Request to final response.", FAST_S, {"service": SERVICES}
         )
+        self._answered = {
+            (service, result): (self._requests.labels(service, result), self._dimse_seconds.labels(service))
+            for service, result in product(SERVICES, STATUS_CLASSES)
+        }
         self._instances = self._counter(
             "instances_received_total",
             "Instances that came by C-STORE, by what became of them.",
@@ -223,8 +229,9 @@ class Metrics:
 
     def request_answered(self, service: str, status: int, seconds: float) -> None:
         """A DIMSE request got its final response."""
-        self._requests.labels(service, status_class(status)).inc()
-        self._dimse_seconds.labels(service).observe(seconds)
+        count, duration = self._answered[service, status_class(status)]  # `labels` costs as much as counting
+        count.inc()
+        duration.observe(seconds)
 
     def instance_received(
         self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False

@@ -48,17 +48,18 @@ from dicom_node.dimse.upper_layer.connection import (
     data_header,
 )
 
-__all__ = ["Association", "Buffers"]
+__all__ = ["Association", "Buffers", "prepare"]
 
 log = logging.getLogger(__name__)
 
 BUFFER = 256 * 1024
 SHORT_READ = 16 * 1024
 BATCH = 64  # values in one write: 128 pieces, below IOV_MAX of every system
-TICK_S = 0.5  # a wait for the peer is cut into such pieces
+TICK_S = 0.4  # a wait for the peer is cut into such pieces
 CORK_S = 0.02  # how long a message may wait for the next one to go out with it
 LINGER_S = 1.0
 MAX_DISCARDED = 512 * 1024
+_NOWHERE = memoryview(bytearray(64 * 1024))  # for what is read and not looked at, of all associations
 RELEASE_S = 5.0
 
 
@@ -86,12 +87,22 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
+def prepare(sock: socket.socket) -> None:
+    """Set what an association needs of its socket; those that a listener accepts have it from the listener (Linux)."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_S))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(TICK_S))
+
+
 class Association:
     """An association whose socket is connected; see `link.Link`. `connection` may already have something to send.
 
     `opened_at` (monotonic; None: now) is when the connection was made. `traffic` is set whenever data came; the owner
-    clears it. `released`: it ended in order, or, `was_idle`, because
-    nothing was under way for the idle time.
+    clears it. `released`: it ended in order, or, `was_idle`, because nothing was under way for the idle time.
+
+    `hosted`: its socket is blocking and prepared (`prepare`), and it has an owner who waits for the peer's close
+    (`gone`) when it is `over`. Otherwise it waits for that itself, for a moment.
     """
 
     def __init__(
@@ -103,13 +114,16 @@ class Association:
         max_data_set_bytes: int,
         idle_timeout_s: float,
         opened_at: float | None = None,
+        hosted: bool = False,
     ) -> None:
         self.log_fields: Mapping[str, str] = {}
+        self._acknowledge = False  # the next wait is to begin with an acknowledgement of what came
         self.traffic = self.serving = self.released = self.was_idle = False
         self.idle_timeout_s = idle_timeout_s
         self._sock, self._connection, self._buffers = sock, connection, buffers
-        self._buffer: bytearray | None = buffers.take()
-        self._view = memoryview(self._buffer)
+        self._hosted = hosted
+        self._buffer: bytearray | None = None
+        self._view = memoryview(b"")
         self._events: Iterator[UpperEvent] = iter(())
         self._messages = MessageReader()
         self._max_data_set_bytes = max_data_set_bytes
@@ -121,18 +135,18 @@ class Association:
         self._release_asked = False
         self._corked: list[bytes | memoryview] = []  # messages that wait for the next one
         self._corked_at = 0.0
-        self._over = False
+        self._over = self._finished = False
         self._interrupted = False
         self._deadline = (time.monotonic() if opened_at is None else opened_at) + FIRST_PDU_S  # of the PDU under way
         self._filled_at = 0.0
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setblocking(True)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_S))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(TICK_S))
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._quiet_since = time.monotonic()
+        self._discarded = 0
+        self._poll: select.poll | None = None
+        if not hosted:
+            sock.setblocking(True)
+            prepare(sock)
+        self.wake()
 
     # --- life
 
@@ -150,6 +164,16 @@ class Association:
     def established(self) -> bool:
         """Whether messages may still be sent."""
         return not self._over and self._connection.established
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended; its connection may be open still."""
+        return self._over
+
+    @property
+    def idle_until(self) -> float:
+        """When (monotonic) it will have been silent for the idle time, should nothing come."""
+        return self._quiet_since + self.idle_timeout_s
 
     @property
     def connection(self) -> Connection:
@@ -215,31 +239,67 @@ class Association:
         self._finish()
 
     def _finish(self) -> None:
-        """Send what is left to say, give the peer a moment to read it, close."""
-        if self._buffer is None:
+        """Send what is left to say; unless its owner does, give the peer a moment to read it, and close."""
+        if self._finished:
             return
-        self._over = True
+        self._over = self._finished = True
+        left = self._connection.to_send()
         with suppress(OSError):
-            self._sock.settimeout(LINGER_S)
-            if left := self._connection.to_send():
+            if self._hosted:
+                if left:
+                    self._sock.send(left, socket.MSG_DONTWAIT)  # a peer that leaves no room for it does not read it
+            else:
+                self._sock.settimeout(LINGER_S)
                 self._sock.sendall(left)
-            if not self._connection.closing:  # closing over unread bytes would cost the peer our last PDU
-                self._sock.shutdown(socket.SHUT_WR)
-                self._discard()
-        self._sock.close()
+                if not self._connection.closing:  # closing over unread bytes would cost the peer our last PDU
+                    self._sock.shutdown(socket.SHUT_WR)
+                    self._discard()
+        if not self._hosted or self._connection.closing:
+            self._sock.close()
         self._events = iter(())
+        self.rest()
+
+    def rest(self) -> None:
+        """Give the buffer back: nothing is under way, and nothing will be until `wake`."""
+        buffer, self._buffer = self._buffer, None
         self._view = memoryview(b"")
-        self._buffers.give_back(self._buffer)
-        self._buffer = None
+        if buffer is not None:
+            self._buffers.give_back(buffer)
+
+    def wake(self) -> None:
+        """Be ready to receive."""
+        if self._buffer is None:
+            self._buffer = self._buffers.take()
+            self._view = memoryview(self._buffer)
+
+    def gone(self) -> bool:
+        """When it is over and has an owner: whether the peer has closed, and so have we. Waits for nothing.
+
+        As long as it has not, the peer is told that nothing more will come.
+        """
+        try:
+            while self._discarded < MAX_DISCARDED:
+                received = self._sock.recv_into(_NOWHERE, 0, socket.MSG_DONTWAIT)
+                if not received:
+                    break
+                self.was_idle = False  # what it sent had crossed our A-ABORT
+                self._discarded += received
+        except BlockingIOError:
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+                return False
+        except OSError:  # reset, or closed already
+            pass
+        self._sock.close()
+        return True
 
     def _discard(self) -> None:
         deadline, room = time.monotonic() + LINGER_S, MAX_DISCARDED
         while room > 0 and (left := deadline - time.monotonic()) > 0:
             self._sock.settimeout(left)
-            received = self._sock.recv_into(self._view)
+            received = self._sock.recv_into(_NOWHERE)
             if not received:
                 return
-            self.was_idle = False  # what it sent had crossed our A-ABORT
             room -= received
 
     def _lost(self, reason: str) -> AssociationLost:
@@ -249,11 +309,14 @@ class Association:
     # --- receiving
 
     def next_event(self, timeout_s: float) -> UpperEvent | None:
-        """The next event, before there are messages; None after `timeout_s`. Raises AssociationLost."""
-        return self._next_event(timeout_s)
+        """The next event, before there are messages; None after `timeout_s`. Raises AssociationLost.
 
-    def _next_event(self, timeout_s: float) -> UpperEvent | None:
-        """As `next_event`; a PDU that has begun is waited for until its own deadline."""
+        A PDU that has begun may come to its end in a later call, before its own deadline.
+        """
+        return self._next_event(timeout_s, patient=False)
+
+    def _next_event(self, timeout_s: float, *, patient: bool = True) -> UpperEvent | None:
+        """As `next_event`; if `patient`, a PDU that has begun is waited for until its own deadline."""
         until = time.monotonic() + timeout_s
         while True:
             event = next(self._events, None)
@@ -265,7 +328,7 @@ class Association:
                 raise self._lost("the association ended")
             if self._connection.closing:  # an A-ABORT before there was an association is no event of its own
                 raise self._lost("the association ended")
-            if not self._fill(until):
+            if not self._fill(until, patient):
                 return None
 
     def _looked_at(self, event: UpperEvent) -> UpperEvent:
@@ -278,19 +341,25 @@ class Association:
             raise self._lost("the connection broke")
         return event
 
-    def _fill(self, until: float) -> bool:
-        """Take in what the socket has; False when nothing came until then, and nothing had begun."""
+    def _fill(self, until: float, patient: bool) -> bool:
+        """Take in what the socket has; False when nothing came until then, and, if `patient`, nothing had begun."""
         connection = self._connection
         began = connection.in_pdu
         if began and connection.pdus != self._pdus:
             self._pdus, self._deadline = connection.pdus, time.monotonic() + PDU_S
         elif began and self._contexts:  # what we were busy with meanwhile, a slow disk, is not the peer's fault
             self._deadline += time.monotonic() - self._filled_at
-        wait_s = (self._deadline if began else until) - time.monotonic()
+        if began:
+            until = self._deadline if patient else min(until, self._deadline)
+        if self._acknowledge and (began or self._messages.under_way):
+            # a peer that leaves Nagle on sends 12 bytes and waits for our ACK; a whole message is acknowledged by
+            # our answer
+            with suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         try:
-            received = self._take(wait_s)
+            received = self._take(until)
         except TimeoutError:
-            if not began:
+            if not began or (not patient and time.monotonic() < self._deadline):
                 return False
             log.warning("a PDU did not come to its end", extra=dict(self.log_fields))
             connection.abort()
@@ -299,9 +368,7 @@ class Association:
             received = 0
         if received:
             self.traffic = True
-            if received < SHORT_READ:  # peers that leave Nagle on send 12 bytes and wait for our ACK
-                with suppress(OSError):
-                    self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self._acknowledge = received < SHORT_READ
             self._events = connection.receive(self._view[:received])
             self._filled_at = time.monotonic()
         elif self._interrupted:  # it was not the peer who closed
@@ -312,20 +379,26 @@ class Association:
             raise self._lost("the connection broke" if broke else "the association ended")
         return True
 
-    def _take(self, wait_s: float) -> int:
+    def _take(self, until: float) -> int:
         """Bytes that came into the buffer, 0 at the end of the stream. Raises TimeoutError, OSError.
 
         The kernel keeps the time (SO_RCVTIMEO): asking first whether there is something would double the calls.
         """
-        until = time.monotonic() + wait_s
         while True:
             left = until - time.monotonic()
-            if left < TICK_S and not self._poll.poll(max(left, 0.0) * 1000):
+            if 0.0 < left < TICK_S and not self._readable(left):
                 raise TimeoutError
             try:
-                return self._sock.recv_into(self._view)
+                return self._sock.recv_into(self._view, 0, 0 if left > 0.0 else socket.MSG_DONTWAIT)
             except BlockingIOError:  # a tick went by
-                continue
+                if left <= 0.0:
+                    raise TimeoutError from None
+
+    def _readable(self, timeout_s: float) -> bool:
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self._sock, select.POLLIN)
+        return bool(self._poll.poll(max(timeout_s, 0.0) * 1000))
 
     def next_message(self, timeout_s: float) -> Message | None:
         """See `link.Link`."""
@@ -436,7 +509,7 @@ class Association:
         event = next(self._events, None)
         if event is not None:
             return self._looked_at(event)
-        return self._next_event(0.0) if self._poll.poll(0) else None
+        return self._next_event(0.0) if self._readable(0.0) else None
 
     # --- sending
 
@@ -453,13 +526,7 @@ class Association:
         self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False
     ) -> None:
         """See `link.Link`."""
-        self._drain()
-        if self._over or self._interrupted:
-            raise AssociationLost("the association ended")
-        try:
-            self._connection.sends_data()
-        except UpperLayerMisuse as exc:
-            raise self._lost("the association ended") from exc
+        self._begin_sending()
         size = self._pdu_bytes - 6
         parts, self._corked = self._corked, []
         if more and not parts:
@@ -480,6 +547,38 @@ class Association:
             self._corked = parts
         elif parts:
             self._write(parts)
+
+    def send_messages(self, context_id: int, command: bytes, data_sets: Sequence[bytes], *, more: bool = False) -> None:
+        """See `link.Link`. Where each fits into a PDU of its own they are one piece of bytes."""
+        size = self._pdu_bytes - 6
+        if len(command) > size or max(map(len, data_sets), default=0) > size:
+            for number, data_set in enumerate(data_sets, 1):
+                self.send_message(context_id, command, [data_set], more=more or number < len(data_sets))
+            return
+        self._begin_sending()
+        before = data_header(context_id, is_command=True, last=True, length=len(command)) + command
+        parts: list[bytes] = []
+        for data_set in data_sets:
+            head = data_header(context_id, is_command=False, last=True, length=len(data_set))
+            parts += (before, head, data_set)
+        held, self._corked = self._corked, []
+        if not held:
+            self._corked_at = time.monotonic()
+        held.append(b"".join(parts))
+        if more and len(held) < 2 * BATCH and time.monotonic() - self._corked_at < CORK_S:
+            self._corked = held
+        else:
+            self._write(held)
+
+    def _begin_sending(self) -> None:
+        """Raises AssociationLost where nothing can be sent any more."""
+        self._drain()
+        if self._over or self._interrupted:
+            raise AssociationLost("the association ended")
+        try:
+            self._connection.sends_data()
+        except UpperLayerMisuse as exc:
+            raise self._lost("the association ended") from exc
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""
@@ -524,24 +623,31 @@ class Association:
 
     # --- serving
 
-    def serve(self, answer: Callable[[Message], None]) -> None:
-        """Answer each message until the association ends. Raises nothing of the association's."""
+    def serve(self, answer: Callable[[Message], None], patience_s: Callable[[], float]) -> bool:
+        """Answer messages as they come; True when none has begun for `patience_s`: it may rest until there is one.
+
+        False when it is to be ended: it was released, was silent for the idle time, or is lost.
+        """
         try:
             while not self._over:
-                message = self.next_message(self.idle_timeout_s)
+                left = self.idle_until - time.monotonic()
+                message = self.next_message(min(patience_s(), left) if left > 0 else 0.0)
                 if message is not None:
                     self.serving = True
                     answer(message)
                     self.serving = False
+                    self._quiet_since = time.monotonic()
                 elif self._release_asked:
                     self._connection.answer_release()
                     self.released = True
-                    return
-                else:
+                    return False
+                elif time.monotonic() >= self.idle_until:
                     self.was_idle = True
-                    return
+                    return False
+                else:
+                    return True
         except AssociationLost:
-            return
+            pass
         finally:
             self.serving = False
-            self.finish()
+        return False

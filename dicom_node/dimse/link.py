@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,13 @@ class Link(Protocol):
         """Send one message; returns when its last byte is on its way. OSError of `data_set` passes through.
 
         `more`: another one follows at once, and this one may go out with it.
+        """
+        ...
+
+    def send_messages(self, context_id: int, command: bytes, data_sets: Sequence[bytes], *, more: bool = False) -> None:
+        """Send one message for each data set, all with this command set, as `send_message` would one after the other.
+
+        `more` is that of the last one.
         """
         ...
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dicom_node.dimse.commands import NO_DATA_SET
 from dicom_node.dimse.upper_layer.connection import Data
@@ -107,16 +108,14 @@ def read_command(encoded: bytes) -> Command:
     return Command(elements)
 
 
-@dataclass(frozen=True, slots=True)
-class CommandReceived:
+class CommandReceived(NamedTuple):
     """A whole command set; when it says so, `DataSetPiece`s follow before anything else."""
 
     context_id: int
     command: Command
 
 
-@dataclass(frozen=True, slots=True)
-class DataSetPiece:
+class DataSetPiece(NamedTuple):
     """A piece of the data set of the last command; `last` ends the message. The view is good until the next receive."""
 
     context_id: int

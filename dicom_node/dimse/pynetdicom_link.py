@@ -20,7 +20,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -452,6 +452,11 @@ class PynetdicomLink(Association):
         if data_set is not None:
             for chunk, last in cut(data_set, size):
                 self._send_pdu(context_id, 0x02 if last else 0, chunk)
+
+    def send_messages(self, context_id: int, command: bytes, data_sets: Sequence[bytes], *, more: bool = False) -> None:
+        """See `link.Link`."""
+        for data_set in data_sets:
+            self.send_message(context_id, command, [data_set], more=more)
 
     def _send_pdu(self, context_id: int, control: int, chunk: bytes | memoryview) -> None:
         header = struct.pack(">BBIIBB", 4, 0, len(chunk) + 6, len(chunk) + 2, context_id, control)

@@ -5,9 +5,11 @@ Identifiers are decoded here, within bounds; data sets never are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
+from typing import NamedTuple
 
 from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
@@ -32,11 +34,11 @@ from dicom_node.dimse.contexts import (
 )
 from dicom_node.dimse.link import Link, Message, gathered
 from dicom_node.model import Source
-from dicom_node.services.answer import Answer
-from dicom_node.services.find import FindOptions
-from dicom_node.services.identifier import BadIdentifier, InformationModel
+from dicom_node.services.find import Answers, FindOptions
+from dicom_node.services.identifier import BadIdentifier, Identifier, InformationModel, identifier_of
+from dicom_node.services.scanner import scan_identifier
 
-__all__ = ["Peer", "Request", "encode_answer", "encode_identifier", "read_identifier", "respond_bad"]
+__all__ = ["Peer", "Request", "encode_answers", "encode_identifier", "read_identifier", "read_query", "respond_bad"]
 
 MAX_IDENTIFIER_BYTES = 1024 * 1024
 
@@ -52,13 +54,13 @@ class Peer:
     recorded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request as it came, and the context it came in."""
+class Request(NamedTuple):
+    """One request as it came, and the context it came in. `kind`: its Command Field (0000,0100)."""
 
     link: Link
     peer: Peer
     message: Message
+    kind: int
     message_id: int
     sop_class_uid: str
     transfer_syntax: str
@@ -85,28 +87,72 @@ class Request:
 
     def respond(self, fields: Mapping[str, CommandValue], data_set: bytes | None = None, *, more: bool = False) -> None:
         """Send one response of this request; `more`: the next follows at once. Raises AssociationLost."""
+        parts = None if data_set is None else [data_set]
+        command = self._response(fields, with_data_set=data_set is not None)
+        self.link.send_message(self.message.context_id, command, parts, more=more)
+
+    def respond_each(
+        self, fields: Mapping[str, CommandValue], data_sets: Sequence[bytes], *, more: bool = False
+    ) -> None:
+        """Send a response for each data set, otherwise alike. Raises AssociationLost."""
+        command = self._response(fields, with_data_set=True)
+        self.link.send_messages(self.message.context_id, command, data_sets, more=more)
+
+    def _response(self, fields: Mapping[str, CommandValue], *, with_data_set: bool) -> bytes:
+        if len(fields) == 1 and isinstance(status := fields.get("Status"), int):  # as nearly all are
+            affected = self.uid("AffectedSOPClassUID")
+            before, after = _plain_response(self.kind, affected, status, with_data_set)
+            return before + self.message_id.to_bytes(2, "little") + after
         command: dict[str, CommandValue] = {
-            "CommandField": CommandField.RESPONSE | self.message.command.field,
+            "CommandField": CommandField.RESPONSE | self.kind,
             "MessageIDBeingRespondedTo": self.message_id,
-            "CommandDataSetType": NO_DATA_SET if data_set is None else WITH_DATA_SET,
+            "CommandDataSetType": WITH_DATA_SET if with_data_set else NO_DATA_SET,
             **fields,
         }
-        affected = self.uid("AffectedSOPClassUID")
-        if affected:
-            command.setdefault("AffectedSOPClassUID", affected)
-        parts = None if data_set is None else [data_set]
-        self.link.send_message(self.message.context_id, encode_command(command), parts, more=more)
+        if "AffectedSOPClassUID" not in fields and (affected := self.uid("AffectedSOPClassUID")):
+            command["AffectedSOPClassUID"] = affected
+        return encode_command(command)
+
+
+@lru_cache(maxsize=256)
+def _plain_response(field: int, affected: str | None, status: int, with_data_set: bool) -> tuple[bytes, bytes]:
+    """The command set of a response that says no more than its status, before and after the id of its request."""
+    encoded = encode_command(
+        {
+            "CommandField": CommandField.RESPONSE | field,
+            "MessageIDBeingRespondedTo": 0,
+            "CommandDataSetType": WITH_DATA_SET if with_data_set else NO_DATA_SET,
+            "Status": status,
+            **({"AffectedSOPClassUID": affected} if affected else {}),
+        }
+    )
+    behind = 2 * (8 + 2)  # Command Data Set Type and Status
+    return encoded[: -behind - 2], encoded[-behind:]
+
+
+def read_query(request: Request) -> Identifier:
+    """The request's identifier as a query reads it. Raises BadIdentifier as `read_identifier` does."""
+    encoded, syntax = _identifier_bytes(request), request.transfer_syntax
+    found = scan_identifier(encoded, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
+    return found if found is not None else identifier_of(_read_data_set(encoded, syntax))
 
 
 def read_identifier(request: Request) -> Dataset:
     """The request's identifier. Raises BadIdentifier when there is none, it is too long or cannot be read."""
+    return _read_data_set(_identifier_bytes(request), request.transfer_syntax)
+
+
+def _identifier_bytes(request: Request) -> bytes:
     try:
         encoded = gathered(request.message.data_set, MAX_IDENTIFIER_BYTES)
     except ValueError:
         raise BadIdentifier("the identifier is too long", 0x00000800) from None
     if encoded is None:
         raise BadIdentifier("the request has no identifier", 0x00000800)
-    syntax = request.transfer_syntax
+    return encoded
+
+
+def _read_data_set(encoded: bytes, syntax: str) -> Dataset:
     try:
         return read_dataset(BytesIO(encoded), syntax == IMPLICIT_LE, syntax != EXPLICIT_BE)
     except Exception as exc:  # the SCP edge: pydicom raises many things for bytes that are no data set
@@ -124,9 +170,9 @@ def respond_bad(request: Request, error: BadIdentifier) -> int:
     return error.dimse_status
 
 
-def encode_answer(answer: Answer, syntax: str) -> bytes:
-    """The identifier of a C-FIND response in the transfer syntax of its context."""
-    return answer.encoded(implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
+def encode_answers(answers: Answers, syntax: str) -> list[bytes]:
+    """The identifiers of C-FIND responses in the transfer syntax of their context."""
+    return answers.encoded(implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
 
 
 def encode_identifier(data_set: Dataset, syntax: str) -> bytes:

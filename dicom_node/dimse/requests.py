@@ -14,12 +14,12 @@ from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SO
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.request import Peer, Request, encode_answer, read_identifier, respond_bad
+from dicom_node.dimse.request import Peer, Request, encode_answers, read_query, respond_bad
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
-from dicom_node.services.find import FindService
+from dicom_node.services.find import SOME, FindService
 from dicom_node.services.identifier import BadIdentifier
 from dicom_node.services.store import StoreRequest, StoreService
 
@@ -33,6 +33,7 @@ UNRECOGNIZED_OPERATION = 0x0211
 _KNOWN = frozenset(
     {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
 )
+_SERVICES = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
 _REQUESTS = _KNOWN | {
     *(CommandField.N_EVENT_REPORT, CommandField.N_GET, CommandField.N_SET),
     *(CommandField.N_ACTION, CommandField.N_CREATE, CommandField.N_DELETE),
@@ -80,20 +81,19 @@ class Requests:
         """The message as a request, None for what is none."""
         context, command = link.contexts.get(message.context_id), message.command
         try:
-            message_id = command.message_id
-            if context is None or message_id is None or command.responded_to or command.field not in _REQUESTS:
+            message_id, kind = command.message_id, command.field
+            if context is None or message_id is None or command.responded_to or kind not in _REQUESTS:
                 return None
         except BadMessage:
             return None
-        return Request(link, peer, message, message_id, context.abstract_syntax, context.transfer_syntax)
+        return Request(link, peer, message, kind, message_id, context.abstract_syntax, context.transfer_syntax)
 
     def _handler(self, request: Request) -> tuple[Callable[[Request], int], str]:
         """The service for this kind of message in this kind of context."""
-        kind, context = request.message.command.field, request.sop_class_uid
-        services = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
+        kind, context = request.kind, request.sop_class_uid
         if kind == CommandField.C_ECHO and context == VERIFICATION:
             return self._echo, "echo"
-        if kind == CommandField.C_STORE and context not in services:
+        if kind == CommandField.C_STORE and context not in _SERVICES:
             return self._receive, "store"
         if kind == CommandField.C_FIND and context in FIND_SOP_CLASSES:
             return self._query, "find"
@@ -175,18 +175,20 @@ class Requests:
 
     def _query(self, request: Request) -> int:
         try:
-            identifier = read_identifier(request)
+            identifier = read_query(request)
         except BadIdentifier as exc:
             return respond_bad(request, exc)
         status = PROCESSING_FAILURE
         for response in self._find.find(request.model, identifier, request.options, request.cancelled):
-            status = response.status
+            status, answers = response.status, response.answers
+            if answers is not None:
+                encoded = encode_answers(answers, request.transfer_syntax)
+                request.respond_each({"Status": status}, encoded, more=len(answers) < SOME)
+                continue
             fields: dict[str, CommandValue] = {"Status": status}
             if response.comment:
                 fields["ErrorComment"] = error_comment(response.comment)
             if response.offending:
                 fields["OffendingElement"] = response.offending
-            found = response.identifier
-            encoded = None if found is None else encode_answer(found, request.transfer_syntax)
-            request.respond(fields, encoded, more=found is not None)
+            request.respond(fields)
         return status

@@ -1,25 +1,23 @@
 """The DICOM server of the node on the upper layer of its own: connections in, associations negotiated, requests served.
 
-One thread takes connections and keeps those that have said nothing yet, however many, without a thread for each; as
-soon as one speaks, a thread of a pool that is kept serves it to its end.
+Whoever has nothing to say waits in the lobby without a thread: a connection that has not asked for an association,
+an association between two messages, one that is over and not closed by its peer. A thread serves what speaks.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import select
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
 from dicom_node.config import NodeConfig
-from dicom_node.dimse.association import Association, Buffers
+from dicom_node.dimse.association import Association, Buffers, prepare
 from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
-from dicom_node.dimse.negotiation import answer_request
+from dicom_node.dimse.lobby import Lobby, Visit
+from dicom_node.dimse.negotiation import Agreement, answer_request
 from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
@@ -33,10 +31,13 @@ __all__ = ["DicomServer"]
 log = logging.getLogger(__name__)
 
 BACKLOG = 512
-SPARE_THREADS = 16  # beyond `max_associations`: for requests that are rejected
-KEPT_THREADS = 8  # that wait for work at any time, at most
-MAX_SILENT = 1024  # connections that have said nothing yet
+MOST_BUSY = 256  # associations that are served at the same moment; others wait for their turn, or come again
+SPARE_THREADS = 16  # beyond those: for requests that are rejected
+PATIENCE_S = 0.5  # how long a thread waits with its association for the next message ...
+HURRIED_S = 0.005  # ... and how long when many are at work
+LINGER_S = 1.0  # how long a peer may take to close what is over
 MAX_REQUEST = 256 * 1024
+MAX_AGREEMENTS = 128
 
 
 class DicomServer:
@@ -64,10 +65,16 @@ class DicomServer:
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
         self._admitted: set[Association] = set()
+        self._agreements: dict[AssociateRQ, Agreement] = {}
         self._guard = threading.Lock()
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._pool = _Pool(self._converse, most=config.max_associations + SPARE_THREADS)
+        self._touching = threading.Thread(target=self._touch_loop, name="dicom-touch", daemon=True)
+        self._lobby = Lobby(
+            serve=self._serve,
+            turn_away=self._turn_away,
+            drop=self._drop,
+            most=min(config.max_associations, MOST_BUSY) + SPARE_THREADS,
+        )
 
     # --- life
 
@@ -75,21 +82,20 @@ class DicomServer:
         """Listen; the port that is really bound. Raises OSError when it cannot be bound."""
         self._listener = listening(self._listener, self._config, BACKLOG)
         self._listener.setblocking(False)
-        self._pool.spawn(KEPT_THREADS)
-        for target, name in ((self._accept_loop, "dicom-accept"), (self._touch_loop, "dicom-touch")):
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        prepare(self._listener)
+        self._lobby.open(self._listener)
+        self._touching.start()
         return int(self._listener.getsockname()[1])
 
     def stop(self, timeout: float = 10.0) -> None:
         """Take no more connections, let requests under way finish within `timeout` seconds, abort what is left."""
         deadline = time.monotonic() + timeout
         self._stopping.set()
-        for thread in self._threads:
-            thread.join(timeout=TOUCH_S + 1.0)
+        self._lobby.close_door()
         if self._listener is not None:
             self._listener.close()
+        if self._touching.is_alive():
+            self._touching.join(timeout=TOUCH_S + 1.0)
         while (living := self._living()) and time.monotonic() < deadline:
             for association in living:
                 if not association.serving:
@@ -97,7 +103,9 @@ class DicomServer:
             time.sleep(0.02)
         for association in self._living():
             association.interrupt()
-        self._pool.stop()
+        while self._lobby.silent and time.monotonic() < deadline:  # they may still read how it ended
+            time.sleep(0.02)
+        self._lobby.stop()
 
     @property
     def active_associations(self) -> int:
@@ -107,23 +115,6 @@ class DicomServer:
     def _living(self) -> list[Association]:
         with self._guard:
             return list(self._links)
-
-    # --- connections
-
-    def _accept_loop(self) -> None:
-        assert self._listener is not None
-        lobby = _Lobby(self._listener, self._spoken)
-        try:
-            while not self._stopping.is_set():
-                lobby.look(0.2)
-        finally:
-            lobby.close()
-
-    def _spoken(self, client: socket.socket, accepted_at: float) -> None:
-        if not self._pool.give((client, accepted_at)):
-            log.warning("too many connections")
-            self._serving.observe.association_rejected("limit")
-            _turn_away(client)
 
     def _touch_loop(self) -> None:
         while not self._stopping.wait(TOUCH_S):
@@ -135,46 +126,109 @@ class DicomServer:
                         active.append(peer)
             self._serving.touched(active)
 
-    # --- one connection, on a thread of the pool
+    # --- one connection, on a thread of the lobby
 
-    def _converse(self, client: socket.socket, accepted_at: float) -> None:
-        config = self._config
-        try:
-            address = str(client.getpeername()[0])
-            association = Association(
-                client,
-                Connection(Side.ACCEPTOR, Limits(pdu_bytes=config.max_pdu_bytes)),
-                self._buffers,
-                max_data_set_bytes=config.storage.max_object_bytes,
-                idle_timeout_s=config.association_idle_timeout_s,
-                opened_at=accepted_at,
-            )
-        except OSError:  # it went away while it waited
-            client.close()
-            return
-        with self._guard:
-            self._links[association] = None
-        try:
-            if self._stopping.is_set():  # `stop` may have looked before it was there
+    def _serve(self, visit: Visit) -> None:
+        """What there is to do for it now. Then it goes back to the lobby, or is closed."""
+        if visit.association is None:
+            if self._stopping.is_set() or not visit.deadline:
+                with visit.sock, suppress(OSError):
+                    visit.sock.recv(MAX_REQUEST, socket.MSG_DONTWAIT)  # closing over unread bytes would be a reset
                 return
-            event = association.next_event(max(accepted_at + FIRST_PDU_S - time.monotonic(), 0.1))
-            if isinstance(event, AssociationRequested):
-                self._negotiate(association, event.request, address)
-            peer = self._links[association]
-            if peer is not None:
-                association.serve(partial(self._serving.serve, association, peer))
+            visit.association = self._meet(visit)
+        association = visit.association
+        if association.over:
+            self._see_off(visit, association)
+            return
+        stays = False
+        try:
+            stays = self._go_on(visit, association)
         except AssociationLost:
             pass
         finally:
+            if not stays:
+                association.finish()
+                self._leave(visit, association)
+        if stays:
+            association.rest()
+            self._lobby.keep(visit, association.idle_until if visit.peer is not None else visit.since + FIRST_PDU_S)
+
+    def _go_on(self, visit: Visit, association: Association) -> bool:
+        """Serve it as long as it has something to say; False when it is to be ended. Raises AssociationLost."""
+        association.wake()
+        if visit.peer is None and not self._greet(visit, association):
+            return bool(visit.deadline) and not self._stopping.is_set()
+        if visit.peer is None or self._stopping.is_set():  # `stop` may have looked before it was there
+            return False
+        return association.serve(partial(self._serving.serve, association, visit.peer), self._patience_s)
+
+    def _patience_s(self) -> float:
+        return HURRIED_S if self._lobby.is_crowded else PATIENCE_S
+
+    def _meet(self, visit: Visit) -> Association:
+        config = self._config
+        association = Association(
+            visit.sock,
+            Connection(Side.ACCEPTOR, Limits(pdu_bytes=config.max_pdu_bytes)),
+            self._buffers,
+            max_data_set_bytes=config.storage.max_object_bytes,
+            idle_timeout_s=config.association_idle_timeout_s,
+            opened_at=visit.since,
+            hosted=True,
+        )
+        with self._guard:
+            self._links[association] = None
+        return association
+
+    def _greet(self, visit: Visit, association: Association) -> bool:
+        """Take up its request; False when that is not there whole yet. Raises AssociationLost."""
+        event = association.next_event(0.0)
+        if isinstance(event, AssociationRequested):
+            self._negotiate(visit, association, event.request)
+        return event is not None
+
+    def _leave(self, visit: Visit, association: Association) -> None:
+        """It is over, and counts no more."""
+        with self._guard:
+            self._admitted.discard(association)
+        if not association.was_idle:  # or a request of the peer's may yet have crossed our A-ABORT
+            self._end(visit, association)
+        visit.deadline = time.monotonic() + LINGER_S
+        self._see_off(visit, association)
+
+    def _see_off(self, visit: Visit, association: Association) -> None:
+        """Close it when the peer has, or has not for too long."""
+        if not association.gone() and visit.deadline:
+            self._lobby.keep(visit, visit.deadline)
+            return
+        visit.sock.close()
+        self._end(visit, association)
+
+    def _end(self, visit: Visit, association: Association) -> None:
+        """Record how it ended, once."""
+        with self._guard:
+            is_first = self._links.pop(association, self) is not self
+        if is_first and visit.peer is not None:
+            self._serving.ended(visit.peer, over=association.released or association.was_idle)
+
+    def _drop(self, visit: Visit) -> None:
+        """Close it at once, there is no time for more."""
+        association = visit.association
+        if association is not None:
             association.finish()
             with self._guard:
-                peer = self._links.pop(association)
                 self._admitted.discard(association)
-            if peer is not None:
-                self._serving.ended(peer, over=association.released or association.was_idle)
+            self._end(visit, association)
+        visit.sock.close()
 
-    def _negotiate(self, association: Association, request: AssociateRQ, address: str) -> None:
+    def _turn_away(self, visit: Visit) -> None:
+        log.warning("too many connections")
+        self._serving.observe.association_rejected("limit")
+        _turn_away(visit.sock)
+
+    def _negotiate(self, visit: Visit, association: Association, request: AssociateRQ) -> None:
         """Accept, reject or abort; it has a peer from then on when it was accepted. Raises AssociationLost."""
+        address = visit.address
         calling, called = request.calling_ae_title, request.called_ae_title
         fields = {"calling_ae_title": repr(calling), "called_ae_title": repr(called), "address": address}
         association.log_fields = fields
@@ -195,7 +249,7 @@ class DicomServer:
                 AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
             )
             return
-        agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
+        agreement = self._agreement(request)
         if agreement is None:
             with self._guard:
                 self._admitted.discard(association)
@@ -212,10 +266,22 @@ class DicomServer:
         )
         association.idle_timeout_s = self._serving.idle_timeout_s(calling)
         with self._guard:
-            self._links[association] = peer
+            self._links[association] = visit.peer = peer
         association.connection.accept(agreement.answer)
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
+
+    def _agreement(self, request: AssociateRQ) -> Agreement | None:
+        """See `answer_request`. Peers ask for the same again and again: the last answers are remembered."""
+        known = self._agreements.get(request)
+        if known is not None:
+            return known
+        agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
+        if agreement is not None and request.user.identity is None:
+            if len(self._agreements) >= MAX_AGREEMENTS:
+                self._agreements.clear()
+            self._agreements[request] = agreement
+        return agreement
 
 
 def _turn_away(client: socket.socket) -> None:
@@ -226,131 +292,3 @@ def _turn_away(client: socket.socket) -> None:
         client.send(encode_pdu(AssociateRJ(result=2, source=3, reason=2)))
         client.shutdown(socket.SHUT_WR)
     client.close()
-
-
-class _Lobby:
-    """Takes connections from a listener and calls `spoken(socket, since)` with each that has something to read.
-
-    One that says nothing within `FIRST_PDU_S` is closed; when `MAX_SILENT` wait, the one that has waited longest is.
-    """
-
-    def __init__(self, listener: socket.socket, spoken: Callable[[socket.socket, float], None]) -> None:
-        self._listener = listener
-        self._on_spoken = spoken
-        self._poll = select.epoll()
-        self._poll.register(listener.fileno(), select.EPOLLIN)
-        self._silent: dict[int, tuple[socket.socket, float]] = {}  # by descriptor, in the order of arrival
-
-    def look(self, timeout_s: float) -> None:
-        """Wait for something to happen, at most so long, and see to it."""
-        ready = [fd for fd, _ in self._poll.poll(timeout_s)]
-        for fd in ready:
-            if fd in self._silent:
-                client, since = self._leave(fd)
-                self._on_spoken(client, since)
-        # last: making room may close one of the ready, and whom it lets in may get the descriptor of another
-        if self._listener.fileno() in ready:
-            self._accept()
-        now = time.monotonic()
-        while self._silent:
-            fd, (_, since) = next(iter(self._silent.items()))
-            if now - since < FIRST_PDU_S:
-                return
-            self._leave(fd)[0].close()
-
-    def _accept(self) -> None:
-        for _ in range(BACKLOG):
-            try:
-                client, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError:
-                log.exception("connection could not be accepted")
-                time.sleep(0.2)  # out of descriptors: give the others time to close
-                return
-            if len(self._silent) >= MAX_SILENT:
-                self._leave(next(iter(self._silent)))[0].close()
-            self._silent[client.fileno()] = (client, time.monotonic())
-            self._poll.register(client.fileno(), select.EPOLLIN)
-
-    def _leave(self, fd: int) -> tuple[socket.socket, float]:
-        self._poll.unregister(fd)
-        return self._silent.pop(fd)
-
-    def close(self) -> None:
-        """Close those that wait."""
-        for fd in list(self._silent):
-            with suppress(OSError):
-                self._leave(fd)[0].close()
-        self._poll.close()
-
-
-class _Pool:
-    """Threads that are used again: made when all are busy, at most `most`; one that is done ends when enough wait."""
-
-    def __init__(self, work: Callable[[socket.socket, float], None], *, most: int) -> None:
-        self._work, self._most = work, most
-        self._waiting: queue.SimpleQueue[tuple[socket.socket, float] | None] = queue.SimpleQueue()
-        self._guard = threading.Lock()
-        self._threads: set[threading.Thread] = set()
-        self._idle = 0
-        self._given = 0  # and not yet taken up
-        self._numbers = iter(range(1 << 62))
-
-    def spawn(self, count: int) -> None:
-        """Have so many more, within the bound and what the system gives."""
-        with self._guard:
-            while count > 0 and self._start_one():
-                count -= 1
-
-    def _start_one(self) -> bool:
-        """One more thread, `_guard` held; False when there may be no more."""
-        if len(self._threads) >= self._most:
-            return False
-        thread = threading.Thread(target=self._run, name=f"dicom-{next(self._numbers)}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # a limit of the system's: one connection is turned away, the node goes on
-            log.exception("thread could not be started")
-            return False
-        self._threads.add(thread)
-        self._idle += 1
-        return True
-
-    def give(self, item: tuple[socket.socket, float]) -> bool:
-        """Have it done by a thread of the pool; False when all that there may be are busy."""
-        with self._guard:
-            if self._idle - self._given <= 0 and not self._start_one():
-                return False
-            self._given += 1
-        self._waiting.put(item)
-        return True
-
-    def stop(self, timeout_s: float = 2.0) -> None:
-        """End them; returns when they are gone, or after a while."""
-        with self._guard:
-            threads = list(self._threads)
-        for _ in threads:
-            self._waiting.put(None)
-        deadline = time.monotonic() + timeout_s
-        for thread in threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
-
-    def _run(self) -> None:
-        while True:
-            item = self._waiting.get()
-            with self._guard:
-                self._idle -= 1
-                if item is None:
-                    self._threads.discard(threading.current_thread())
-                    return
-                self._given -= 1
-            try:
-                self._work(*item)
-            except Exception:  # the SCP edge: whatever happened, the thread serves the next connection
-                log.exception("association failed")
-            with self._guard:
-                if self._idle - self._given >= KEPT_THREADS:
-                    self._threads.discard(threading.current_thread())
-                    return
-                self._idle += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from dicom_node.config import NodeConfig
@@ -124,7 +124,7 @@ class Serving:
                 },
             )
         source = Source(
-            calling_ae_title=calling, called_ae_title=called, address=address, association_id=uuid.uuid4().hex
+            calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
         log.info("association accepted", extra={"association": source.association_id, **fields})
         return Peer(source=source, find_options=find_options)

@@ -1,19 +1,21 @@
-"""The identifier of a response, from the index's texts straight to bytes (PS3.5 7.1; PS3.4 C.4.1.1.3.2).
+"""The identifiers of responses, from the index's texts straight to bytes (PS3.5 7.1; PS3.4 C.4.1.1.3.2).
 
 Values were kept as text and go out as they were, valid or not; what cannot be said in its VR goes out empty. A data set
-of pydicom's for each row would cost more than finding it.
+of pydicom's for each row would cost more than finding it, and so would describing its elements: all answers to a query
+have the same ones, which an `AnswerForm` knows.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from pydicom.charset import python_encoding
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 
-__all__ = ["Answer"]
+__all__ = ["AnswerForm"]
 
 _INTEGERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "UV": "Q", "SV": "q"}
 _FLOATS = {"FL": "f", "FD": "d"}
@@ -22,67 +24,108 @@ _LONG = frozenset({"OB", "OW", "OF", "OD", "OL", "OV", "UN", "SQ", "UC", "UR", "
 _LONGEST = 0xFFFE
 
 
-class Answer:
-    """Elements of one identifier: `put` them in any order, then `encoded`.
+class _Field(NamedTuple):
+    """An element whose value is in a row's column; `before`: what stands before its length in every answer."""
 
-    `character_set` is (0008,0005) of the answer, '' for the default repertoire; it must hold every text.
+    column: int
+    vr: str
+    is_text: bool
+    before: bytes
+    length: Callable[[int], bytes]
+    without_value: bytes  # `before` and a length of 0
+    pad: bytes
+
+
+class AnswerForm:
+    """What all answers to a query in one transfer syntax and one character set have in common.
+
+    `returned`: the keywords whose texts make a row, values parted by backslashes, '' for none. `empty`: tags and VRs of
+    what goes out without a value; `fixed`: keywords and texts of what every answer carries, each at most 64 characters
+    of ASCII. What is named twice is what the last one says. `character_set`: (0008,0005) of the answers, '' for the
+    default repertoire; it must hold every text. Raises KeyError for a keyword that is none of the Standard's.
     """
 
-    __slots__ = ("_codec", "_elements", "character_set")
-
-    def __init__(self, character_set: str = "") -> None:
-        self.character_set = character_set
+    def __init__(
+        self,
+        returned: Sequence[str],
+        empty: Sequence[tuple[int, str]] = (),
+        fixed: Sequence[tuple[str, str]] = (),
+        *,
+        implicit_vr: bool,
+        little_endian: bool,
+        character_set: str = "",
+    ) -> None:
         self._codec = str(python_encoding.get(character_set, "utf-8")) if character_set else "ascii"
-        self._elements: dict[int, tuple[str, str]] = {}
+        self._order, self._implicit_vr = "<" if little_endian else ">", implicit_vr
         if character_set:
-            self.put("SpecificCharacterSet", character_set)
+            fixed = (*fixed, ("SpecificCharacterSet", character_set))
+        elements: dict[int, tuple[str, int | str]] = {}  # its VR, and its column or what it always is
+        for column, keyword in enumerate(returned):
+            tag, vr = _described(keyword)
+            elements[tag] = (vr, column)
+        elements.update((tag, (vr, "")) for tag, vr in empty)
+        for keyword, text in fixed:
+            tag, vr = _described(keyword)
+            elements[tag] = (vr, text)
+        self._fields: list[_Field] = []
+        self._end = bytearray()  # what is to stand before the next of them
+        for tag, (vr, value) in sorted(elements.items()):
+            self._add(tag, vr, value)
+        self._last = bytes(self._end)  # what stands after the last of them
 
-    def put(self, keyword: str, text: str) -> None:
-        """An attribute of the Standard with its value as text, values parted by backslashes; '' for none."""
-        tag, vr = _described(keyword)
-        self._elements[tag] = (vr, text)
+    def _add(self, tag: int, vr: str, value: int | str) -> None:
+        before, length = struct.pack(self._order + "HH", tag >> 16, tag & 0xFFFF), struct.Struct(self._order + "I").pack
+        if not self._implicit_vr:
+            before += vr.encode() + (b"\0\0" if vr in _LONG else b"")
+            if vr not in _LONG:
+                length = struct.Struct(self._order + "H").pack
+        if isinstance(value, str):
+            content = self._value(vr, value)
+            self._end += before + length(len(content)) + content
+            return
+        before = bytes(self._end) + before
+        is_text = vr not in _BINARY and vr not in _INTEGERS and vr not in _FLOATS
+        pad = b"\0" if vr == "UI" else b" "
+        self._fields.append(_Field(value, vr, is_text, before, length, before + length(0), pad))
+        self._end.clear()
 
-    def put_empty(self, tag: int, vr: str) -> None:
-        """An attribute without a value, of any kind."""
-        self._elements[tag] = (vr, "")
-
-    @property
-    def elements(self) -> Mapping[int, tuple[str, str]]:
-        """VR and text by tag."""
-        return self._elements
-
-    def encoded(self, *, implicit_vr: bool, little_endian: bool) -> bytes:
-        """The data set. Texts that are too long for their length field are cut, as nothing in the index is."""
-        order = "<" if little_endian else ">"
+    def encoded(self, row: Sequence[str]) -> bytes:
+        """The answer of one row. Texts that are too long for their length field are cut, as nothing in the index is."""
         parts: list[bytes] = []
-        for tag, (vr, text) in sorted(self._elements.items()):
-            value = self._value(vr, text, order)
-            group_element = struct.pack(order + "HH", tag >> 16, tag & 0xFFFF)
-            if implicit_vr:
-                head = struct.pack(order + "I", len(value))
-            elif vr in _LONG:
-                head = vr.encode() + struct.pack(order + "xxI", len(value))
+        add, codec = parts.append, self._codec
+        for column, vr, is_text, before, length, without_value, pad in self._fields:
+            text = row[column]
+            if not text:
+                add(without_value)
+                continue
+            value = text.encode(codec, "replace") if is_text else self._value(vr, text)
+            size = len(value)
+            if size > _LONGEST and vr not in _LONG:
+                value, size = value[:_LONGEST], _LONGEST
+            add(before)
+            if size & 1:
+                add(length(size + 1))
+                add(value)
+                add(pad)
             else:
-                head = vr.encode() + struct.pack(order + "H", len(value))
-            parts += (group_element, head, value)
+                add(length(size))
+                add(value)
+        add(self._last)
         return b"".join(parts)
 
-    def _value(self, vr: str, text: str, order: str) -> bytes:
+    def _value(self, vr: str, text: str) -> bytes:
+        """The value of any VR, of even length."""
         if not text or vr in _BINARY:
             return b""
         form = _INTEGERS.get(vr) or _FLOATS.get(vr)
         if form is not None:
             convert = float if vr in _FLOATS else int
             try:
-                return b"".join(struct.pack(order + form, convert(value)) for value in text.split("\\"))
+                return b"".join(struct.pack(self._order + form, convert(value)) for value in text.split("\\"))
             except (ValueError, OverflowError, struct.error):
                 return b""
         value = text.encode(self._codec, "replace")
-        if len(value) > _LONGEST and vr not in _LONG:
-            value = value[:_LONGEST]
-        if len(value) % 2:
-            value += b"\0" if vr == "UI" else b" "
-        return value
+        return value + (b"\0" if vr == "UI" else b" ") if len(value) % 2 else value
 
 
 @lru_cache(maxsize=1024)

@@ -14,37 +14,36 @@ What is answered beyond or beside the letter of the Standard:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from pydicom.charset import python_encoding
-from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
-from pydicom.dataset import Dataset
-from pydicom.tag import BaseTag
 
 from dicom_node.config import FindSettings
 from dicom_node.errors import InvalidIdentifier, NodeError
-from dicom_node.headers import value_representation
 from dicom_node.interfaces import InstanceIndex
 from dicom_node.model import (
     Key,
     Level,
-    Match,
     MatchKind,
     Query,
 )
-from dicom_node.services.answer import Answer
+from dicom_node.services.answer import AnswerForm
 from dicom_node.services.identifier import (
     UNIQUE_KEYS,
     BadIdentifier,
+    Identifier,
     InformationModel,
-    read_element,
-    read_level,
-    text_of,
+    level_named,
 )
 
-__all__ = ["FindOptions", "FindResponse", "FindService", "key_of"]
+__all__ = ["SOME", "Answers", "FindOptions", "FindResponse", "FindService", "key_of"]
+
+SOME = 64  # answers that go out together, and between two looks for a cancel
+MANY = 256  # empty elements of one answer
 
 PENDING = 0xFF00
 PENDING_UNSUPPORTED_KEYS = 0xFF01
@@ -75,21 +74,55 @@ class FindOptions:
     datetime: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FindResponse:
-    """One C-FIND response; `identifier` only with a pending status, `offending` are tags for (0000,0901)."""
+@dataclass(slots=True)
+class Answers:
+    """Some identifiers of one query's responses, one for each row of texts."""
+
+    wanted: _Wanted
+    rows: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encoded(self, *, implicit_vr: bool, little_endian: bool) -> list[bytes]:
+        """Their data sets, in order."""
+        wanted = self.wanted
+        plain = _form(wanted, "", implicit_vr, little_endian)
+        found = []
+        for row in self.rows:
+            text = "".join(row)
+            form = plain
+            if not text.isascii():
+                form = _form(wanted, _character_set(wanted.character_set, text), implicit_vr, little_endian)
+            found.append(form.encoded(row))
+        return found
+
+
+class FindResponse(NamedTuple):
+    """One C-FIND response, or with a pending status one for each of `answers`, which differ in nothing else.
+
+    `offending` are tags for (0000,0901).
+    """
 
     status: int
-    identifier: Answer | None = None
+    answers: Answers | None = None
     comment: str = ""
     offending: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    query: Query
-    unsupported: tuple[DataElement, ...]
+class _Wanted(NamedTuple):
+    """What each answer to a query carries; `character_set` as the requester named its own."""
+
+    returned: tuple[str, ...]
+    empty: tuple[tuple[int, str], ...]
+    fixed: tuple[tuple[str, str], ...]
     character_set: str
+
+
+class _Plan(NamedTuple):
+    query: Query
+    status: int  # of a pending response
+    wanted: _Wanted
 
 
 class FindService:
@@ -103,28 +136,27 @@ class FindService:
     def find(
         self,
         model: InformationModel,
-        identifier: Dataset,
+        identifier: Identifier,
         negotiated: FindOptions,
         cancelled: Callable[[], bool],
     ) -> Iterator[FindResponse]:
         """Yield the responses in order; the last one is final: 0x0000, 0xFE00 after a cancel, 0xA900, or 0xA700.
 
-        `cancelled` is asked before every match. Nothing is raised for what a peer sent.
+        `cancelled` is asked before every `SOME` answers at the least. Nothing is raised for what a peer sent.
         """
         try:
             plan = self._plan(model, identifier, negotiated)
         except BadIdentifier as exc:
             yield FindResponse(status=exc.dimse_status, comment=exc.comment, offending=(exc.tag,))
             return
-        status = PENDING
-        if plan.unsupported and self._settings.unsupported_optional_keys == "FF01":
-            status = PENDING_UNSUPPORTED_KEYS
         try:
-            for match in self._index.find(plan.query):
-                if cancelled():
-                    yield FindResponse(status=CANCELLED)
-                    return
-                yield FindResponse(status=status, identifier=self._answer(plan, match))
+            for page in self._index.find_pages(plan.query):
+                for first in range(0, len(page), SOME):
+                    if cancelled():
+                        yield FindResponse(status=CANCELLED)
+                        return
+                    some = page if len(page) <= SOME else page[first : first + SOME]
+                    yield FindResponse(status=plan.status, answers=Answers(plan.wanted, some))
         except NodeError as exc:
             # PS3.4 table C.4-1 knows no 0x0110: a search that failed is "out of resources", worth another try
             status = exc.dimse_status if isinstance(exc, InvalidIdentifier) else 0xA700
@@ -134,66 +166,42 @@ class FindService:
 
     # --- from the identifier to a query
 
-    def _plan(self, model: InformationModel, identifier: Dataset, negotiated: FindOptions) -> _Plan:
-        level = read_level(identifier, model)
+    def _plan(self, model: InformationModel, identifier: Identifier, negotiated: FindOptions) -> _Plan:
+        level = level_named(identifier.level, model)
         supported = self._index.supported(level)
         keys: dict[str, Key] = {}
         returns: list[str] = []
-        unsupported: list[DataElement] = []
-        for tag in identifier.keys():  # noqa: SIM118 - a Dataset iterates over elements, decoding each
-            element = _key_element(identifier, tag)
-            if element is None:
-                continue
-            keyword = element.keyword  # looked up by pydicom each time
+        unsupported: list[tuple[int, str]] = []
+        for tag, keyword, vr, text in identifier.elements:
             if keyword in _NO_KEYS:
                 continue
             if keyword not in supported:
-                unsupported.append(element)
+                unsupported.append((tag, vr))
                 continue
             returns.append(keyword)
-            key = key_of(keyword, value_representation(keyword), text_of(element), lists=not self._settings.strict)
+            key = key_of(keyword, vr, text, lists=not self._settings.strict) if text else None
             if key is not None:
                 keys[key.keyword] = key
         if self._settings.strict and not negotiated.relational:
             _require_hierarchy(model, level, keys)
         if negotiated.datetime:
             keys = _combine_date_times(keys)
-        character_set = read_element(identifier, "SpecificCharacterSet")
-        return _Plan(
-            query=Query(level=level, keys=tuple(keys.values()), returns=tuple(returns)),
-            unsupported=tuple(unsupported),
-            character_set=text_of(character_set) if character_set is not None else "",
+        says_so = self._settings.unsupported_optional_keys == "FF01"
+        wanted = _Wanted(
+            returned=tuple(returns),
+            empty=() if says_so else tuple(unsupported),
+            fixed=(
+                ("QueryRetrieveLevel", level.value),
+                ("RetrieveAETitle", self._ae_title),
+                ("InstanceAvailability", "ONLINE"),
+            ),
+            character_set=identifier.character_set if identifier.character_set in python_encoding else "",
         )
-
-    # --- from a match to a response
-
-    def _answer(self, plan: _Plan, match: Match) -> Answer:
-        texts = [(keyword, match.attributes.get(keyword, "")) for keyword in plan.query.returns]
-        answer = Answer(_character_set(plan.character_set, "".join([text for _, text in texts])))
-        for keyword, text in texts:
-            answer.put(keyword, text)
-        if self._settings.unsupported_optional_keys == "empty":
-            for element in plan.unsupported:
-                answer.put_empty(int(element.tag), _vr(element))
-        answer.put("QueryRetrieveLevel", plan.query.level.value)
-        answer.put("RetrieveAETitle", self._ae_title)
-        answer.put("InstanceAvailability", "ONLINE")
-        return answer
-
-
-def _key_element(identifier: Dataset, tag: BaseTag) -> DataElement | None:
-    """The element, None for group lengths and private creators: those only accompany keys."""
-    if tag.element == 0 or tag.is_private_creator:
-        return None
-    try:
-        return identifier[tag]
-    except (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError) as exc:
-        raise BadIdentifier("a key has a value that is none of its VR", int(tag)) from exc
-
-
-def _vr(element: DataElement) -> str:
-    """The VR the Standard gives the attribute: an Explicit VR sender may say UN."""
-    return dictionary_VR(element.tag)[:2] if element.keyword else str(element.VR)[:2]
+        return _Plan(
+            Query(level=level, keys=tuple(keys.values()), returns=wanted.returned),
+            PENDING_UNSUPPORTED_KEYS if unsupported and says_so else PENDING,
+            wanted,
+        )
 
 
 def key_of(keyword: str, vr: str, text: str, *, lists: bool = True) -> Key | None:
@@ -270,6 +278,24 @@ def _require_hierarchy(model: InformationModel, level: Level, keys: dict[str, Ke
 
 
 # --- encoding of a response ----------------------------------------------------------------------------------------
+
+
+def _form(wanted: _Wanted, character_set: str, implicit_vr: bool, little_endian: bool) -> AnswerForm:
+    # a peer may name as many elements as an identifier holds: such a form is not kept
+    build = _kept_form if len(wanted.empty) <= MANY else _kept_form.__wrapped__
+    return build(wanted, character_set, implicit_vr, little_endian)
+
+
+@lru_cache(maxsize=256)
+def _kept_form(wanted: _Wanted, character_set: str, implicit_vr: bool, little_endian: bool) -> AnswerForm:
+    return AnswerForm(
+        wanted.returned,
+        wanted.empty,
+        wanted.fixed,
+        implicit_vr=implicit_vr,
+        little_endian=little_endian,
+        character_set=character_set,
+    )
 
 
 def _character_set(requested: str, text: str) -> str:

@@ -1,22 +1,44 @@
 """Reading the identifier of a query or retrieve request (PS3.4 C.2.2.1, C.4): its level, its keys, its text.
 
-Shared by `find` and `retrieve`; knows no wire and no index.
+Shared by `find` and `retrieve`; knows no wire and no index. A query is read to plain values, an `Identifier`: from a
+data set of pydicom's by `identifier_of`, and mostly, much quicker, by `scanner.scan_identifier`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 
 from dicom_node.errors import InvalidIdentifier
 from dicom_node.model import Level
 
-__all__ = ["UNIQUE_KEYS", "BadIdentifier", "InformationModel", "read_element", "read_level", "text_of", "uids_of"]
+__all__ = [
+    "UNIQUE_KEYS",
+    "BadIdentifier",
+    "Element",
+    "Identifier",
+    "InformationModel",
+    "identifier_of",
+    "level_named",
+    "read_element",
+    "read_level",
+    "text_of",
+    "uids_of",
+]
+
+_UNREADABLE = (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError)
+
+
+# One element of a query's identifier: its tag, its keyword ('' for what is not the Standard's), the Standard's VR, and
+# its value as `text_of` gives it ('' for a sequence). A plain tuple: there are a dozen in every query.
+Element = tuple[int, str, str, str]
 
 
 class InformationModel(Enum):
@@ -58,7 +80,7 @@ def read_element(identifier: Dataset, keyword: str) -> DataElement | None:
         return None
     try:
         return identifier[tag]
-    except (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError) as exc:
+    except _UNREADABLE as exc:
         raise BadIdentifier(f"{keyword} cannot be understood", int(tag)) from exc
 
 
@@ -82,9 +104,48 @@ def uids_of(identifier: Dataset, keyword: str) -> tuple[str, ...]:
 def read_level(identifier: Dataset, model: InformationModel) -> Level:
     """Query/Retrieve Level (0008,0052). Raises BadIdentifier when it is missing or not one of the model's."""
     element = read_element(identifier, "QueryRetrieveLevel")
-    text = text_of(element) if element is not None else ""
+    return level_named(text_of(element) if element is not None else "", model)
+
+
+def level_named(text: str, model: InformationModel) -> Level:
+    """The model's level of that name. Raises BadIdentifier when it has none."""
     for level in model.levels:
         if level.value == text:
             return level
     known = ", ".join(level.value for level in model.levels)
     raise BadIdentifier(f"Query/Retrieve Level is none of {known}", 0x00080052)
+
+
+class Identifier(NamedTuple):
+    """A query's identifier: its level and its character set as they were named, '' for none, and all its elements.
+
+    Group lengths and private creators are left out: they only accompany keys.
+    """
+
+    level: str
+    character_set: str
+    elements: Sequence[Element]
+
+
+def identifier_of(data_set: Dataset) -> Identifier:
+    """What the data set asks for. Raises BadIdentifier for a value that is none of its VR."""
+    level, elements = "", []
+    found = read_element(data_set, "QueryRetrieveLevel")
+    if found is not None:
+        level = text_of(found)
+    for tag in data_set.keys():  # noqa: SIM118 - a Dataset iterates over elements, decoding each
+        if tag.element != 0 and not tag.is_private_creator:
+            elements.append(_element(data_set, tag))
+    character_set = read_element(data_set, "SpecificCharacterSet")
+    return Identifier(level, text_of(character_set) if character_set is not None else "", elements)
+
+
+def _element(data_set: Dataset, tag: BaseTag) -> Element:
+    try:
+        element = data_set[tag]
+    except _UNREADABLE as exc:
+        raise BadIdentifier("a key has a value that is none of its VR", int(tag)) from exc
+    keyword = element.keyword  # looked up by pydicom each time
+    # the VR the Standard gives the attribute: an Explicit VR sender may say UN
+    vr = dictionary_VR(tag)[:2] if keyword else str(element.VR)[:2]
+    return int(tag), keyword, vr, "" if element.VR == "SQ" else text_of(element)

@@ -247,18 +247,33 @@ class Database:
 
         Readers are lent from a pool, for threads come and go with every association.
         """
-        if self._closed:
-            raise StorageError("the catalog is closed")
-        try:
-            connection = self._idle_readers.get_nowait()
-        except queue.Empty:
-            connection = self._connect(readonly=True)
+        connection = self._reader()
         try:
             yield connection
         except sqlite3.Error as exc:
             raise _mapped(exc) from exc
         finally:
             self._give_back(connection)
+
+    def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """All that one statement finds, as plain tuples: what `read` is for, with fewer steps."""
+        connection = self._reader()
+        try:
+            cursor = connection.cursor()
+            cursor.row_factory = None
+            return cursor.execute(sql, parameters).fetchall()
+        except sqlite3.Error as exc:
+            raise _mapped(exc) from exc
+        finally:
+            self._give_back(connection)
+
+    def _reader(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StorageError("the catalog is closed")
+        try:
+            return self._idle_readers.get_nowait()
+        except queue.Empty:
+            return self._connect(readonly=True)
 
     def warm_up(self) -> None:
         """Open the readers that are kept, so that the first who ask need not wait and no descriptor comes later."""

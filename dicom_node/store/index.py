@@ -34,7 +34,7 @@ from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
 __all__ = ["SqliteIndex", "Variant"]
 
-PAGE = 500  # rows a read holds at once
+PAGE = 512  # rows a read holds at once
 _PRUNE_EVERY = 500  # associations opened between two looks for old ones
 _PRUNE_AGE_S = 24 * 3600.0
 
@@ -203,23 +203,26 @@ class SqliteIndex:
 
     def find(self, query: Query) -> Iterator[Match]:
         """See `interfaces.InstanceIndex.find`. Raises InvalidIdentifier for an attribute that is not `supported`."""
-        pages = plan(query)
-        rows = self._pages(pages, tuple(f"k{number}" for number in range(len(pages.order))))
-        columns = [(keyword, f"c{number}") for number, keyword in enumerate(pages.keywords)]
-        return (Match(attributes={keyword: row[column] for keyword, column in columns}) for row in rows)
+        pages = self.find_pages(query)
+        return (Match(attributes=dict(zip(query.returns, row, strict=True))) for page in pages for row in page)
+
+    def find_pages(self, query: Query) -> Iterator[Sequence[tuple[str, ...]]]:
+        """See `interfaces.InstanceIndex.find_pages`. Raises InvalidIdentifier as `find` does."""
+        return self._texts(plan(query), len(query.returns))
+
+    def _texts(self, pages: Plan, width: int) -> Iterator[Sequence[tuple[str, ...]]]:
+        after: tuple[object, ...] | None = None
+        while True:
+            rows = self._database.rows(*pages.page(after, PAGE))
+            if rows:
+                yield rows if len(rows[0]) == width else [row[:width] for row in rows]
+            if len(rows) < PAGE:
+                return
+            after = tuple(rows[-1][column] for column in pages.at)
 
     def supported(self, level: Level) -> frozenset[str]:
         """See `interfaces.InstanceIndex.supported`."""
         return supported(level)
-
-    def _pages(self, pages: Plan, order: Sequence[str]) -> Iterator[sqlite3.Row]:
-        after: tuple[object, ...] | None = None
-        while True:
-            rows = self._fetch(*pages.page(after, PAGE))
-            yield from rows
-            if len(rows) < PAGE:
-                return
-            after = tuple(rows[-1][column] for column in order)
 
     # --- fsck
 

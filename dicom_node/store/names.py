@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["fold", "glob_pattern", "literal_prefix", "name_key"]
+__all__ = ["beyond", "fold", "glob_pattern", "literal_prefix", "name_key"]
 
 # Japanese voicing marks are combining characters to Unicode but letters to a reader: が is not か
 _VOICING = frozenset("\u3099\u309a")
@@ -42,3 +42,12 @@ def glob_pattern(wildcards: str) -> str:
 def literal_prefix(wildcards: str) -> str:
     """What every match must begin with."""
     return re.split(r"[*?]", wildcards, maxsplit=1)[0]
+
+
+def beyond(prefix: str) -> str:
+    """The first text after all that begin with `prefix`, which is not empty: by code points, as SQLite compares."""
+    for end in range(len(prefix), 0, -1):
+        code = ord(prefix[end - 1])
+        if code < 0x10FFFF:
+            return prefix[: end - 1] + chr(0xE000 if code == 0xD7FF else code + 1)  # no text has surrogates
+    return prefix + "\U0010ffff" * 64  # there is none; a text of so many of them is no value

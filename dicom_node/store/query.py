@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from dicom_node.errors import InvalidIdentifier
 from dicom_node.headers import INDEXED, multi_valued, value_representation
@@ -22,7 +22,7 @@ from dicom_node.model import (
     Query,
 )
 from dicom_node.store.kept import KEY_SUFFIX
-from dicom_node.store.names import glob_pattern, literal_prefix, name_group
+from dicom_node.store.names import beyond, glob_pattern, literal_prefix, name_group
 
 __all__ = ["Plan", "plan", "supported"]
 
@@ -105,8 +105,7 @@ _JSON[Level.IMAGE] = "i.attributes"
 _MAX_VALUE = 1024  # no VR that is matched allows more but LT, UC and UT, and none is asked for by a whole page of text
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A query ready to be run page by page."""
 
     select: str
@@ -114,7 +113,7 @@ class Plan:
     parameters: tuple[object, ...]
     order: tuple[str, ...]
     walk: bool  # whether SQLite may walk the index that has this order
-    keywords: tuple[str, ...]
+    at: tuple[int, ...]  # the columns of a row that have `order`
 
     def page(self, after: tuple[object, ...] | None, size: int) -> Sql:
         """SQL and parameters of the page behind the row whose order columns are `after`."""
@@ -147,16 +146,24 @@ def plan(query: Query) -> Plan:
             conditions.append(sql)
             parameters += bound
             selective = selective or key.keyword in _SELECTIVE[level]
-    columns = [f"{_expression(level, keyword)} AS c{number}" for number, keyword in enumerate(query.returns)]
-    columns += [f"{term} AS k{number}" for number, term in enumerate(_ORDER[level])]
+    select, at = _select(level, query.returns)
     return Plan(
-        select=f"SELECT {', '.join(columns)} FROM {_FROM[level]}",
+        select=select,
         where=" AND ".join(conditions),
         parameters=tuple(parameters),
         order=_ORDER[level],
         walk=not selective,
-        keywords=query.returns,
+        at=at,
     )
+
+
+@lru_cache(maxsize=256)
+def _select(level: Level, returns: tuple[str, ...]) -> tuple[str, tuple[int, ...]]:
+    """The query up to its conditions, and where in its rows the order stands; what is not returned comes last."""
+    columns = [_expression(level, keyword) for keyword in returns]
+    columns += [term for term in _ORDER[level] if term not in columns]
+    at = tuple(columns.index(term) for term in _ORDER[level])
+    return f"SELECT {', '.join(columns)} FROM {_FROM[level]}", at
 
 
 # --- attributes to expressions -------------------------------------------------------------------------------------
@@ -257,7 +264,7 @@ def _wildcard(text: str, pattern: str) -> Sql:
     if not prefix:
         return f"{text} GLOB ?", (glob_pattern(pattern),)
     within = f"{text} >= ? AND {text} < ?"  # what an index can use
-    bounds = (prefix, prefix + "\U0010ffff")
+    bounds = (prefix, beyond(prefix))
     if pattern == prefix + "*":
         return f"({within})", bounds
     return f"({within} AND {text} GLOB ?)", (*bounds, glob_pattern(pattern))
@@ -301,18 +308,19 @@ def _filled_time(time: str) -> str:
 
 
 _NAMED = {
-    Level.PATIENT: ("patient", "id", "p.id"),
-    Level.STUDY: ("study", "study_instance_uid", "s.study_instance_uid"),
+    Level.PATIENT: ("patient", "patient_name_groups", "p.rowid"),
+    Level.STUDY: ("study", "study_name_groups", "s.rowid"),
 }
 
 
 def _names_beginning(level: Level, prefix: str) -> Sql:
     """What an index finds first: names that begin so, and all that have other groups, which may begin so."""
-    table, unique, column = _NAMED[level]
+    table, groups, rowid = _NAMED[level]
     return (
-        f"{column} IN (SELECT {unique} FROM {table} WHERE name_key >= ? AND name_key < ? "
-        f"UNION ALL SELECT {unique} FROM {table} WHERE instr(name_key, '=') > 0)",
-        (prefix, prefix + "\U0010ffff"),
+        # left to itself SQLite reads every name for the second part
+        f"{rowid} IN (SELECT rowid FROM {table} WHERE name_key >= ? AND name_key < ? "
+        f"UNION ALL SELECT rowid FROM {table} INDEXED BY {groups} WHERE instr(name_key, '=') > 0)",
+        (prefix, beyond(prefix)),
     )
 
 

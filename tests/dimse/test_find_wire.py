@@ -130,20 +130,20 @@ def test_a_cancel_during_a_query_ends_it(
     node = serve()
     dcmtk("storescu", "-aec", "DICOM_NODE", "127.0.0.1", node.port, make_file())
     peer = raw_peer(node.port)
-    real = node.catalog.index.find
+    real = node.catalog.index.find_pages
 
     def slow(query: Any) -> Any:
-        for match in real(query):
-            yield match
+        for page in real(query):
+            yield page
             peer.send_command(1, CommandField=0x0FFF, MessageIDBeingRespondedTo=5, CommandDataSetType=0x0101)
             wait_for(lambda: node.server._living()[-1].is_cancelled(5), 10.0, "the cancel to arrive")
-            yield match
+            yield page
 
-    node.catalog.index.find = slow
+    node.catalog.index.find_pages = slow
     peer.associate([(1, STUDY_ROOT_FIND, [IMPLICIT])])
     statuses = responses(peer, {"StudyInstanceUID": ""}, message_id=5)
     assert statuses == [0xFF00, 0xFE00]
-    node.catalog.index.find = real
+    node.catalog.index.find_pages = real
     assert responses(peer, {"StudyInstanceUID": ""}, message_id=5) == [0xFF00, 0x0000]
 
 

@@ -1,20 +1,23 @@
 """What a wire must stand: connections that come and go at the wrong moment, operations that are left unanswered."""
 
+import queue
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydicom import dcmread
 
+from dicom_node.dimse import lobby as lobby_module
 from dicom_node.dimse import server as server_module
 from dicom_node.dimse.association import Association, Buffers
 from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
-from dicom_node.dimse.server import KEPT_THREADS, _Lobby, _Pool
+from dicom_node.dimse.lobby import KEPT_THREADS, Lobby, Visit
 from dicom_node.dimse.upper_layer.connection import Connection, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRQ, ProposedContext, UserInformation, encode_pdu
 from dicom_node.model import StoreOutcome, StoreResult
@@ -29,63 +32,106 @@ VERIFICATION = "1.2.840.10008.1.1"
 STORE_RQ = {"CommandField": 1, "Priority": 0, "CommandDataSetType": 0, "AffectedSOPClassUID": CT}
 
 
-def test_one_that_speaks_just_as_it_makes_room_for_another_does_not_end_the_lobby(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def lobby() -> Iterator[Callable[..., tuple[Lobby, tuple[str, int]]]]:
+    """`lobby(serve, most)`: a lobby that is open, and its address; ended with the test."""
+    with ExitStack() as stack:
+
+        def make(serve: Callable[[Visit], None], most: int) -> tuple[Lobby, tuple[str, int]]:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listener.setblocking(False)
+
+            made = Lobby(serve=serve, turn_away=read_and_close, drop=read_and_close, most=most)
+            made.open(listener)
+            stack.callback(made.stop)
+            return made, listener.getsockname()
+
+        yield make
+
+
+def read_and_close(visit: Visit) -> None:
+    """Closing over unread bytes would be a reset."""
+    with visit.sock:
+        visit.sock.setblocking(False)
+        with suppress(BlockingIOError):
+            visit.sock.recv(16)
+
+
+def test_whoever_has_waited_longest_without_a_word_makes_room_for_another(
+    lobby: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_SILENT", 1)
-    spoken: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setblocking(False)
-        lobby = _Lobby(listener, lambda client, since: spoken.append(client))
-        with socket.create_connection(listener.getsockname()) as first:
-            lobby.look(2.0)
-            with socket.create_connection(listener.getsockname()) as second:
-                first.sendall(b"\1")
-                lobby.look(2.0)  # both at once: a connection to take, and the only one that waited speaks
-                second.sendall(b"\1")
-                while not spoken:
-                    lobby.look(2.0)
-        for client in spoken:
-            client.close()
-        lobby.close()
+    monkeypatch.setattr(lobby_module, "MAX_SILENT", 1)
+    spoken: queue.SimpleQueue[Visit] = queue.SimpleQueue()
+    _, address = lobby(spoken.put, 4)
+    with socket.create_connection(address, timeout=5.0) as first, socket.create_connection(address) as second:
+        assert first.recv(1) == b""
+        second.sendall(b"\1")
+        visit = spoken.get(timeout=5.0)
+        assert visit.sock.getpeername() == second.getsockname()
+        visit.sock.close()
 
 
-def test_a_thread_that_cannot_be_had_costs_one_connection_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = threading.Semaphore(0)
+def test_a_thread_that_cannot_be_had_costs_one_connection_and_no_more(
+    lobby: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, go_on = threading.Semaphore(0), threading.Event()
 
-    def work(client: socket.socket, since: float) -> None:
-        done.release()
+    def serve(visit: Visit) -> None:
+        served.release()
+        go_on.wait(10.0)
+        visit.sock.close()
 
-    pool = _Pool(work, most=4)
+    made, address = lobby(serve, 9)
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with socket.socket() as item:
-        monkeypatch.setattr(threading.Thread, "start", refuse)
-        assert not any(pool.give((item, 0.0)) for _ in range(8))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with ExitStack() as stack:
+
+        def speak() -> socket.socket:
+            peer = stack.enter_context(socket.create_connection(address, timeout=5.0))
+            peer.sendall(b"\1")
+            return peer
+
+        for _ in range(KEPT_THREADS - 1):
+            speak()
+            assert served.acquire(timeout=5.0)
+        assert speak().recv(1) == b""  # the last one sees who else comes
         monkeypatch.setattr(threading.Thread, "start", start)
-        for _ in range(4):
-            assert pool.give((item, 0.0))
-        assert all(done.acquire(timeout=5.0) for _ in range(4))
-    pool.stop()
-
-
-def test_threads_end_when_they_are_not_needed(wait_for: Callable[..., None]) -> None:
-    go_on = threading.Event()
-
-    def work(client: socket.socket, since: float) -> None:
-        go_on.wait(10.0)
-
-    pool = _Pool(work, most=40)
-    with socket.socket() as item:
-        assert all(pool.give((item, 0.0)) for _ in range(40))
-        assert not pool.give((item, 0.0))
+        speak()
+        assert served.acquire(timeout=5.0)
+        assert made.threads == KEPT_THREADS + 1
         go_on.set()
-        wait_for(lambda: len(pool._threads) == KEPT_THREADS == pool._idle, 5.0, "the others to end")
-        assert all(pool.give((item, 0.0)) for _ in range(40))
-    pool.stop()
+
+
+def test_threads_end_when_they_are_not_needed_and_an_association_waits_for_one(
+    lobby: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(lobby_module, "SPARE_S", 0.1)
+    served, go_on = threading.Semaphore(0), threading.Event()
+
+    def serve(visit: Visit) -> None:
+        served.release()
+        go_on.wait(10.0)
+        if visit.since:
+            visit.since = 0.0
+            made.keep(visit, time.monotonic() + 60.0)
+        else:
+            read_and_close(visit)
+
+    made, address = lobby(serve, 20)
+    with ExitStack() as stack:
+        peers = [stack.enter_context(socket.create_connection(address, timeout=5.0)) for _ in range(19)]
+        for peer in peers:
+            peer.sendall(b"\1")
+        assert all(served.acquire(timeout=5.0) for _ in peers)
+        assert made.threads == 20 and made.is_crowded
+        go_on.set()
+        assert all(peer.recv(1) == b"" for peer in peers)  # each was kept, and served again
+        wait_for(lambda: made.threads == KEPT_THREADS, 5.0, "the others to end")
+        assert not made.is_crowded
 
 
 @pytest.mark.parametrize("wire", ["own"])
@@ -110,7 +156,7 @@ def test_a_connection_that_comes_up_while_the_server_stops_is_not_served(serve: 
     with theirs:
         theirs.sendall(associate_request())
         theirs.shutdown(socket.SHUT_WR)
-        node.server._converse(ours, time.monotonic())
+        node.server._serve(Visit(ours, "127.0.0.1", time.monotonic()))
         assert theirs.recv(64) == b""
 
 
@@ -273,17 +319,17 @@ def test_a_cancel_is_heard_after_any_number_of_others(
     find = {"CommandField": 0x20, "Priority": 0, "CommandDataSetType": 0, "AffectedSOPClassUID": STUDY_ROOT_FIND}
     for number in range(100, 200):  # each comes when its operation is over, or never was
         peer.send_command(3, CommandField=0x0FFF, MessageIDBeingRespondedTo=number, CommandDataSetType=0x0101)
-    real = node.catalog.index.find
+    real = node.catalog.index.find_pages
     asked, sent = threading.Event(), threading.Event()
 
     def slow(query: Any) -> Any:
         asked.set()
         assert sent.wait(10.0)
-        for match in real(query):
+        for page in real(query):
             wait_for(lambda: node.server._living()[-1].is_cancelled(300), 5.0, "the cancel to arrive")
-            yield match
+            yield page
 
-    node.catalog.index.find = slow
+    node.catalog.index.find_pages = slow
     peer.send_command(3, study_keys(path), **find, MessageID=300)
     assert asked.wait(10.0)
     peer.send_command(3, CommandField=0x0FFF, MessageIDBeingRespondedTo=300, CommandDataSetType=0x0101)

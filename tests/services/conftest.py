@@ -18,7 +18,8 @@ from dicom_node.config import FindSettings, StorageSettings
 from dicom_node.model import ConflictPolicy, Origin, Source
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.services.find import FindOptions, FindResponse, FindService
-from dicom_node.services.identifier import InformationModel
+from dicom_node.services.identifier import BadIdentifier, InformationModel, identifier_of
+from dicom_node.services.scanner import scan_identifier
 from dicom_node.store.catalog import Catalog, open_catalog
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -95,8 +96,15 @@ def find(catalog: Catalog) -> Callable[..., list["Told"]]:
         for element in extra or ():
             identifier.add(element)
         service = FindService(catalog.index, "DICOM_NODE", settings or FindSettings())
-        responses = service.find(model, recoded(identifier), options or FindOptions(), cancelled)
-        return [told(response) for response in responses]
+        encoded = as_bytes(identifier)
+        try:
+            asked = identifier_of(read_dataset(io.BytesIO(encoded), True, True))
+        except BadIdentifier as exc:  # as whoever reads it from the wire
+            return [Told(exc.dimse_status, None, exc.comment, (exc.tag,))]
+        scanned = scan_identifier(encoded, implicit_vr=True, little_endian=True)
+        assert scanned in (None, asked)
+        responses = service.find(model, asked, options or FindOptions(), cancelled)
+        return [each for response in responses for each in told(response)]
 
     return ask
 
@@ -111,26 +119,34 @@ class Told:
     offending: tuple[int, ...]
 
 
-def told(response: FindResponse) -> Told:
-    """The response, its identifier read from the same bytes in each native transfer syntax, which must agree."""
-    answer, read = response.identifier, None
-    if answer is not None:
-        forms = [(True, True), (False, True), (False, False)]
+def told(response: FindResponse) -> list[Told]:
+    """The responses, an identifier read from the same bytes in each native transfer syntax, which must agree."""
+    if response.answers is None:
+        return [Told(response.status, None, response.comment, response.offending)]
+    forms = [(True, True), (False, True), (False, False)]
+    encoded = [response.answers.encoded(implicit_vr=implicit, little_endian=little) for implicit, little in forms]
+    found = []
+    for same in zip(*encoded, strict=True):
         read, *others = [
-            read_dataset(io.BytesIO(answer.encoded(implicit_vr=implicit, little_endian=little)), implicit, little)
-            for implicit, little in forms
+            read_dataset(io.BytesIO(one), implicit, little) for one, (implicit, little) in zip(same, forms, strict=True)
         ]
         for other in others:
             assert [(item.tag, item.value) for item in other] == [(item.tag, item.value) for item in read]
-    return Told(response.status, read, response.comment, response.offending)
+        found.append(Told(response.status, read, response.comment, response.offending))
+    return found
+
+
+def as_bytes(ds: Dataset) -> bytes:
+    """In Implicit VR Little Endian."""
+    out = DicomBytesIO()
+    out.is_implicit_VR, out.is_little_endian = True, True
+    write_dataset(out, ds)
+    return out.getvalue()
 
 
 def recoded(ds: Dataset) -> Dataset:
     """The data set as it arrives on the wire."""
-    out = DicomBytesIO()
-    out.is_implicit_VR, out.is_little_endian = True, True
-    write_dataset(out, ds)
-    return read_dataset(io.BytesIO(out.getvalue()), True, True)
+    return read_dataset(io.BytesIO(as_bytes(ds)), True, True)
 
 
 @pytest.fixture(name="recoded")

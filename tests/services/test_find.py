@@ -274,12 +274,13 @@ def test_values_of_every_kind_go_out_as_they_were_kept(
     assert answer.SOPInstanceUID == kept.SOPInstanceUID
 
 
-def test_a_cancel_ends_the_answers(keep: Keep, find: Find) -> None:
+def test_a_cancel_ends_the_answers(keep: Keep, find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dicom_node.services.find.SOME", 2)
     for _ in range(3):
         keep()
     counter = itertools.count()
     responses = find("STUDY", StudyInstanceUID="", cancelled=lambda: next(counter) >= 1)
-    assert [response.status for response in responses] == [0xFF00, 0xFE00]
+    assert [response.status for response in responses] == [0xFF00, 0xFF00, 0xFE00]
     assert responses[-1].identifier is None
 
 
@@ -305,3 +306,18 @@ def test_an_index_that_fails_is_out_of_resources(catalog: Catalog, keep: Keep, f
         connection.execute("ALTER TABLE study RENAME TO gone")
     (response,) = find("STUDY", StudyInstanceUID="")
     assert response.status == 0xA700
+
+
+@pytest.mark.parametrize("keys", [{}, {"PatientName": "Doe*"}, {"PatientID": "P1"}])
+@pytest.mark.parametrize("returned", [(), ("StudyDate", "StudyTime", "StudyInstanceUID")])
+def test_answers_in_pages_are_those_of_one_page(
+    keep: Keep, find: Find, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], returned: tuple[str, ...]
+) -> None:
+    for number in range(5):  # moments that are equal, and some that are not known
+        keep(StudyID=str(number), StudyDate="20240101" if number % 2 else "", StudyTime="10" if number > 2 else "")
+    asked = {"StudyID": "", **dict.fromkeys(returned, ""), **keys}
+    whole = [response.identifier.StudyID for response in find("STUDY", **asked) if response.identifier]
+    monkeypatch.setattr("dicom_node.store.index.PAGE", 2)
+    paged = [response.identifier.StudyID for response in find("STUDY", **asked) if response.identifier]
+    assert paged == whole
+    assert sorted(whole) == ([str(number) for number in range(5)])

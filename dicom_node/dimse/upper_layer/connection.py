@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from dicom_node.dimse.upper_layer.pdus import (
     P_DATA,
@@ -99,8 +100,7 @@ class AssociationRefused:
     answer: AssociateRJ
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):  # there is one for every read: the cheapest kind of value
     """A piece of one presentation data value. `last`: the command set or data set ends with it."""
 
     context_id: int
@@ -175,6 +175,10 @@ _NEXT: dict[Action, State] = {
 }
 
 
+# looking up a member of an enumeration costs more than most of what is done with it
+_STA1, _STA6, _STA7, _STA8, _STA9, _STA10 = State.STA1, State.STA6, State.STA7, State.STA8, State.STA9, State.STA10
+
+
 class Connection:
     """The upper layer of one transport connection that is open."""
 
@@ -184,7 +188,7 @@ class Connection:
         self._out = bytearray()
         self.artim_running = False
         self.closing = False
-        self._state = State.STA1
+        self._state = _STA1
         self._reader = _Reader(limits)
         self._ids: frozenset[int] = frozenset()  # of contexts that were accepted
         self._answers_release = False
@@ -209,7 +213,7 @@ class Connection:
     @property
     def established(self) -> bool:
         """Whether data may be sent: it may until a release was asked for by us, or answered."""
-        return self._state in (State.STA6, State.STA8)
+        return self._state in (_STA6, _STA8)
 
     def to_send(self) -> bytes:
         """What is to be written to the transport now, before anything else; gives it once."""
@@ -243,7 +247,7 @@ class Connection:
 
     def sends_data(self) -> None:
         """Say that P-DATA is about to be written, head (`data_header`) and content, by the driver itself."""
-        if self._state not in (State.STA6, State.STA8):
+        if self._state not in (_STA6, _STA8):
             raise UpperLayerMisuse(f"no data can be sent: {self._state.value}")
 
     def release(self) -> None:
@@ -253,7 +257,7 @@ class Connection:
 
     def answer_release(self) -> None:
         """Agree to the release that the peer asked for; where both asked, at the moment the Standard gives."""
-        if self._state is State.STA10:  # the acceptor's answer comes after the requestor's
+        if self._state is _STA10:  # the acceptor's answer comes after the requestor's
             self._answers_release = True
             return
         self._do(Event.RELEASE_RESPONSE)
@@ -285,7 +289,7 @@ class Connection:
         """
         position, end = 0, len(received)
         reader = self._reader
-        while position < end and self._state is not State.STA1 and not reader.deaf:
+        while position < end and self._state is not _STA1 and not reader.deaf:
             try:
                 position, found = reader.step(received, position)
             except InvalidPdu as exc:
@@ -294,13 +298,16 @@ class Connection:
             if found is None:
                 continue
             if isinstance(found, Data):
-                yield from self._data(found)
+                if self._state is _STA6 and found.context_id in self._ids:
+                    yield found
+                else:
+                    yield from self._data(found)
             else:
                 yield from self._pdu(found)
 
     def receive_end(self) -> Iterator[UpperEvent]:
         """The events of a transport that was closed or broke."""
-        if self._state is State.STA1:
+        if self._state is _STA1:
             return
         action = self._do(Event.TRANSPORT_CLOSED)
         self.closing = True
@@ -308,7 +315,7 @@ class Connection:
             yield ConnectionLost()
 
     def _data(self, data: Data) -> Iterator[UpperEvent]:
-        if self._state in (State.STA6, State.STA7):
+        if self._state in (_STA6, _STA7):
             if data.context_id in self._ids:
                 yield data
             else:
@@ -365,7 +372,7 @@ class Connection:
         elif action in _ARTIM_STOPS:
             self.artim_running = False
         if action is Action.AR_8:  # the only one whose outcome depends on the side (PS3.8 table 9-8)
-            self._state = State.STA9 if self._side is Side.REQUESTOR else State.STA10
+            self._state = _STA9 if self._side is Side.REQUESTOR else _STA10
         else:
             self._state = _NEXT[action]
         if action in _CLOSES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from dicom_node.errors import NodeError
 
@@ -38,6 +39,7 @@ __all__ = [
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 MAX_CONTEXTS = 128  # PS3.8 table 9-13: odd ids 1 .. 255
+MAX_KEPT, MAX_KEPT_BYTES = 128, 8192  # A-ASSOCIATE PDUs that are remembered with their meaning, and bytes of one
 MAX_ITEMS = 4096  # transfer syntaxes, roles, extended negotiations, in one PDU
 
 
@@ -207,13 +209,18 @@ def encode_pdu(pdu: Pdu) -> bytes:
         items = b"".join(_proposed(context) for context in pdu.contexts)
         return _pdu(_RQ, _association(pdu) + items + _user(pdu.user))
     if isinstance(pdu, AssociateAC):
-        items = b"".join(_answered(context) for context in pdu.contexts)
-        return _pdu(_AC, _association(pdu) + items + _user(pdu.user))
+        return _answer(pdu)
     if isinstance(pdu, AssociateRJ):
         return _pdu(_RJ, bytes((0, pdu.result, pdu.source, pdu.reason)))
     if isinstance(pdu, Abort):
         return _pdu(_ABORT, bytes((0, 0, pdu.source, pdu.reason)))
     return _pdu(_RELEASE_RQ if isinstance(pdu, ReleaseRQ) else _RELEASE_RP, bytes(4))
+
+
+@lru_cache(maxsize=128)
+def _answer(pdu: AssociateAC) -> bytes:
+    items = b"".join(_answered(context) for context in pdu.contexts)
+    return _pdu(_AC, _association(pdu) + items + _user(pdu.user))
 
 
 def _pdu(kind: int, body: bytes) -> bytes:
@@ -288,7 +295,7 @@ def _common_extended(item: CommonExtendedNegotiation) -> bytes:
 def decode_pdu(kind: int, body: bytes) -> Pdu:
     """The PDU of type `kind` (not P-DATA-TF) with these bytes after its length field. Raises InvalidPdu."""
     if kind in (_RQ, _AC):
-        return _association_from(kind, body)
+        return _kept.get((kind, body)) or _association_kept(kind, body)
     if len(body) < 4:
         raise InvalidPdu(f"a PDU of type {kind} has {len(body)} bytes, 4 are needed")
     if kind == _RJ:
@@ -298,6 +305,19 @@ def decode_pdu(kind: int, body: bytes) -> Pdu:
     if kind in (_RELEASE_RQ, _RELEASE_RP):
         return ReleaseRQ() if kind == _RELEASE_RQ else ReleaseRP()
     raise InvalidPdu(f"there is no PDU of type {kind}", AbortReason.UNRECOGNIZED_PDU)
+
+
+_kept: dict[tuple[int, bytes], AssociateRQ | AssociateAC] = {}  # peers ask for the same again and again
+
+
+def _association_kept(kind: int, body: bytes) -> AssociateRQ | AssociateAC:
+    """It is kept unless it is large, or says with a passcode who the user is."""
+    pdu = _association_from(kind, body)
+    if len(body) <= MAX_KEPT_BYTES and pdu.user.identity is None and pdu.user.identity_response is None:
+        if len(_kept) >= MAX_KEPT:
+            _kept.clear()
+        _kept[kind, body] = pdu
+    return pdu
 
 
 def _association_from(kind: int, body: bytes) -> AssociateRQ | AssociateAC:

@@ -11,6 +11,8 @@ __all__ = ["TRANSITIONS", "Action", "Event", "State"]
 class State(Enum):
     """PS3.8 tables 9-1 to 9-5."""
 
+    __hash__ = object.__hash__  # there is one of each
+
     STA1 = "idle"
     STA2 = "transport open, awaiting A-ASSOCIATE-RQ"
     STA3 = "awaiting the local A-ASSOCIATE response"
@@ -28,6 +30,8 @@ class State(Enum):
 
 class Event(Enum):
     """PS3.8 9.2.2 by their numbers."""
+
+    __hash__ = object.__hash__  # there is one of each
 
     ASSOCIATE_REQUEST = 1
     TRANSPORT_OPENED = 2
@@ -52,6 +56,8 @@ class Event(Enum):
 
 class Action(Enum):
     """PS3.8 tables 9-6 to 9-9."""
+
+    __hash__ = object.__hash__  # there is one of each
 
     AE_1 = "open the transport connection"
     AE_2 = "send A-ASSOCIATE-RQ"
