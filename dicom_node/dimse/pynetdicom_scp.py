@@ -35,6 +35,7 @@ __all__ = ["PynetdicomServer"]
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
+MOST_ASSOCIATIONS = 100  # each has two threads that look around every millisecond
 SPARE_CONNECTIONS = 64  # beyond `max_associations`: TCP connections that have not (yet) an association
 
 
@@ -56,6 +57,8 @@ class PynetdicomServer:
         sock: socket.socket | None = None,
     ) -> None:
         quiet_libraries()
+        most = min(config.max_associations, MOST_ASSOCIATIONS)
+        config = config.model_copy(update={"max_associations": most})
         self._config = config
         self._serving = Serving(
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link

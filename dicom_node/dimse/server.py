@@ -147,7 +147,6 @@ class DicomServer:
             pass
         finally:
             if not stays:
-                association.finish()
                 self._leave(visit, association)
         if stays:
             association.rest()
@@ -188,9 +187,10 @@ class DicomServer:
         return event is not None
 
     def _leave(self, visit: Visit, association: Association) -> None:
-        """It is over, and counts no more."""
+        """It is over, and counts no more: not even for a peer that comes again as soon as it is told."""
         with self._guard:
             self._admitted.discard(association)
+        association.finish()
         if not association.was_idle:  # or a request of the peer's may yet have crossed our A-ABORT
             self._end(visit, association)
         visit.deadline = time.monotonic() + LINGER_S
