@@ -96,7 +96,11 @@ def test_a_parked_association_goes_on_where_it_was(
 
 
 def test_whoever_waits_for_quiet_is_told_of_the_traffic_of_one_that_is_parked(
-    serve: Callable[..., Any], raw_peer: Any, parked: Any, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., None]
+    serve: Callable[..., Any],
+    raw_peer: Any,
+    parked: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(server_module, "TOUCH_S", 0.3)
     node = serve()
