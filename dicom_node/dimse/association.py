@@ -1,7 +1,7 @@
 """One association over a blocking socket, on the upper layer of the node's own: the wire that is used by default.
 
-Used from one thread. A data set is read from the socket while it is written to its place, and sent straight from the
-pieces of its file; no association holds more than its one buffer. Every wait has an end:
+Used from one thread. A data set is read from the socket while it is written to its place, and sent straight from its
+file; no association holds more than its one buffer, and one of a MiB while it sends. Every wait has an end:
 
 * the first PDU must be whole `FIRST_PDU_S` after the connection was made, any other `PDU_S` after it began;
 * a peer that reads nothing for `SEND_S` is gone, one that says nothing for the idle time too.

@@ -38,18 +38,13 @@ class StoredDataSet:
         self._position, self.left = offset, length
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if length < 0:
-                raise ShortFile("a data set of less than nothing")
-            if length > CHUNK:  # what comes out at once is checked by reading it
-                self._look_at(offset, length)
+            if length < 0 or os.fstat(self._fd).st_size < offset + length:
+                raise ShortFile("the file is shorter than its index entry says")
+            if length > CHUNK:
+                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             self.close()
             raise
-
-    def _look_at(self, offset: int, length: int) -> None:
-        if os.fstat(self._fd).st_size < offset + length:
-            raise ShortFile("the file is shorter than its index entry says")
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def __enter__(self) -> Self:
         return self
@@ -66,10 +61,9 @@ class StoredDataSet:
             self._fd = -1
 
     def __iter__(self) -> Iterator[memoryview]:
-        """The bytes, for a wire that makes its own PDUs."""
-        buffer = memoryview(bytearray(min(CHUNK, self.left)))
+        """The bytes, for a wire that makes its own PDUs, and may keep a piece until it has the next."""
         while self.left:
-            piece = buffer[: min(CHUNK, self.left)]
+            piece = memoryview(bytearray(min(CHUNK, self.left)))
             self.read_into([piece], len(piece))
             yield piece
 
@@ -105,7 +99,7 @@ class StoredDataSet:
             while skipped < len(part):
                 read = os.preadv(self._fd, [part[skipped:]], position + skipped)
                 if not read:
-                    raise ShortFile("the file is shorter than its index entry says")
+                    raise ShortFile("the file became shorter while it was read")
                 skipped += read
             position += len(part)
 

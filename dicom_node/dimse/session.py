@@ -81,18 +81,22 @@ def batches(instances: Sequence[StoredInstance]) -> Iterator[tuple[list[StoredIn
     """The instances in order, cut where the contexts they need no longer fit one association."""
     batch: list[StoredInstance] = []
     contexts: dict[tuple[str, str], ProposedContext] = {}
+    known: set[tuple[str, str]] = set()  # SOP classes and stored syntaxes whose contexts are there
     for instance in instances:
-        needed = {
-            (instance.sop_class_uid, syntax): ProposedContext(
-                abstract_syntax=instance.sop_class_uid, transfer_syntaxes=(syntax,)
-            )
-            for syntax in dict.fromkeys((instance.transfer_syntax_uid, EXPLICIT_LE, IMPLICIT_LE))
-        }
-        if batch and len(contexts | needed) > MAX_CONTEXTS:
-            yield batch, list(contexts.values())
-            batch, contexts = [], {}
+        kind = (instance.sop_class_uid, instance.transfer_syntax_uid)
+        if kind not in known:
+            needed = {
+                (instance.sop_class_uid, syntax): ProposedContext(
+                    abstract_syntax=instance.sop_class_uid, transfer_syntaxes=(syntax,)
+                )
+                for syntax in dict.fromkeys((instance.transfer_syntax_uid, EXPLICIT_LE, IMPLICIT_LE))
+            }
+            if batch and len(contexts | needed) > MAX_CONTEXTS:
+                yield batch, list(contexts.values())
+                batch, contexts, known = [], {}, set()
+            contexts |= needed
+            known.add(kind)
         batch.append(instance)
-        contexts |= needed
     if batch:
         yield batch, list(contexts.values())
 

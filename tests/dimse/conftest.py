@@ -214,13 +214,14 @@ class RawPeer:
         called: str = "DICOM_NODE",
         calling: str = "TEST",
         user: bytes = b"",
+        maximum_length: int = 16384,
     ) -> tuple[int, bytes]:
         """Send an A-ASSOCIATE-RQ; type and body of the answer."""
         items = _item(0x10, b"1.2.840.10008.3.1.1.1")
         for number, abstract, syntaxes in contexts:
             inner = _item(0x30, abstract.encode()) + b"".join(_item(0x40, uid.encode()) for uid in syntaxes)
             items += _item(0x20, bytes([number, 0, 0, 0]) + inner)
-        items += _item(0x50, _item(0x51, struct.pack(">I", 16384)) + _item(0x52, b"1.2.3") + user)
+        items += _item(0x50, _item(0x51, struct.pack(">I", maximum_length)) + _item(0x52, b"1.2.3") + user)
         head = struct.pack(">HH16s16s32x", 1, 0, called.encode().ljust(16), calling.encode().ljust(16))
         self.send_pdu(1, head + items)
         return self.read_pdu()

@@ -252,10 +252,12 @@ class _Faults(logging.Handler):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """See `Pair`."""
-    found = Pair(tmp_path_factory.mktemp("pair"))
-    yield found
-    found.close()
+    """See `Pair`. Pending responses come after each object: how many there are else depends on the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dicom_node.dimse.retrieval.PENDING_S", 0.0)
+        found = Pair(tmp_path_factory.mktemp("pair"))
+        yield found
+        found.close()
 
 
 # --- playing ----------------------------------------------------------------------------------------------------------

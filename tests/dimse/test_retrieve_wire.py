@@ -222,8 +222,13 @@ def test_an_object_the_destination_cannot_take_is_one_counted_failure(
 
 
 def test_a_cancelled_move_stops_and_says_so(
-    serve: Callable[..., Any], dcmtk: Callable[..., Any], storage_scp: Any, make_file: Callable[..., Path]
+    serve: Callable[..., Any],
+    dcmtk: Callable[..., Any],
+    storage_scp: Any,
+    make_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("dicom_node.dimse.retrieval.PENDING_S", 0.0)  # movescu counts responses
     study = {"StudyInstanceUID": "1.2.826.0.1.3680043.10.8"}
     paths = [make_file(**study) for _ in range(40)]
     port, folder = storage_scp()

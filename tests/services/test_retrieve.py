@@ -167,6 +167,17 @@ def test_pending_responses_count_down(catalog: Catalog, keep: Keep) -> None:
     assert [(p.remaining, p.completed, p.failed) for p in responses[:-1]] == [(3, 1, 0), (2, 1, 1), (1, 2, 1)]
 
 
+def test_pending_responses_come_only_when_it_is_time(catalog: Catalog, keep: Keep) -> None:
+    study = keep().StudyInstanceUID
+    for _ in range(4):
+        keep(StudyInstanceUID=study)
+    service = RetrieveService(catalog.index)
+    instances = service.plan(STUDY_ROOT, identifier("STUDY", StudyInstanceUID=study)).instances
+    times = iter([False, True, False, True])
+    responses = list(service.retrieve(instances, lambda instance: DONE, lambda: False, lambda: next(times)))
+    assert [(p.status, p.completed) for p in responses] == [(0xFF00, 2), (0xFF00, 4), (0, 5)]
+
+
 def test_a_cancel_stops_and_says_what_remains(catalog: Catalog, keep: Keep) -> None:
     responses, sent = run(catalog, keep, [DONE, LOST, DONE, DONE], cancel_after=2)
     last = responses[-1]
