@@ -48,6 +48,7 @@ def settings(arguments: argparse.Namespace) -> NodeConfig:
         "dicom_port": arguments.dicom_port,
         "http_port": arguments.http_port,
         "wire": arguments.wire,
+        "receivers": arguments.receivers,
     }
     return load_config(path if arguments.config or path.is_file() else None, overrides=overrides)
 
@@ -193,7 +194,9 @@ def status(arguments: argparse.Namespace) -> int:
         stuck = catalog.queue.stuck(destinations=config.destinations, waits_for=waits_for)
         sendings = catalog.queue.sendings() if arguments.json else ()
         free_bytes = catalog.archive.free_bytes()
-    roles = ("supervisor", "receiver", "service", "work")
+    # the node may have been started with other settings than these
+    running = read_pulse(config.data_dir, "supervisor")
+    roles = ("supervisor", *(running.facts.get("restarts", ()) if running else ()))
     pulses = {role: pulse for role in roles if (pulse := read_pulse(config.data_dir, role))}
     facts = NodeFacts(
         name="/".join(config.ae_titles),

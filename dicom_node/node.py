@@ -10,13 +10,14 @@ from typing import Any
 
 from dicom_node.interfaces import Clock
 from dicom_node.process import Orders, Part
+from dicom_node.pulse import receiver_role
 
 __all__ = ["Timers", "start_part"]
 
 
 def start_part(role: str, orders: Orders, clock: Clock) -> Part:
     """Make and start the collaborators of `role`. Raises NodeError when one of them cannot start."""
-    if role == "receiver":
+    if role == receiver_role(orders.receiver_number):
         from dicom_node.receiver import Receiver
 
         return Receiver(orders, clock)

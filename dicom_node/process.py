@@ -41,12 +41,20 @@ CHILDREN_S = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """What the supervisor tells a child. `listen_fd` is an inherited listening socket, -1 for none."""
+    """What the supervisor tells a child. `listen_fd` is an inherited listening socket, -1 for none.
+
+    For receivers only: `receiver_number` from 0, the same after each restart; `places_fd`, what several of them know of
+    each other (`places.Places`), -1 where there is one; `epoch`, under which this life of the process opens
+    associations.
+    """
 
     config: NodeConfig
     supervisor_pid: int
     listen_fd: int = -1
     ports: tuple[int, int] = (0, 0)  # DICOM, HTTP: as really bound
+    receiver_number: int = 0
+    places_fd: int = -1
+    epoch: str = ""
 
 
 Facts = tuple[bool, str, Mapping[str, Any]]  # ok, detail, facts
@@ -80,6 +88,9 @@ def encode_orders(orders: Orders) -> bytes:
         "supervisor_pid": orders.supervisor_pid,
         "listen_fd": orders.listen_fd,
         "ports": orders.ports,
+        "receiver_number": orders.receiver_number,
+        "places_fd": orders.places_fd,
+        "epoch": orders.epoch,
     }
     return json.dumps(plain).encode()
 
@@ -91,6 +102,9 @@ def _decode_orders(text: bytes) -> Orders:
         supervisor_pid=plain["supervisor_pid"],
         listen_fd=plain["listen_fd"],
         ports=tuple(plain["ports"]),
+        receiver_number=plain["receiver_number"],
+        places_fd=plain["places_fd"],
+        epoch=plain["epoch"],
     )
 
 

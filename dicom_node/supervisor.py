@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,15 +25,15 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
 from dicom_node.model import BootTime
+from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
-from dicom_node.pulse import Pulse, beat, read_pulse, run_folder
+from dicom_node.pulse import Pulse, beat, read_pulse, receiver_roles, run_folder
 from dicom_node.store.catalog import Catalog, data_lock, open_catalog
 
-__all__ = ["ROLES", "serve"]
+__all__ = ["serve"]
 
 log = logging.getLogger(__name__)
 
-ROLES = ("receiver", "service", "work")
 START_S = 120.0  # all children ready within, else the start has failed
 STOP_S = 15.0  # then SIGKILL: whatever is left is repeated after the next start
 POLL_S = 0.05
@@ -57,6 +58,8 @@ class _Child:
     restarts: int = 0
     pulse_at: BootTime | None = None  # of the last pulse seen of this process
     unwell_s: float = 0.0  # observed without a good pulse
+    receiver: int = -1  # its number, -1 for the others
+    epoch: str = ""  # of a receiver that runs, for its associations
 
 
 def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
@@ -153,8 +156,14 @@ class _Supervisor:
         self._signals = signals
         self._clock = SystemClock()
         self._ports = (int(dicom.getsockname()[1]), int(http.getsockname()[1]))
-        listeners = {"receiver": dicom, "service": http}
-        self._children = [_Child(role=role, listener=listeners.get(role)) for role in ROLES]
+        receivers = receiver_roles(config.receivers)
+        self._children = [
+            *(_Child(role=role, listener=dicom, receiver=number) for number, role in enumerate(receivers)),
+            _Child(role="service", listener=http),
+            _Child(role="work", listener=None),
+        ]
+        self._places_fd = new_places(len(receivers)) if len(receivers) > 1 else -1
+        self._epochs_to_close = False
         self._began_at = self._clock.wall().isoformat()
 
     # --- start
@@ -183,17 +192,21 @@ class _Supervisor:
             self._spawn(child)
 
     def _spawn(self, child: _Child) -> None:
-        fds = (child.listener.fileno(),) if child.listener else ()
+        is_receiver = child.receiver >= 0
+        child.epoch = uuid.uuid4().hex if is_receiver else ""
         orders = Orders(
             config=self._config,
             supervisor_pid=os.getpid(),
-            listen_fd=fds[0] if fds else -1,
+            listen_fd=child.listener.fileno() if child.listener else -1,
             ports=self._ports,
+            receiver_number=max(child.receiver, 0),
+            places_fd=self._places_fd if is_receiver else -1,
+            epoch=child.epoch,
         )
         child.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dicom_node.process", child.role],
             stdin=subprocess.PIPE,
-            pass_fds=fds,
+            pass_fds=[fd for fd in (orders.listen_fd, orders.places_fd) if fd >= 0],
             env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
         )
         child.started = time.monotonic()
@@ -241,6 +254,8 @@ class _Supervisor:
             looked = now
             for child in self._children:
                 self._look_after(child, observed_s)
+            if self._epochs_to_close:
+                self._close_dead_associations()
 
     def _look_after(self, child: _Child, observed_s: float) -> None:
         now = time.monotonic()
@@ -250,8 +265,8 @@ class _Supervisor:
             pause = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(child.failures, 10))
             child.start_at = now + pause
             log.error("a process ended", extra={"role": child.role, "status": status, "restart_in_s": pause})
-            if child.role == "receiver":
-                self._close_dead_associations()
+            if child.receiver >= 0:
+                self._receiver_died(child)
         if child.process is None and now >= child.start_at:
             child.restarts += 1
             self._spawn(child)
@@ -273,11 +288,19 @@ class _Supervisor:
             log.error("a process is stuck and is killed", extra={"role": child.role, "detail": detail})
             process.kill()
 
+    def _receiver_died(self, child: _Child) -> None:
+        child.epoch = ""
+        if self._places_fd >= 0:
+            Places(self._places_fd, child.receiver).leave()
+        self._epochs_to_close = True
+
     def _close_dead_associations(self) -> None:
+        """End what dead receivers had open; those that live are not touched."""
         try:
             with self._catalog() as catalog:
-                catalog.index.close_dead_epochs(())  # only receivers have associations, and there is none now
-        except NodeError as exc:  # forced completion and the next start close them too
+                catalog.index.close_dead_epochs({child.epoch for child in self._children if child.epoch})
+            self._epochs_to_close = False
+        except NodeError as exc:  # the next look tries again
             log.error("associations of the dead receiver stay open", extra={"error": str(exc)})
 
     def _pass_on(self, number: signal.Signals, role: str) -> None:
@@ -318,3 +341,5 @@ class _Supervisor:
                 process.kill()
                 process.wait(timeout=5.0)
         self._beat("stopped")
+        if self._places_fd >= 0:
+            os.close(self._places_fd)

@@ -23,7 +23,7 @@ from dicom_node.dimse.negotiation import answer_request
 from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
-from dicom_node.dimse.serving import TOUCH_S, Serving, listening
+from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
@@ -37,13 +37,15 @@ SPARE_THREADS = 16  # beyond `max_associations`: for requests that are rejected
 KEPT_THREADS = 8  # that wait for work at any time, at most
 MAX_SILENT = 1024  # connections that have said nothing yet
 MAX_REQUEST = 256 * 1024
+GIVE_WAY_S = 0.001  # how long a receiver that has more than another leaves a new connection to it
 
 
 class DicomServer:
     """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
-    `config.dicom_port`. Raises ConfigError for peers that cannot be understood.
+    `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
+    them together. Raises ConfigError for peers that cannot be understood.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class DicomServer:
         associations: AssociationLog,
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._config = config
         self._serving = Serving(
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
         )
         self._listener = sock
+        self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
         self._admitted: set[Association] = set()
@@ -112,12 +116,15 @@ class DicomServer:
 
     def _accept_loop(self) -> None:
         assert self._listener is not None
-        lobby = _Lobby(self._listener, self._spoken)
+        lobby = _Lobby(self._listener, self._spoken, self._is_busier)
         try:
             while not self._stopping.is_set():
                 lobby.look(0.2)
         finally:
             lobby.close()
+
+    def _is_busier(self, silent: int) -> bool:
+        return self._neighbours.is_busier(silent + self._pool.busy)
 
     def _spoken(self, client: socket.socket, accepted_at: float) -> None:
         if not self._pool.give((client, accepted_at)):
@@ -169,7 +176,7 @@ class DicomServer:
             association.finish()
             with self._guard:
                 peer = self._links.pop(association)
-                self._admitted.discard(association)
+                self._dismiss(association)
             if peer is not None:
                 self._serving.ended(peer, over=association.released or association.was_idle)
 
@@ -187,9 +194,13 @@ class DicomServer:
             application_context=request.application_context,
         )
         with self._guard:
-            rejection = judged(established=len(self._admitted))
+            # told before it is judged: of two receivers that both take the last place at once neither gets it
+            elsewhere = self._neighbours.established(len(self._admitted) + 1)
+            rejection = judged(established=len(self._admitted) + elsewhere)
             if rejection is None:
                 self._admitted.add(association)
+            else:
+                self._neighbours.established(len(self._admitted))
         if rejection is not None:
             association.connection.reject(
                 AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
@@ -198,7 +209,7 @@ class DicomServer:
         agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
         if agreement is None:
             with self._guard:
-                self._admitted.discard(association)
+                self._dismiss(association)
             self._serving.unanswerable(fields)
             association.connection.refuse()
             return
@@ -217,6 +228,11 @@ class DicomServer:
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
 
+    def _dismiss(self, association: Association) -> None:
+        """It counts no more; `_guard` held."""
+        self._admitted.discard(association)
+        self._neighbours.established(len(self._admitted))
+
 
 def _turn_away(client: socket.socket) -> None:
     """Reject for the moment whatever is asked, without waiting for anything: there is no thread to wait."""
@@ -232,14 +248,24 @@ class _Lobby:
     """Takes connections from a listener and calls `spoken(socket, since)` with each that has something to read.
 
     One that says nothing within `FIRST_PDU_S` is closed; when `MAX_SILENT` wait, the one that has waited longest is.
+
+    Other processes may take connections from the same listener. Each new one wakes all of them, so one that is stuck
+    keeps nothing from the others; who has more in hand (`is_busier(silent)`) gives way for a moment.
     """
 
-    def __init__(self, listener: socket.socket, spoken: Callable[[socket.socket, float], None]) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        spoken: Callable[[socket.socket, float], None],
+        is_busier: Callable[[int], bool],
+    ) -> None:
         self._listener = listener
         self._on_spoken = spoken
+        self._is_busier = is_busier
         self._poll = select.epoll()
         self._poll.register(listener.fileno(), select.EPOLLIN)
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # by descriptor, in the order of arrival
+        is_busier(0)
 
     def look(self, timeout_s: float) -> None:
         """Wait for something to happen, at most so long, and see to it."""
@@ -250,7 +276,10 @@ class _Lobby:
                 self._on_spoken(client, since)
         # last: making room may close one of the ready, and whom it lets in may get the descriptor of another
         if self._listener.fileno() in ready:
+            if self._is_busier(len(self._silent)):
+                time.sleep(GIVE_WAY_S)
             self._accept()
+        self._is_busier(len(self._silent))  # for the others to know
         now = time.monotonic()
         while self._silent:
             fd, (_, since) = next(iter(self._silent.items()))
@@ -272,6 +301,8 @@ class _Lobby:
                 self._leave(next(iter(self._silent)))[0].close()
             self._silent[client.fileno()] = (client, time.monotonic())
             self._poll.register(client.fileno(), select.EPOLLIN)
+            if self._is_busier(len(self._silent)):
+                return
 
     def _leave(self, fd: int) -> tuple[socket.socket, float]:
         self._poll.unregister(fd)
@@ -296,6 +327,11 @@ class _Pool:
         self._idle = 0
         self._given = 0  # and not yet taken up
         self._numbers = iter(range(1 << 62))
+
+    @property
+    def busy(self) -> int:
+        """Threads that work or are about to."""
+        return len(self._threads) - self._idle + self._given
 
     def spawn(self, count: int) -> None:
         """Have so many more, within the bound and what the system gives."""
