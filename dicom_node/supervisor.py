@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
@@ -28,7 +29,9 @@ from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
 from dicom_node.pulse import Pulse, beat, read_pulse, receiver_roles, run_folder
-from dicom_node.store.catalog import Catalog, data_lock, open_catalog
+
+if TYPE_CHECKING:
+    from dicom_node.store.catalog import Catalog
 
 __all__ = ["serve"]
 
@@ -62,20 +65,30 @@ class _Child:
     epoch: str = ""  # of a receiver that runs, for its associations
 
 
-def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
+def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> int:
     """Run the node until SIGTERM or SIGINT; `say` gets the one line that tells it is ready.
 
-    Raises ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot start).
-    Returns the exit status: 0 for a clean stop.
+    `check` raises NodeError when the node must not run; it may be slow, and images are taken meanwhile.
+
+    Raises that, ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot
+    start). Returns the exit status: 0 for a clean stop.
     """
     os.umask(0o077)
     config = replace_data_dir(config)
-    with _Signals() as signals, data_lock(config.data_dir), contextlib.ExitStack() as stack:
-        dicom = stack.enter_context(_bind(config.host, config.dicom_port, "dicom_port"))
-        http = stack.enter_context(_bind(config.http_host, config.http_port, "http_port"))
+    with _Signals() as signals, contextlib.ExitStack() as stack:
+        dicom, http = (stack.enter_context(_socket(host)) for host in (config.host, config.http_host))
         supervisor = _Supervisor(config, dicom, http, signals)
-        supervisor.prepare()
         try:
+            # Whoever sends waits for the receivers: they load their modules while this process loads its own
+            supervisor.launch_receivers()
+            from dicom_node.store.catalog import data_lock
+
+            stack.enter_context(data_lock(config.data_dir))
+            _bind(dicom, config.host, config.dicom_port, "dicom_port")
+            _bind(http, config.http_host, config.http_port, "http_port")
+            supervisor.prepare()
+            supervisor.start_receivers()
+            check()
             supervisor.start()
             if supervisor.wait_until_ready():
                 say(ready_line(config, dicom, http))
@@ -110,10 +123,19 @@ def _address(bound: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind(host: str, port: int, key: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _socket(host: str) -> socket.socket:
+    """To be bound later: a child inherits it before the folder is known to be ours."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if ":" in host:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return made
+
+
+def _bind(made: socket.socket, host: str, port: int, key: str) -> None:
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        made.bind((host, port))
+        made.listen(BACKLOG)
     except (OSError, OverflowError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "no such port"
         raise ConfigError(f"{key}: {host}:{port} cannot be bound: {reason}; choose another (0 = any free one)") from exc
@@ -155,7 +177,8 @@ class _Supervisor:
         self._config = config
         self._signals = signals
         self._clock = SystemClock()
-        self._ports = (int(dicom.getsockname()[1]), int(http.getsockname()[1]))
+        self._dicom, self._http = dicom, http
+        self._holds_folder = False
         receivers = receiver_roles(config.receivers)
         self._children = [
             *(_Child(role=role, listener=dicom, receiver=number) for number, role in enumerate(receivers)),
@@ -170,6 +193,7 @@ class _Supervisor:
 
     def prepare(self) -> None:
         """Migrate the catalog, close what a crash left open, empty the run folder. Raises ConfigError."""
+        self._holds_folder = True
         wait_for_children(self._config.data_dir)
         with self._catalog() as catalog:
             catalog.recover()
@@ -180,6 +204,8 @@ class _Supervisor:
 
     @contextlib.contextmanager
     def _catalog(self) -> Iterator[Catalog]:
+        from dicom_node.store.catalog import open_catalog  # slow to load
+
         catalog = open_catalog(self._config.data_dir, self._clock, self._config.storage)
         try:
             yield catalog
@@ -187,33 +213,58 @@ class _Supervisor:
             catalog.close()
 
     def start(self) -> None:
-        """Start every child."""
+        """Start the others."""
         for child in self._children:
-            self._spawn(child)
+            if child.process is None:
+                self._spawn(child)
+
+    def launch_receivers(self) -> None:
+        """Let them load their modules. They do nothing and touch nothing before they get their orders."""
+        for child in self._children:
+            if child.receiver >= 0:
+                self._launch(child)
+
+    def start_receivers(self) -> None:
+        """Give them their orders. Raises NodeError when one has ended already."""
+        for child in self._children:
+            if child.receiver >= 0:
+                self._order(child)
 
     def _spawn(self, child: _Child) -> None:
+        self._launch(child)
+        self._order(child)
+
+    def _launch(self, child: _Child) -> None:
+        fds = [child.listener.fileno()] if child.listener else []
+        if child.receiver >= 0 and self._places_fd >= 0:
+            fds.append(self._places_fd)
+        child.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "dicom_node.process", child.role],
+            stdin=subprocess.PIPE,
+            pass_fds=fds,
+            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
+        )
+
+    def _order(self, child: _Child) -> None:
         is_receiver = child.receiver >= 0
         child.epoch = uuid.uuid4().hex if is_receiver else ""
         orders = Orders(
             config=self._config,
             supervisor_pid=os.getpid(),
             listen_fd=child.listener.fileno() if child.listener else -1,
-            ports=self._ports,
+            ports=self._ports(),
             receiver_number=max(child.receiver, 0),
             places_fd=self._places_fd if is_receiver else -1,
             epoch=child.epoch,
         )
-        child.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dicom_node.process", child.role],
-            stdin=subprocess.PIPE,
-            pass_fds=[fd for fd in (orders.listen_fd, orders.places_fd) if fd >= 0],
-            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
-        )
         child.started = time.monotonic()
         child.pulse_at, child.unwell_s = None, 0.0
-        assert child.process.stdin is not None
+        assert child.process is not None and child.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.process.stdin as pipe:
             pipe.write(encode_orders(orders))
+
+    def _ports(self) -> tuple[int, int]:
+        return int(self._dicom.getsockname()[1]), int(self._http.getsockname()[1])
 
     def wait_until_ready(self) -> bool:
         """True once every child is ready; False when a signal asked to stop. Raises NodeError when one cannot start."""
@@ -318,8 +369,8 @@ class _Supervisor:
             ok=detail == "ready",
             detail=detail,
             facts={
-                "dicom_port": self._ports[0],
-                "http_port": self._ports[1],
+                "dicom_port": self._ports()[0],
+                "http_port": self._ports()[1],
                 "restarts": {child.role: child.restarts for child in self._children},
             },
         )
@@ -332,6 +383,8 @@ class _Supervisor:
         alive = [child.process for child in self._children if child.process is not None]
         for process in alive:
             process.terminate()
+            if process.stdin is not None:
+                process.stdin.close()  # one that still waits for its orders gets none
         deadline = time.monotonic() + STOP_S
         for process in alive:
             try:
@@ -340,6 +393,7 @@ class _Supervisor:
                 log.error("a process did not stop in time and is killed", extra={"pid": process.pid})
                 process.kill()
                 process.wait(timeout=5.0)
-        self._beat("stopped")
+        if self._holds_folder:
+            self._beat("stopped")
         if self._places_fd >= 0:
             os.close(self._places_fd)
