@@ -15,7 +15,7 @@ ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR validator)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless
 
-.PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models tools clean
+.PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -77,6 +77,13 @@ bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 
 bench-peers: $(STAMP) tools  ## the running node beside Orthanc, a short look; BENCH_ARGS="--rounds 5" for all of it
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
+
+bench-growth: $(STAMP)  ## with up to a million instances: start to first answers, cost of one more; writes build/growth.svg
+	$(BIN)/python benchmarks/restart.py
+	$(BIN)/python benchmarks/growth.py --plot build/growth.svg
+
+bench-turnaround: $(STAMP) tools  ## 300 CT slices pushed to SEG at the destination, stage by stage
+	$(BIN)/python -W ignore benchmarks/turnaround.py
 
 bench-models: $(STAMP)  ## models: the zoo's spleen network beside stock MONAI, labels of 100 organs to SEG, radiograph to scores, serving, decoding
 	$(BIN)/python -W ignore benchmarks/zoo_spleen.py

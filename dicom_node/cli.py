@@ -29,6 +29,7 @@ _SETTINGS.add_argument("--host", metavar="ADDRESS", help="address of the DICOM p
 _SETTINGS.add_argument("--dicom-port", metavar="PORT", type=int, help="0 = any free one (default: 11112)")
 _SETTINGS.add_argument("--http-port", metavar="PORT", type=int, help="0 = any free one (default: 8080)")
 _SETTINGS.add_argument("--wire", choices=("own", "pynetdicom"), help="upper layer that carries DICOM (default: own)")
+_SETTINGS.add_argument("--receivers", metavar="N", type=int, help="processes that take associations (default: 1)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

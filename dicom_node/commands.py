@@ -48,6 +48,7 @@ def settings(arguments: argparse.Namespace) -> NodeConfig:
         "dicom_port": arguments.dicom_port,
         "http_port": arguments.http_port,
         "wire": arguments.wire,
+        "receivers": arguments.receivers,
     }
     return load_config(path if arguments.config or path.is_file() else None, overrides=overrides)
 
@@ -79,11 +80,18 @@ def offline(arguments: argparse.Namespace) -> NodeConfig:
 def serve(arguments: argparse.Namespace) -> int:
     """Run the node."""
     from dicom_node import supervisor
-    from dicom_node.deciding import node_rules
-    from dicom_node.wiring import engines, kept_in, put_away
 
     config = settings(arguments)
     setup_logging(config.log_level, "supervisor")
+    config.resolved_rules_dir()
+    return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
+
+
+def _check_before_work(config: NodeConfig) -> None:
+    """What keeps a node from running is raised as NodeError; an engine that cannot run is told only."""
+    from dicom_node.deciding import node_rules
+    from dicom_node.wiring import engines, kept_in, put_away
+
     node_rules(config)
     for name, engine in engines(config).items():
         try:
@@ -92,7 +100,6 @@ def serve(arguments: argparse.Namespace) -> int:
         except NodeError as exc:  # the node keeps and sends without it; its jobs say why they fail
             print(f"dicom-node: engine {name} cannot run: {exc}", file=sys.stderr)
         put_away(name, engine)
-    return supervisor.serve(config, lambda line: print(line, flush=True))
 
 
 def config_check(arguments: argparse.Namespace) -> int:
@@ -195,7 +202,9 @@ def status(arguments: argparse.Namespace) -> int:
         stuck = catalog.queue.stuck(destinations=config.destinations, waits_for=waits_for)
         sendings = catalog.queue.sendings() if arguments.json else ()
         free_bytes = catalog.archive.free_bytes()
-    roles = ("supervisor", "receiver", "service", "work")
+    # the node may have been started with other settings than these
+    running = read_pulse(config.data_dir, "supervisor")
+    roles = ("supervisor", *(running.facts.get("restarts", ()) if running else ()))
     pulses = {role: pulse for role in roles if (pulse := read_pulse(config.data_dir, role))}
     facts = NodeFacts(
         name="/".join(config.ae_titles),

@@ -224,7 +224,10 @@ class NodeConfig(_Settings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     wire: Literal["own", "pynetdicom"] = "own"
     """Which upper layer carries DICOM: the node's own, or pynetdicom's, which is slower and for trusted networks."""
-    max_associations: Annotated[int, Field(ge=1)] = 64
+    receivers: Annotated[int, Field(ge=1, le=32)] = 1
+    """Processes that take associations, all from the one DICOM port. More than one pays where cores are to spare."""
+    max_associations: Annotated[int, Field(ge=1)] = 1000
+    """At the same time, in all receivers together."""
     max_pdu_bytes: Annotated[int, Field(ge=4096)] = 131072
     association_idle_timeout_s: Seconds = 60.0
     unknown_sop_classes: bool = False

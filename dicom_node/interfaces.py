@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
-
-from pydicom.dataset import Dataset
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dicom_node.model import (
     ArchivedFile,
@@ -45,12 +43,11 @@ from dicom_node.model import (
     StudyActivity,
     Verdict,
 )
-from dicom_node.values import (
-    EngineResult,
-    Pending,
-    ResultContext,
-    ResultValue,
-)
+
+if TYPE_CHECKING:  # pydicom and numpy are slow to load, and the first process needs neither
+    from pydicom.dataset import Dataset
+
+    from dicom_node.values import EngineResult, Pending, ResultContext, ResultValue
 
 
 class Clock(Protocol):

@@ -11,22 +11,25 @@ from typing import Any
 from dicom_node.interfaces import Clock
 from dicom_node.process import Orders, Part
 
-__all__ = ["Timers", "start_part"]
+__all__ = ["Timers", "part_class"]
 
 
-def start_part(role: str, orders: Orders, clock: Clock) -> Part:
-    """Make and start the collaborators of `role`. Raises NodeError when one of them cannot start."""
-    if role == "receiver":
-        from dicom_node.receiver import Receiver
+def part_class(role: str) -> Callable[[Orders, Clock], Part]:
+    """What makes and starts the collaborators of `role`; that raises NodeError when one of them cannot start.
 
-        return Receiver(orders, clock)
+    Loading its modules is most of the time that a process takes to start.
+    """
     if role == "service":
         from dicom_node.service import Service
 
-        return Service(orders, clock)
-    from dicom_node.worker import Work
+        return Service
+    if role == "work":
+        from dicom_node.worker import Work
 
-    return Work(orders, clock)
+        return Work
+    from dicom_node.receiver import Receiver
+
+    return Receiver
 
 
 class Timers:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,20 @@ CHILDREN_S = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
-    """What the supervisor tells a child. `listen_fd` is an inherited listening socket, -1 for none."""
+    """What the supervisor tells a child. `listen_fd` is an inherited listening socket, -1 for none.
+
+    For receivers only: `receiver_number` from 0, the same after each restart; `places_fd`, what several of them know of
+    each other (`places.Places`), -1 where there is one; `epoch`, under which this life of the process opens
+    associations.
+    """
 
     config: NodeConfig
     supervisor_pid: int
     listen_fd: int = -1
     ports: tuple[int, int] = (0, 0)  # DICOM, HTTP: as really bound
+    receiver_number: int = 0
+    places_fd: int = -1
+    epoch: str = ""
 
 
 Facts = tuple[bool, str, Mapping[str, Any]]  # ok, detail, facts
@@ -80,8 +88,19 @@ def encode_orders(orders: Orders) -> bytes:
         "supervisor_pid": orders.supervisor_pid,
         "listen_fd": orders.listen_fd,
         "ports": orders.ports,
+        "receiver_number": orders.receiver_number,
+        "places_fd": orders.places_fd,
+        "epoch": orders.epoch,
     }
     return json.dumps(plain).encode()
+
+
+def _read_orders() -> Orders:
+    """Waits for them. The process ends where the supervisor ended, or changed its mind, before it gave any."""
+    text = sys.stdin.buffer.read()
+    if not text:
+        os._exit(EXIT_ERROR)
+    return _decode_orders(text)
 
 
 def _decode_orders(text: bytes) -> Orders:
@@ -91,24 +110,30 @@ def _decode_orders(text: bytes) -> Orders:
         supervisor_pid=plain["supervisor_pid"],
         listen_fd=plain["listen_fd"],
         ports=tuple(plain["ports"]),
+        receiver_number=plain["receiver_number"],
+        places_fd=plain["places_fd"],
+        epoch=plain["epoch"],
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one role until SIGTERM. Returns the exit status."""
+    from dicom_node.node import part_class  # it imports classes from here
+
     role = (sys.argv[1:] if argv is None else argv)[0]
     asked = _Asked()
     signal.signal(signal.SIGTERM, asked.to_stop)
     signal.signal(signal.SIGHUP, asked.to_reload)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
-    orders = _decode_orders(sys.stdin.buffer.read())
+    make = part_class(role)  # while the supervisor prepares the data folder
+    orders = _read_orders()
     if not tied_to(orders.supervisor_pid):
         os._exit(EXIT_ERROR)
     os.umask(0o077)
     setup_logging(orders.config.log_level, role)
     try:
         with _counted(orders.config.data_dir):
-            return _run(role, orders, asked)
+            return _run(role, make, orders, asked)
     except NodeError as exc:
         log.critical("the process cannot run", extra={"role": role, "error": str(exc)})
         return EXIT_ERROR
@@ -131,12 +156,10 @@ class _Asked:
         self.wake.set()
 
 
-def _run(role: str, orders: Orders, asked: _Asked) -> int:
-    from dicom_node.node import start_part  # heavy: after the signals are in place
-
+def _run(role: str, make: Callable[[Orders, Clock], Part], orders: Orders, asked: _Asked) -> int:
     clock = SystemClock()
     started_at = clock.wall().isoformat()
-    part = start_part(role, orders, clock)
+    part = make(orders, clock)
     try:
         while not asked.stop:
             ok, detail, facts = part.health()

@@ -16,7 +16,7 @@ from typing import Any
 from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.model import BootTime
 
-__all__ = ["FRESH_S", "Pulse", "beat", "fresh", "read_pulse", "run_folder"]
+__all__ = ["FRESH_S", "Pulse", "beat", "fresh", "read_pulse", "receiver_role", "receiver_roles", "run_folder"]
 
 FRESH_S = 6.0  # processes beat every second; one that is silent this long is stuck or dead
 
@@ -37,6 +37,16 @@ class Pulse:
     def at(self) -> BootTime:
         """When it was given."""
         return BootTime(boot_id=self.boot_id, seconds=self.boot_s)
+
+
+def receiver_role(number: int) -> str:
+    """The name of a receiver process by its number from 0: receiver, receiver-2, ..."""
+    return f"receiver-{number + 1}" if number else "receiver"
+
+
+def receiver_roles(count: int) -> tuple[str, ...]:
+    """The names of so many receiver processes."""
+    return tuple(receiver_role(number) for number in range(count))
 
 
 def run_folder(data_dir: Path) -> Path:

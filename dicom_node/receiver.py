@@ -7,22 +7,24 @@ import threading
 from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
+from dicom_node.places import Places
 from dicom_node.process import Facts, Orders, adopted
+from dicom_node.pulse import receiver_role
 from dicom_node.wiring import CountedIngest, node_catalog, start_journal
 
 __all__ = ["Receiver"]
 
 
 class Receiver:
-    """Associations, services, intake."""
+    """Associations, services, intake; other receivers may take connections from the same socket."""
 
     def __init__(self, orders: Orders, clock: Clock) -> None:
         config = orders.config
-        self._catalog = node_catalog(config, clock)
+        self._catalog = node_catalog(config, clock, orders.epoch)
         self._catalog.database.warm_up()
         self._catalog.database.keep_tidy()
-        start_journal(self._catalog, config, number=0)
-        metrics = Metrics(config, process="receiver")
+        start_journal(self._catalog, config, orders.receiver_number)
+        metrics = Metrics(config, process=receiver_role(orders.receiver_number))
         self._server = server_class(config.wire)(
             config,
             sink=CountedIngest(self._catalog, config, clock, metrics),
@@ -30,6 +32,7 @@ class Receiver:
             associations=self._catalog.index,
             observe=metrics,
             sock=adopted(orders),
+            neighbours=Places(orders.places_fd, orders.receiver_number) if orders.places_fd >= 0 else None,
         )
         self._server.start()
 

@@ -43,7 +43,13 @@ def _node(facts: NodeFacts) -> list[str]:
     else:
         ports = f"DICOM port {supervisor.facts.get('dicom_port')}, HTTP port {supervisor.facts.get('http_port')}"
         lines = [f"{facts.name}: running since {supervisor.started_at[:19]}Z, {ports}; data in {facts.data_dir}"]
-        lines.append("processes   " + ", ".join(_process(facts, role) for role in ("receiver", "service", "work")))
+        roles = supervisor.facts.get("restarts", ())
+        receivers = [role for role in roles if role.startswith("receiver")] or ["receiver"]
+        processes = ", ".join(_process(facts, role) for role in (*receivers, "service", "work"))
+        lines += _wrapped(f"processes   {processes}", " " * 12)
+        if len(receivers) > 1:
+            had = sum(pulse.facts.get("associations", 0) for role in receivers if (pulse := facts.pulses.get(role)))
+            lines.append(f"receivers   {len(receivers)}, {had} associations")
         service = facts.pulses.get("service")
         if service is not None and "rules" in service.facts:
             broken = " (the rules on disk are broken: rules check)" if service.facts.get("rules_error") else ""

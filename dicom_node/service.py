@@ -17,7 +17,7 @@ from dicom_node.metrics import Gauges, Metrics, Reading, render
 from dicom_node.node import Timers
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
-from dicom_node.pulse import fresh, read_pulse
+from dicom_node.pulse import fresh, read_pulse, receiver_roles
 from dicom_node.routing.rules import RuleSet
 from dicom_node.wiring import destinations, engine_workers, node_catalog
 
@@ -135,10 +135,10 @@ class Service:
 
     def _checks(self) -> tuple[ReadyCheck, ...]:
         def scp() -> Check:
-            pulse = read_pulse(self._config.data_dir, "receiver")
-            ok = pulse is not None and fresh(pulse, self._clock) and pulse.ok
-            detail = "" if ok else (pulse.detail if pulse and pulse.detail else "the receiver gives no sign of life")
-            return Check(name="scp", ok=ok, detail=detail)
+            roles = receiver_roles(self._config.receivers)
+            unwell = {role: why for role in roles if (why := self._unwell(role))}
+            detail = "; ".join(f"{role}: {why}" if len(roles) > 1 else why for role, why in unwell.items())
+            return Check(name="scp", ok=len(unwell) < len(roles), detail=detail)  # one that lives takes all that come
 
         def catalog() -> Check:
             self._catalog.database.write(lambda connection: None, timeout_s=5.0)
@@ -168,6 +168,13 @@ class Service:
             return Check(name="engines", ok=True, detail=detail)  # images are taken in, kept and sent all the same
 
         return scp, catalog, disk, workers, engines
+
+    def _unwell(self, receiver: str) -> str:
+        """What is wrong with that process, '' when nothing is."""
+        pulse = read_pulse(self._config.data_dir, receiver)
+        if pulse is not None and fresh(pulse, self._clock) and pulse.ok:
+            return ""
+        return pulse.detail if pulse and pulse.detail else "the receiver gives no sign of life"
 
     def _workers_alive(self) -> int:
         pulse = read_pulse(self._config.data_dir, "work")

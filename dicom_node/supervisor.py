@@ -17,23 +17,26 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
 from dicom_node.model import BootTime
+from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
-from dicom_node.pulse import Pulse, beat, read_pulse, run_folder
-from dicom_node.store.catalog import Catalog, data_lock, open_catalog
-from dicom_node.wiring import replay_journals
+from dicom_node.pulse import Pulse, beat, read_pulse, receiver_roles, run_folder
 
-__all__ = ["ROLES", "serve"]
+if TYPE_CHECKING:
+    from dicom_node.store.catalog import Catalog
+
+__all__ = ["serve"]
 
 log = logging.getLogger(__name__)
 
-ROLES = ("receiver", "service", "work")
 START_S = 120.0  # all children ready within, else the start has failed
 STOP_S = 15.0  # then SIGKILL: whatever is left is repeated after the next start
 POLL_S = 0.05
@@ -58,22 +61,34 @@ class _Child:
     restarts: int = 0
     pulse_at: BootTime | None = None  # of the last pulse seen of this process
     unwell_s: float = 0.0  # observed without a good pulse
+    receiver: int = -1  # its number, -1 for the others
+    epoch: str = ""  # of a receiver that runs, for its associations
 
 
-def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
+def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> int:
     """Run the node until SIGTERM or SIGINT; `say` gets the one line that tells it is ready.
 
-    Raises ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot start).
-    Returns the exit status: 0 for a clean stop.
+    `check` raises NodeError when the node must not run; it may be slow, and images are taken meanwhile.
+
+    Raises that, ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot
+    start). Returns the exit status: 0 for a clean stop.
     """
     os.umask(0o077)
     config = replace_data_dir(config)
-    with _Signals() as signals, data_lock(config.data_dir), contextlib.ExitStack() as stack:
-        dicom = stack.enter_context(_bind(config.host, config.dicom_port, "dicom_port"))
-        http = stack.enter_context(_bind(config.http_host, config.http_port, "http_port"))
+    with _Signals() as signals, contextlib.ExitStack() as stack:
+        dicom, http = (stack.enter_context(_socket(host)) for host in (config.host, config.http_host))
         supervisor = _Supervisor(config, dicom, http, signals)
-        supervisor.prepare()
         try:
+            # Whoever sends waits for the receivers: they load their modules while this process loads its own
+            supervisor.launch_receivers()
+            from dicom_node.store.catalog import data_lock
+
+            stack.enter_context(data_lock(config.data_dir))
+            _bind(dicom, config.host, config.dicom_port, "dicom_port")
+            _bind(http, config.http_host, config.http_port, "http_port")
+            supervisor.prepare()
+            supervisor.start_receivers()
+            check()
             supervisor.start()
             if supervisor.wait_until_ready():
                 say(ready_line(config, dicom, http))
@@ -108,10 +123,19 @@ def _address(bound: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _bind(host: str, port: int, key: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _socket(host: str) -> socket.socket:
+    """To be bound later: a child inherits it before the folder is known to be ours."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if ":" in host:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return made
+
+
+def _bind(made: socket.socket, host: str, port: int, key: str) -> None:
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        made.bind((host, port))
+        made.listen(BACKLOG)
     except (OSError, OverflowError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "no such port"
         raise ConfigError(f"{key}: {host}:{port} cannot be bound: {reason}; choose another (0 = any free one)") from exc
@@ -153,19 +177,30 @@ class _Supervisor:
         self._config = config
         self._signals = signals
         self._clock = SystemClock()
-        self._ports = (int(dicom.getsockname()[1]), int(http.getsockname()[1]))
-        listeners = {"receiver": dicom, "service": http}
-        self._children = [_Child(role=role, listener=listeners.get(role)) for role in ROLES]
+        self._dicom, self._http = dicom, http
+        self._holds_folder = False
+        receivers = receiver_roles(config.receivers)
+        self._children = [
+            *(_Child(role=role, listener=dicom, receiver=number) for number, role in enumerate(receivers)),
+            _Child(role="service", listener=http),
+            _Child(role="work", listener=None),
+        ]
+        self._places_fd = new_places(len(receivers)) if len(receivers) > 1 else -1
+        self._epochs_to_close = False
         self._began_at = self._clock.wall().isoformat()
 
     # --- start
 
     def prepare(self) -> None:
-        """Migrate the catalog, close what a crash left open, empty the run folder. Raises ConfigError."""
+        """Migrate the catalog, mend what a crash left, empty the run folder. Raises ConfigError, StorageError."""
+        self._holds_folder = True
         wait_for_children(self._config.data_dir)
         with self._catalog() as catalog:
             catalog.recover()
-            replay_journals(catalog, self._config)
+            if catalog.journal_numbers():
+                from dicom_node.wiring import replay_journals  # slow to load
+
+                replay_journals(catalog, self._config)
         run = run_folder(self._config.data_dir)
         shutil.rmtree(run, ignore_errors=True)
         (run / "metrics").mkdir(parents=True)
@@ -173,6 +208,8 @@ class _Supervisor:
 
     @contextlib.contextmanager
     def _catalog(self) -> Iterator[Catalog]:
+        from dicom_node.store.catalog import open_catalog  # slow to load
+
         catalog = open_catalog(self._config.data_dir, self._clock, self._config.storage)
         try:
             yield catalog
@@ -180,29 +217,58 @@ class _Supervisor:
             catalog.close()
 
     def start(self) -> None:
-        """Start every child."""
+        """Start the others."""
         for child in self._children:
-            self._spawn(child)
+            if child.process is None:
+                self._spawn(child)
+
+    def launch_receivers(self) -> None:
+        """Let them load their modules. They do nothing and touch nothing before they get their orders."""
+        for child in self._children:
+            if child.receiver >= 0:
+                self._launch(child)
+
+    def start_receivers(self) -> None:
+        """Give them their orders. Raises NodeError when one has ended already."""
+        for child in self._children:
+            if child.receiver >= 0:
+                self._order(child)
 
     def _spawn(self, child: _Child) -> None:
-        fds = (child.listener.fileno(),) if child.listener else ()
-        orders = Orders(
-            config=self._config,
-            supervisor_pid=os.getpid(),
-            listen_fd=fds[0] if fds else -1,
-            ports=self._ports,
-        )
+        self._launch(child)
+        self._order(child)
+
+    def _launch(self, child: _Child) -> None:
+        fds = [child.listener.fileno()] if child.listener else []
+        if child.receiver >= 0 and self._places_fd >= 0:
+            fds.append(self._places_fd)
         child.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dicom_node.process", child.role],
             stdin=subprocess.PIPE,
             pass_fds=fds,
             env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
         )
+
+    def _order(self, child: _Child) -> None:
+        is_receiver = child.receiver >= 0
+        child.epoch = uuid.uuid4().hex if is_receiver else ""
+        orders = Orders(
+            config=self._config,
+            supervisor_pid=os.getpid(),
+            listen_fd=child.listener.fileno() if child.listener else -1,
+            ports=self._ports(),
+            receiver_number=max(child.receiver, 0),
+            places_fd=self._places_fd if is_receiver else -1,
+            epoch=child.epoch,
+        )
         child.started = time.monotonic()
         child.pulse_at, child.unwell_s = None, 0.0
-        assert child.process.stdin is not None
+        assert child.process is not None and child.process.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.process.stdin as pipe:
             pipe.write(encode_orders(orders))
+
+    def _ports(self) -> tuple[int, int]:
+        return int(self._dicom.getsockname()[1]), int(self._http.getsockname()[1])
 
     def wait_until_ready(self) -> bool:
         """True once every child is ready; False when a signal asked to stop. Raises NodeError when one cannot start."""
@@ -243,6 +309,8 @@ class _Supervisor:
             looked = now
             for child in self._children:
                 self._look_after(child, observed_s)
+            if self._epochs_to_close:
+                self._close_dead_associations()
 
     def _look_after(self, child: _Child, observed_s: float) -> None:
         now = time.monotonic()
@@ -252,8 +320,8 @@ class _Supervisor:
             pause = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(child.failures, 10))
             child.start_at = now + pause
             log.error("a process ended", extra={"role": child.role, "status": status, "restart_in_s": pause})
-            if child.role == "receiver":
-                self._close_dead_associations()
+            if child.receiver >= 0:
+                self._receiver_died(child)
         if child.process is None and now >= child.start_at:
             child.restarts += 1
             self._spawn(child)
@@ -275,11 +343,19 @@ class _Supervisor:
             log.error("a process is stuck and is killed", extra={"role": child.role, "detail": detail})
             process.kill()
 
+    def _receiver_died(self, child: _Child) -> None:
+        child.epoch = ""
+        if self._places_fd >= 0:
+            Places(self._places_fd, child.receiver).leave()
+        self._epochs_to_close = True
+
     def _close_dead_associations(self) -> None:
+        """End what dead receivers had open; those that live are not touched."""
         try:
             with self._catalog() as catalog:
-                catalog.index.close_dead_epochs(())  # only receivers have associations, and there is none now
-        except NodeError as exc:  # forced completion and the next start close them too
+                catalog.index.close_dead_epochs({child.epoch for child in self._children if child.epoch})
+            self._epochs_to_close = False
+        except NodeError as exc:  # the next look tries again
             log.error("associations of the dead receiver stay open", extra={"error": str(exc)})
 
     def _pass_on(self, number: signal.Signals, role: str) -> None:
@@ -297,8 +373,8 @@ class _Supervisor:
             ok=detail == "ready",
             detail=detail,
             facts={
-                "dicom_port": self._ports[0],
-                "http_port": self._ports[1],
+                "dicom_port": self._ports()[0],
+                "http_port": self._ports()[1],
                 "restarts": {child.role: child.restarts for child in self._children},
             },
         )
@@ -311,6 +387,8 @@ class _Supervisor:
         alive = [child.process for child in self._children if child.process is not None]
         for process in alive:
             process.terminate()
+            if process.stdin is not None:
+                process.stdin.close()  # one that still waits for its orders gets none
         deadline = time.monotonic() + STOP_S
         for process in alive:
             try:
@@ -319,4 +397,7 @@ class _Supervisor:
                 log.error("a process did not stop in time and is killed", extra={"pid": process.pid})
                 process.kill()
                 process.wait(timeout=5.0)
-        self._beat("stopped")
+        if self._holds_folder:
+            self._beat("stopped")
+        if self._places_fd >= 0:
+            os.close(self._places_fd)

@@ -33,6 +33,7 @@ PACKAGES = {
     "java": "default-jre-headless",
 }
 READY_S = 130.0
+COMMAND_LINE = "import sys; from dicom_node.cli import main; sys.exit(main())"
 
 
 @pytest.fixture(scope="session")
@@ -154,12 +155,13 @@ def running_node(tmp_path: Path) -> Iterator[Callable[..., RunningNode]]:
     """`running_node(name="node", **settings)`: start a node on free ports of 127.0.0.1 and wait until it is ready.
 
     Settings are those of `config/node.yaml`; by default there are no rules and no disk reserve. Starting the same name
-    again uses the same data folder. Whatever still runs at the end of the test is stopped.
+    again uses the same data folder. `first`: Python that is run before the command line is. Whatever still runs at the
+    end of the test is stopped.
     """
     started: list[RunningNode] = []
 
-    def start(name: str = "node", *, wait: bool = True, **settings: Any) -> RunningNode:
-        node = _launch(tmp_path / name, settings)
+    def start(name: str = "node", *, wait: bool = True, first: str = "", **settings: Any) -> RunningNode:
+        node = _launch(tmp_path / name, settings, first)
         started.append(node)
         if wait:
             _read_ready_line(node)
@@ -170,7 +172,7 @@ def running_node(tmp_path: Path) -> Iterator[Callable[..., RunningNode]]:
         _put_down(node)
 
 
-def _launch(folder: Path, settings: Mapping[str, Any]) -> RunningNode:
+def _launch(folder: Path, settings: Mapping[str, Any], first: str) -> RunningNode:
     folder.mkdir(parents=True, exist_ok=True)
     rules = Path(settings.get("rules_dir", folder / "rules"))
     rules.mkdir(parents=True, exist_ok=True)
@@ -187,7 +189,7 @@ def _launch(folder: Path, settings: Mapping[str, Any]) -> RunningNode:
     log = folder / "node.log"
     with log.open("a") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dicom_node.cli", "serve", "--config", str(config)],
+            [sys.executable, "-c", f"{first}\n{COMMAND_LINE}", "serve", "--config", str(config)],
             stdout=subprocess.PIPE,
             stderr=stream,
             text=True,

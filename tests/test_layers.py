@@ -20,7 +20,7 @@ CORE = {
 # the composition root: may import anything
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
-    *("supervisor", "process", "pulse", "node", "receiver", "service", "worker", "wiring", "watching"),
+    *("supervisor", "process", "pulse", "places", "node", "receiver", "service", "worker", "wiring", "watching"),
     *("deciding", "gauges", "handing_out"),
 }
 FOLDERS: dict[str, set[str]] = {

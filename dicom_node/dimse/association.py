@@ -320,9 +320,10 @@ class Association:
         until = time.monotonic() + timeout_s
         while True:
             event = next(self._events, None)
-            self.flush()
+            if self._corked or self._connection.has_to_send:
+                self.flush()
             if event is not None:
-                return self._looked_at(event)
+                return event if type(event) is Data else self._looked_at(event)
             if self._over or self._interrupted:
                 self._connection.abort()
                 raise self._lost("the association ended")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dicom_node.dimse.messages import BadMessage, Command
 from dicom_node.errors import NodeError
@@ -55,8 +55,7 @@ class AgreedContext:
     peer_asks: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A DIMSE message. `data_set`, None when it has none, can be read once: each piece is good until the next one."""
 
     context_id: int

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 KEPT_THREADS = 8  # that are not ended for want of work
 SPARE_S = 5.0  # what a thread beyond these waits for work before it ends
 MAX_SILENT = 1024  # connections without an association, and those that are over
+GIVE_WAY_S = 0.001  # how long a receiver that has more than another leaves a new connection to it
 SWEEP_S = 0.2  # how often deadlines are looked at
 ONCE = select.EPOLLIN | select.EPOLLONESHOT
 
@@ -61,6 +62,9 @@ class Lobby:
     Whoever is called may give the visit back (`keep`), or has closed it. `turn_away(visit)` is called instead with one
     that asks for the first time while all threads there may be, `most`, are busy; others wait for a thread. When
     `MAX_SILENT` connections wait that are no associations, the one that has waited longest is given to `drop`.
+
+    Other processes may take connections from the same listener. Each new one wakes all of them, so one that is stuck
+    keeps nothing from the others; who has more in hand (`is_busier(connections)`) gives way for a moment.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class Lobby:
         serve: Callable[[Visit], None],
         turn_away: Callable[[Visit], None],
         drop: Callable[[Visit], None],
+        is_busier: Callable[[int], bool],
         most: int,
     ) -> None:
         self._listener: socket.socket | None = None
         self._door = -1
         self._serve, self._turn_away, self._drop, self._most = serve, turn_away, drop, most
+        self._is_busier = is_busier
         self._poll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
         self._guard = threading.Lock()
@@ -94,6 +100,7 @@ class Lobby:
         with self._guard:
             while len(self._threads) < min(KEPT_THREADS, self._most) and self._start_one():
                 pass
+        self._is_busier(0)
         self._keeper.start()
         self._poll.register(self._bell, select.EPOLLIN)
         self._poll.register(self._door, ONCE)
@@ -140,6 +147,11 @@ class Lobby:
         return len(self._threads) - self._waiting > KEPT_THREADS
 
     @property
+    def connections(self) -> int:
+        """How many are in hand."""
+        return len(self._silent) + len(self._parked) + len(self._threads) - self._waiting
+
+    @property
     def silent(self) -> int:
         """How many wait here that are no associations."""
         return len(self._silent)
@@ -174,11 +186,14 @@ class Lobby:
     def _keep_time(self) -> None:
         while self._threads and not self._ended.wait(SWEEP_S):  # alive: connections are taken
             self._call(time.monotonic())
+            self._is_busier(self.connections)  # for the others to know
 
     def _let_in(self) -> None:
         """One connection, and see to the next. Whoever finds none was not the first."""
         client = None
         assert self._listener is not None
+        if self._is_busier(self.connections):
+            time.sleep(GIVE_WAY_S)
         try:
             client, address = self._listener.accept()
         except BlockingIOError:
@@ -197,6 +212,7 @@ class Lobby:
             if len(self._silent) >= MAX_SILENT:
                 oldest = self._silent.pop(next(iter(self._silent)))
             self._silent[visit.number] = visit
+        self._is_busier(self.connections)  # for the others to know
         if oldest is not None:
             self._drop(oldest)
         self._poll.register(visit.number, ONCE)

@@ -26,7 +26,7 @@ from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
-from dicom_node.dimse.serving import TOUCH_S, Serving, listening
+from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
 
@@ -35,6 +35,7 @@ __all__ = ["PynetdicomServer"]
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
+MOST_ASSOCIATIONS = 100  # each has two threads that look around every millisecond
 SPARE_CONNECTIONS = 64  # beyond `max_associations`: TCP connections that have not (yet) an association
 
 
@@ -42,7 +43,8 @@ class PynetdicomServer:
     """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
-    `config.dicom_port`. Raises ConfigError for peers that cannot be understood.
+    `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
+    them together. Raises ConfigError for peers that cannot be understood.
     """
 
     def __init__(
@@ -54,8 +56,11 @@ class PynetdicomServer:
         associations: AssociationLog,
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         quiet_libraries()
+        most = min(config.max_associations, MOST_ASSOCIATIONS)
+        config = config.model_copy(update={"max_associations": most})
         self._config = config
         self._serving = Serving(
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
@@ -65,6 +70,7 @@ class PynetdicomServer:
         self._entity.acse_timeout = FIRST_PDU_S
         self._entity.network_timeout = config.association_idle_timeout_s
         self._listener = sock
+        self._neighbours = neighbours or Alone()
         self._links: dict[PynetdicomLink, Peer | None] = {}
         self._guard = threading.Lock()
         self._stopping = threading.Event()
@@ -165,15 +171,18 @@ class PynetdicomServer:
         link.requestor.ae_title = calling
         fields = {"calling_ae_title": repr(calling), "called_ae_title": repr(called), "address": address}
         link.log_fields = fields
+        mine = self.active_associations
+        established = mine + self._neighbours.established(mine + 1)
         rejection = self._serving.judge(
             fields,
             calling=calling,
             called=called,
             address=address,
             application_context=str(request.application_context_name),
-            established=self.active_associations,
+            established=established,
         )
         if rejection is not None:
+            self._neighbours.established(self.active_associations)
             link.acse.send_reject(rejection.result, rejection.source, rejection.diagnostic)
             link.is_rejected = True
             link.kill()
@@ -221,6 +230,7 @@ class PynetdicomServer:
     def _ended(self, link: PynetdicomLink) -> None:
         with self._guard:
             peer = self._links.pop(link, None)
+        self._neighbours.established(self.active_associations)
         if peer is not None:
             # a release over a message that is not whole, or not answered, leaves its sender something to do
             self._serving.ended(peer, over=link.was_idle or (link.is_released and link.messages.idle))

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from dicom_node.dimse.commands import CommandField, CommandValue, error_comment
+from dicom_node.dimse.commands import NO_DATA_SET, CommandField, CommandValue, encode_command, error_comment
 from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SOP_CLASSES, VERIFICATION
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
@@ -34,6 +34,16 @@ _KNOWN = frozenset(
     {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
 )
 _SERVICES = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
+# a C-ECHO-RSP before and after its Message ID Being Responded To: it is asked for more often than anything else
+_ECHOED = encode_command(
+    {
+        "AffectedSOPClassUID": VERIFICATION,
+        "CommandField": CommandField.C_ECHO | CommandField.RESPONSE,
+        "MessageIDBeingRespondedTo": 0xFEDC,
+        "CommandDataSetType": NO_DATA_SET,
+        "Status": 0,
+    }
+).split(b"\xdc\xfe")
 _REQUESTS = _KNOWN | {
     *(CommandField.N_EVENT_REPORT, CommandField.N_GET, CommandField.N_SET),
     *(CommandField.N_ACTION, CommandField.N_CREATE, CommandField.N_DELETE),
@@ -123,7 +133,9 @@ class Requests:
 
     @staticmethod
     def _echo(request: Request) -> int:
-        request.respond({"Status": 0, "AffectedSOPClassUID": VERIFICATION})
+        request.link.send_message(
+            request.message.context_id, _ECHOED[0] + request.message_id.to_bytes(2, "little") + _ECHOED[1]
+        )
         return 0
 
     # --- C-STORE

@@ -21,7 +21,7 @@ from dicom_node.dimse.negotiation import Agreement, answer_request
 from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
-from dicom_node.dimse.serving import TOUCH_S, Serving, listening
+from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
@@ -44,7 +44,8 @@ class DicomServer:
     """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
-    `config.dicom_port`. Raises ConfigError for peers that cannot be understood.
+    `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
+    them together. Raises ConfigError for peers that cannot be understood.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class DicomServer:
         associations: AssociationLog,
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         self._config = config
         self._serving = Serving(
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
         )
         self._listener = sock
+        self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
         self._admitted: set[Association] = set()
@@ -73,6 +76,7 @@ class DicomServer:
             serve=self._serve,
             turn_away=self._turn_away,
             drop=self._drop,
+            is_busier=self._neighbours.is_busier,
             most=min(config.max_associations, MOST_BUSY) + SPARE_THREADS,
         )
 
@@ -147,7 +151,6 @@ class DicomServer:
             pass
         finally:
             if not stays:
-                association.finish()
                 self._leave(visit, association)
         if stays:
             association.rest()
@@ -188,9 +191,10 @@ class DicomServer:
         return event is not None
 
     def _leave(self, visit: Visit, association: Association) -> None:
-        """It is over, and counts no more."""
+        """It is over, and counts no more: not even for a peer that comes again as soon as it is told."""
         with self._guard:
-            self._admitted.discard(association)
+            self._dismiss(association)
+        association.finish()
         if not association.was_idle:  # or a request of the peer's may yet have crossed our A-ABORT
             self._end(visit, association)
         visit.deadline = time.monotonic() + LINGER_S
@@ -217,7 +221,7 @@ class DicomServer:
         if association is not None:
             association.finish()
             with self._guard:
-                self._admitted.discard(association)
+                self._dismiss(association)
             self._end(visit, association)
         visit.sock.close()
 
@@ -241,9 +245,13 @@ class DicomServer:
             application_context=request.application_context,
         )
         with self._guard:
-            rejection = judged(established=len(self._admitted))
+            # told before it is judged: of two receivers that both take the last place at once neither gets it
+            elsewhere = self._neighbours.established(len(self._admitted) + 1)
+            rejection = judged(established=len(self._admitted) + elsewhere)
             if rejection is None:
                 self._admitted.add(association)
+            else:
+                self._neighbours.established(len(self._admitted))
         if rejection is not None:
             association.connection.reject(
                 AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
@@ -252,7 +260,7 @@ class DicomServer:
         agreement = self._agreement(request)
         if agreement is None:
             with self._guard:
-                self._admitted.discard(association)
+                self._dismiss(association)
             self._serving.unanswerable(fields)
             association.connection.refuse()
             return
@@ -270,6 +278,11 @@ class DicomServer:
         association.connection.accept(agreement.answer)
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
+
+    def _dismiss(self, association: Association) -> None:
+        """It counts no more; `_guard` held."""
+        self._admitted.discard(association)
+        self._neighbours.established(len(self._admitted))
 
     def _agreement(self, request: AssociateRQ) -> Agreement | None:
         """See `answer_request`. Peers ask for the same again and again: the last answers are remembered."""

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Admission, Rejection
@@ -24,7 +25,7 @@ from dicom_node.services.find import FindOptions, FindService
 from dicom_node.services.retrieve import RetrieveService
 from dicom_node.services.store import StoreService
 
-__all__ = ["TOUCH_S", "Serving", "listening"]
+__all__ = ["TOUCH_S", "Alone", "Neighbours", "Serving", "listening"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,30 @@ def listening(sock: socket.socket | None, config: NodeConfig, backlog: int) -> s
         return sock
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     return socket.create_server((config.host, config.dicom_port), family=family, backlog=backlog)
+
+
+class Neighbours(Protocol):
+    """Other receiver processes at the same listening socket. Nothing here waits for them: they may be stuck."""
+
+    def established(self, mine: int) -> int:
+        """Tell them how many associations this process has, or is about to have; how many they have together."""
+        ...
+
+    def is_busier(self, connections: int) -> bool:
+        """Tell them how many connections this process has in hand; whether one of them has fewer."""
+        ...
+
+
+class Alone:
+    """No other process takes connections from this socket (`Neighbours`)."""
+
+    def established(self, mine: int) -> int:
+        """None."""
+        return 0
+
+    def is_busier(self, connections: int) -> bool:
+        """No."""
+        return False
 
 
 class Serving:

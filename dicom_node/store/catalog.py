@@ -109,10 +109,12 @@ def open_catalog(
     *,
     fs: FileSystem | None = None,
     options: QueueOptions | None = None,
+    epoch: str = "",
 ) -> Catalog:
     """Open the data folder, creating what is missing (mode 0700) and bringing the schema up to date.
 
-    Any number of processes may do so at a time. Raises ConfigError when the folder cannot be used, StorageError when
+    Any number of processes may do so at a time. `epoch` names this process's life, where somebody else must know it; ''
+    is a new name. Raises ConfigError when the folder cannot be used, StorageError when
     its disk fails.
     """
     files = fs or RealFileSystem()
@@ -127,7 +129,7 @@ def open_catalog(
     migrate(path)
     _sync_folder(files, data_dir)
     database = Database(path)
-    epoch = f"{os.getpid()}-{uuid.uuid4().hex}"
+    epoch = epoch or f"{os.getpid()}-{uuid.uuid4().hex}"
     return Catalog(
         database=database,
         archive=archive,

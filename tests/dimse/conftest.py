@@ -93,7 +93,12 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
     with ExitStack() as stack:
 
         def start(
-            *, sock: socket.socket | None = None, associations: Any = None, sink: Any = None, **settings: Any
+            *,
+            sock: socket.socket | None = None,
+            associations: Any = None,
+            sink: Any = None,
+            neighbours: Any = None,
+            **settings: Any,
         ) -> Running:
             config = NodeConfig.model_validate({"dicom_port": 0, "storage": NO_RESERVE, **settings})
             folder = tmp_path / f"data-{len(list(tmp_path.glob('data-*')))}"
@@ -116,6 +121,7 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
                 associations=associations or catalog.index,
                 observe=counted,
                 sock=sock,
+                neighbours=neighbours,
             )
             port = server.start()
             stack.callback(server.stop, 2.0)

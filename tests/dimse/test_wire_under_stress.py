@@ -41,7 +41,9 @@ def lobby() -> Iterator[Callable[..., tuple[Lobby, tuple[str, int]]]]:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             listener.setblocking(False)
 
-            made = Lobby(serve=serve, turn_away=read_and_close, drop=read_and_close, most=most)
+            made = Lobby(
+                serve=serve, turn_away=read_and_close, drop=read_and_close, is_busier=lambda _: False, most=most
+            )
             made.open(listener)
             stack.callback(made.stop)
             return made, listener.getsockname()

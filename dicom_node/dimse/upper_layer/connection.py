@@ -215,6 +215,11 @@ class Connection:
         """Whether data may be sent: it may until a release was asked for by us, or answered."""
         return self._state in (_STA6, _STA8)
 
+    @property
+    def has_to_send(self) -> bool:
+        """Whether `to_send` would give something."""
+        return bool(self._out)
+
     def to_send(self) -> bytes:
         """What is to be written to the transport now, before anything else; gives it once."""
         if not self._out:
