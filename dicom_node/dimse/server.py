@@ -257,7 +257,7 @@ class _Lobby:
         self,
         listener: socket.socket,
         spoken: Callable[[socket.socket, float], None],
-        is_busier: Callable[[int], bool],
+        is_busier: Callable[[int], bool] = lambda silent: False,
     ) -> None:
         self._listener = listener
         self._on_spoken = spoken
