@@ -80,6 +80,7 @@ def grow(data_dir: Path, study_uid: str, rows: int) -> None:
         for first in range(0, missing, STUDIES_PER_WRITE):
             numbers = range(first + studies, studies + min(first + STUDIES_PER_WRITE, missing))
             database.write(lambda connection, numbers=numbers: _copies(connection, study_uid, numbers))  # type: ignore[misc]
+            time.sleep(0.02)  # for the node to get at its catalog in between
     finally:
         database.close()
 

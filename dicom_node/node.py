@@ -6,6 +6,7 @@ Each role's module is imported only in its own process: a receiver loads no rule
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dicom_node.interfaces import Clock
@@ -47,6 +48,11 @@ class Timers:
         self._scheduler.add_job(
             tick, "interval", seconds=seconds, max_instances=1, coalesce=True, misfire_grace_time=None
         )
+
+    def once(self, seconds: float, tick: Callable[[], None]) -> None:
+        """Call `tick` once, so many seconds from now; in place of one that was asked for before and is to come."""
+        at = datetime.now(UTC) + timedelta(seconds=seconds)
+        self._scheduler.add_job(tick, "date", run_date=at, id="once", replace_existing=True, misfire_grace_time=None)
 
     @property
     def running(self) -> bool:

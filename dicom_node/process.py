@@ -45,7 +45,7 @@ class Orders:
 
     For receivers only: `receiver_number` from 0, the same after each restart; `places_fd`, what several of them know of
     each other (`places.Places`), -1 where there is one; `epoch`, under which this life of the process opens
-    associations.
+    associations. For service and work: `service_bell` and `work_bell` (`bells.Bell`), -1 for none.
     """
 
     config: NodeConfig
@@ -55,6 +55,8 @@ class Orders:
     receiver_number: int = 0
     places_fd: int = -1
     epoch: str = ""
+    service_bell: int = -1
+    work_bell: int = -1
 
 
 Facts = tuple[bool, str, Mapping[str, Any]]  # ok, detail, facts
@@ -91,6 +93,8 @@ def encode_orders(orders: Orders) -> bytes:
         "receiver_number": orders.receiver_number,
         "places_fd": orders.places_fd,
         "epoch": orders.epoch,
+        "service_bell": orders.service_bell,
+        "work_bell": orders.work_bell,
     }
     return json.dumps(plain).encode()
 
@@ -113,6 +117,8 @@ def _decode_orders(text: bytes) -> Orders:
         receiver_number=plain["receiver_number"],
         places_fd=plain["places_fd"],
         epoch=plain["epoch"],
+        service_bell=plain["service_bell"],
+        work_bell=plain["work_bell"],
     )
 
 

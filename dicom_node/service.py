@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.wires import open_link
@@ -29,6 +31,7 @@ __all__ = ["Service"]
 log = logging.getLogger(__name__)
 
 SHELF_S = 600.0
+MIN_SWEEP_S = 0.02  # between two sweeps, however soon something is due
 
 
 class Service:
@@ -53,11 +56,14 @@ class Service:
             observer=self._metrics,
         )
         self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
+        self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
+        self._sweeping = threading.Lock()
         self._timers = Timers()
         self._timers.every(config.completion.tick_s, self._sweep)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
+        self._bell.answer(self._courier.wake)
         self._http.start()
 
     def _mounts(self) -> Mapping[str, Mount]:
@@ -71,10 +77,20 @@ class Service:
         return handing_out.mounts(self._config, self._clock, queue.wake_job)
 
     def _sweep(self) -> None:
+        """Route what is due; what will be before the next tick is not left to that."""
+        if not self._sweeping.acquire(blocking=False):
+            return
         try:
-            self._router.sweep()
+            if self._router.sweep():
+                self._work_bell.ring()
+                self._courier.wake()
+            due_s = self._router.next_due_s
+            if due_s is not None and (left_s := due_s - self._clock.boot().seconds) < self._config.completion.tick_s:
+                self._timers.once(max(left_s, MIN_SWEEP_S), self._sweep)
         except Exception as exc:  # edge: the timer's tick; the next one tries again
             log.error("the completion sweep failed", exc_info=exc)
+        finally:
+            self._sweeping.release()
 
     # --- rules
 
@@ -200,6 +216,7 @@ class Service:
     def stop(self) -> None:
         """What is being sent goes on after the next start."""
         self._timers.stop()
+        self._bell.stop()
         self._http.stop()
         self._courier.stop()
         self._catalog.close()

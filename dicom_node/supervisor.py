@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dicom_node.bells import new_bell
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
@@ -186,6 +187,7 @@ class _Supervisor:
             _Child(role="work", listener=None),
         ]
         self._places_fd = new_places(len(receivers)) if len(receivers) > 1 else -1
+        self._bells = (new_bell(), new_bell())
         self._epochs_to_close = False
         self._began_at = self._clock.wall().isoformat()
 
@@ -240,7 +242,9 @@ class _Supervisor:
 
     def _launch(self, child: _Child) -> None:
         fds = [child.listener.fileno()] if child.listener else []
-        if child.receiver >= 0 and self._places_fd >= 0:
+        if child.receiver < 0:
+            fds += self._bells
+        elif self._places_fd >= 0:
             fds.append(self._places_fd)
         child.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dicom_node.process", child.role],
@@ -260,6 +264,8 @@ class _Supervisor:
             receiver_number=max(child.receiver, 0),
             places_fd=self._places_fd if is_receiver else -1,
             epoch=child.epoch,
+            service_bell=-1 if is_receiver else self._bells[0],
+            work_bell=-1 if is_receiver else self._bells[1],
         )
         child.started = time.monotonic()
         child.pulse_at, child.unwell_s = None, 0.0
@@ -399,5 +405,5 @@ class _Supervisor:
                 process.wait(timeout=5.0)
         if self._holds_folder:
             self._beat("stopped")
-        if self._places_fd >= 0:
-            os.close(self._places_fd)
+        for fd in (*self._bells, *((self._places_fd,) if self._places_fd >= 0 else ())):
+            os.close(fd)

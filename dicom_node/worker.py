@@ -18,11 +18,13 @@ from functools import partial
 from typing import Any
 
 from dicom_node.apart import Call
+from dicom_node.bells import Bell
 from dicom_node.decoding import close_decoders, use_decoders
 from dicom_node.errors import EngineTimeout, LeaseLost, NodeError
 from dicom_node.interfaces import Clock, Engine, seconds_since
 from dicom_node.metrics import Metrics
 from dicom_node.model import BootTime, Level, Priority
+from dicom_node.nudge import Nudge
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
@@ -47,6 +49,8 @@ class Work:
     def __init__(self, orders: Orders, clock: Clock) -> None:
         self._config, self._clock = orders.config, clock
         self._stopping = threading.Event()
+        self._nudge = Nudge()
+        self._bell, self._service_bell = Bell(orders.work_bell), Bell(orders.service_bell)
         self._catalog = node_catalog(self._config, clock)
         self._engines = engines(self._config, stand_in=True, returns=self._catalog.queue)
         use_decoders(self._config.jobs.decoders)
@@ -72,6 +76,7 @@ class Work:
         )
         for thread in (*self._threads, *(self._others if self._threads else ())):
             thread.start()
+        self._bell.answer(self._nudge.give)
 
     def _takers(self) -> Mapping[str, Callable[[str], bool]]:
         """The workers by name, and how each takes a job."""
@@ -136,6 +141,7 @@ class Work:
 
     def _run(self, name: str, take: Callable[[str], bool]) -> None:
         while not self._stopping.is_set():
+            seen = self._nudge.count
             self._busy_since[name] = self._clock.boot()
             try:
                 busy, pause_s = take(name), IDLE_S
@@ -144,8 +150,10 @@ class Work:
                 busy, pause_s = False, WORKER_PAUSE_S
             finally:
                 del self._busy_since[name]
-            if not busy:
-                self._stopping.wait(pause_s)
+            if busy:
+                self._service_bell.ring()  # there may be something to deliver
+            else:
+                self._nudge.wait(seen, pause_s)
 
     def _stop_engines(self) -> None:
         """Tell engines to stop what nobody waits for; apart from the workers, which a slow engine must not hold up."""
@@ -213,6 +221,8 @@ class Work:
     def stop(self) -> None:
         """Work under way is dropped; its lease runs out and it is done again."""
         self._stopping.set()
+        self._nudge.give()
+        self._bell.stop()
         closing = [
             threading.Thread(target=self._guarded, args=(name, "close", engine.close, CLOSE_S), daemon=True)
             for name, engine in self._engines.items()

@@ -14,13 +14,25 @@ PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
-    *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files"),
+    *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
 }
 # the composition root: may import anything
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
-    *("supervisor", "process", "pulse", "places", "node", "receiver", "service", "worker", "wiring", "watching"),
+    *(
+        "supervisor",
+        "process",
+        "pulse",
+        "places",
+        "bells",
+        "node",
+        "receiver",
+        "service",
+        "worker",
+        "wiring",
+        "watching",
+    ),
     *("deciding", "gauges", "handing_out"),
 }
 FOLDERS: dict[str, set[str]] = {

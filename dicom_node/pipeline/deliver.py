@@ -18,6 +18,7 @@ from dicom_node.config import DeliverySettings
 from dicom_node.errors import DeliveryUnavailable, LeaseLost, NodeError
 from dicom_node.interfaces import Clock, Outbox, Sender
 from dicom_node.model import Delivery, Destination, StoredInstance
+from dicom_node.nudge import Nudge
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.observe import Observer
 
@@ -95,6 +96,7 @@ class Courier:
             destination: Breaker(settings.breaker_failures, settings.breaker_probe_s) for destination in destinations
         }
         self._stopping = threading.Event()
+        self._nudge = Nudge()
         self._lanes: list[threading.Thread] = []
 
     # --- lanes
@@ -109,9 +111,14 @@ class Courier:
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stop; what is being sent is dropped at its next object and goes on after the next start. Idempotent."""
         self._stopping.set()
+        self._nudge.give()
         for lane in self._lanes:
             lane.join(timeout=timeout_s)
         self._lanes.clear()
+
+    def wake(self) -> None:
+        """Something was queued: idle lanes look now and not at their next look."""
+        self._nudge.give()
 
     def up(self) -> Mapping[str, bool]:
         """Of each destination, whether its last try got through, or none was made."""
@@ -123,13 +130,14 @@ class Courier:
 
     def _run(self, destination: str) -> None:
         while not self._stopping.is_set():
+            seen = self._nudge.count
             try:
                 busy = self.run_once(destination)
             except Exception as exc:  # edge: the lane's loop; the catalog may be back next time
                 log.error("a lane stumbled", extra={"destination": destination}, exc_info=exc)
                 busy = False
             if not busy:
-                self._stopping.wait(IDLE_S)
+                self._nudge.wait(seen, IDLE_S)
 
     def run_once(self, destination: str) -> bool:
         """Deliver the destination's first runnable delivery; False when there is none or its breaker is open.

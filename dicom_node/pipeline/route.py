@@ -67,6 +67,8 @@ class Router:
         self._clock = clock
         self._observer = observer
         self._trouble: dict[tuple[str, str, int], _Trouble] = {}
+        self.next_due_s: float | None = None
+        """When, on the boot clock, the first study will be due that was not at the last sweep; None: nobody knows."""
 
     def sweep(self) -> int:
         """One pass: route every study that is due, radiographs that need not wait first. Returns how many were.
@@ -77,7 +79,9 @@ class Router:
         """
         activities = self._ledger.open_studies()
         self._forget_trouble(activities)
-        due = [(activity, verdict) for activity in activities if (verdict := self._due(activity)).trigger is not None]
+        judged = [(activity, self._due(activity)) for activity in activities]
+        self.next_due_s = min((verdict.at_s for _, verdict in judged if verdict.at_s is not None), default=None)
+        due = [(activity, verdict) for activity, verdict in judged if verdict.trigger is not None]
         due.sort(key=lambda item: item[1].trigger is not CloseTrigger.IMMEDIATE)
         routed = 0
         for activity, verdict in due:

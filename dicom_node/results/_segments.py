@@ -19,13 +19,15 @@ __all__ = ["check_values", "content_description", "description", "values_of"]
 
 
 def values_of(plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """(256,): which values there are. Two pixels are looked up at a time, twice as fast as one."""
+    """(256,): which values there are. Eight pixels are compared at a time: most are as the eight before them."""
     flat = np.ascontiguousarray(plane).reshape(-1)
-    pairs = np.zeros(65536, np.bool_)
-    pairs[flat[: flat.size // 2 * 2].view(np.uint16)] = True
-    square = pairs.reshape(256, 256)
-    values = np.logical_or(square.any(axis=0), square.any(axis=1))
-    values[flat[-1:]] = True
+    whole = flat.size // 8 * 8
+    words = flat[:whole].view(np.uint64)
+    begins = np.ones(words.size, np.bool_)
+    np.not_equal(words[1:], words[:-1], out=begins[1:])
+    values = np.zeros(256, np.bool_)
+    values[words[begins].view(np.uint8)] = True
+    values[flat[whole:]] = True
     return values
 
 

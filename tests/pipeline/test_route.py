@@ -80,11 +80,15 @@ def node(bench: Any, kit: ModuleType, tmp_path: Path) -> Node:
 
 def test_a_study_is_routed_when_it_was_quiet_long_enough(node: Node, kit: ModuleType) -> None:
     node.bench.receive(node.bench.dataset("1.2.3.1.1"))
+    due_s = node.bench.clock.boot().seconds + 10
+    assert node.router.next_due_s is None
     assert node.router.sweep() == 0
+    assert node.router.next_due_s == pytest.approx(due_s)
     node.bench.clock.sleep(9)
     assert node.router.sweep() == 0
     node.bench.clock.sleep(1)
     assert node.router.sweep() == 1
+    assert node.router.sweep() == 0 and node.router.next_due_s is None
     (job,) = node.bench.queue.jobs()
     assert (job.rule, job.state, job.destinations) == ("organs", JobState.PENDING, ("SCANNER", "PACS"))
     verdicts = {verdict.rule: verdict for verdict in node.bench.queue.verdicts(kit.STUDY)}
