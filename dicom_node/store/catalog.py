@@ -2,6 +2,7 @@
 
     <data>/catalog.db       index, ledger, queues (SQLite, WAL)
     <data>/catalog.lock     writers of every process take turns on it
+    <data>/catalog.wanted   held by those that wait for their turn
     <data>/archive/         the bytes
     <data>/journal/         received objects whose files are not yet on disk, see `store.journal`
     <data>/node.lock        held by the node that uses the folder

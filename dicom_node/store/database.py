@@ -1,7 +1,7 @@
 """One SQLite file shared by several processes, without the traps.
 
 * Connections are our own: a sqlite-utils `Database(path)` may not cross threads. Readers are lent one each.
-* Every writer in every process takes `catalog.lock` (flock, bounded wait) *before* BEGIN IMMEDIATE and holds it
+* Every writer in every process takes `catalog.lock` (`store.turns`, bounded wait) *before* BEGIN IMMEDIATE and holds it
   through COMMIT: SQLite's own busy handler is unfair to the point of starvation.
 * Group commit without a writer thread: whoever finds nobody writing writes, and takes along whatever others have queued
   by then, in one transaction, each piece in a savepoint, so that a failing piece takes only itself back. A thread of
@@ -14,7 +14,6 @@ This file knows no table; `store.migrations` does.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import queue
 import sqlite3
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dicom_node.errors import CatalogBusy, NodeError, StorageError
+from dicom_node.store.turns import Turns
 
 __all__ = ["Database"]
 
@@ -64,8 +64,7 @@ class Database:
 
     def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = path
-        self._lock_wait_s = lock_wait_s
-        self._lock_fd = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._turns = Turns(path.with_name("catalog.lock"), lock_wait_s)
         self._guard = threading.Lock()
         self._waiting: deque[_Piece] = deque()
         self._writer = _NOBODY  # the thread that writes, or is about to
@@ -73,6 +72,7 @@ class Database:
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
         self._durable = True  # how the writing connection stands
         self._tidier: sqlite3.Connection | None = None
+        self._tidy_turns = Turns(path.with_name("catalog.lock"), lock_wait_s)  # its thread's own
         self._keeper: threading.Thread | None = None
         self._ending = threading.Event()
         self._closed = False
@@ -149,7 +149,7 @@ class Database:
             self._durable = durable
 
     def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
-        with self._locked():
+        with self._turns.taken():
             connection.execute("BEGIN IMMEDIATE")
             try:
                 if len(batch) == 1:
@@ -161,26 +161,6 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        deadline = time.monotonic() + self._lock_wait_s
-        pause = 0.0002
-        while True:
-            try:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise CatalogBusy(
-                        f"the catalog lock was not had in {self._lock_wait_s:g} s; another process holds it"
-                    ) from None
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.005)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def sync(self) -> None:
         """Make every transaction durable that `write` has returned from. Raises OSError."""
@@ -211,7 +191,8 @@ class Database:
         try:
             _, pages, done = self._tidier.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if size > WAL_LARGE or pages == done:
-                with self._locked():  # nobody appends: what little came since is written too, and the WAL begins anew
+                # nobody appends: what little came since is written too, and the WAL begins anew
+                with self._tidy_turns.taken():
                     self._tidier.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         except sqlite3.Error as exc:
             raise _mapped(exc) from exc
@@ -228,7 +209,7 @@ class Database:
 
     def checkpoint(self) -> None:
         """Write all transactions into the database file, synced. Raises StorageError, CatalogBusy."""
-        with self._locked():
+        with self._tidy_turns.taken():
             connection = self._connect(readonly=False)
             try:
                 busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -321,7 +302,8 @@ class Database:
         with suppress(queue.Empty):
             while True:
                 self._idle_readers.get_nowait().close()
-        os.close(self._lock_fd)
+        self._turns.close()
+        self._tidy_turns.close()
 
 
 def _in_savepoint(connection: sqlite3.Connection, piece: _Piece) -> None:

@@ -66,7 +66,7 @@ def test_four_processes_writing_at_once_all_get_their_turn(tmp_path: Path) -> No
     with database.read() as connection:
         assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == sum(counts)
     database.close()
-    assert min(counts) * 8 > max(counts), told
+    assert min(counts) * 3 > max(counts), told
     assert p99 < 1.0, told
 
 
@@ -237,3 +237,46 @@ def test_readers_that_were_warmed_up_open_no_file_later(tmp_path: Path) -> None:
             assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == 0
         assert len(os.listdir("/proc/self/fd")) == before
     database.close()
+
+
+def test_a_wal_is_written_back_beside_writers_and_never_under_their_lock(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    wal = tmp_path / "catalog.db-wal"
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES (?)", ("x" * 40_000_000,)))
+    assert wal.stat().st_size > 32 * 1024**2
+    inside, leave = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO t (writer) VALUES ('slow')")
+        inside.set()
+        leave.wait(10)
+
+    writer = threading.Thread(target=lambda: database.write(slow))
+    writer.start()
+    assert inside.wait(5)
+    tidied = threading.Thread(target=database.tidy)
+    tidied.start()
+    tidied.join(0.3)
+    assert tidied.is_alive(), "it took a lock that a thread of its own process holds"
+    leave.set()
+    tidied.join(10)
+    writer.join(10)
+    database.tidy()
+    assert wal.stat().st_size < 1024**2
+    with database.read() as connection:
+        assert connection.execute("SELECT count(*) FROM t WHERE writer = 'slow'").fetchone() is not None
+    database.close()
+
+
+def test_a_later_durable_write_needs_no_sync_of_its_own_from_the_caller(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    modes = []
+    for durable in (True, False, True, False, False):
+        database.write(
+            lambda connection: modes.append(connection.execute("PRAGMA synchronous").fetchone()[0]), durable=durable
+        )
+    assert modes == [2, 1, 2, 1, 1]
+    database.sync()
+    database.checkpoint()
+    database.close()
+    database.sync()
