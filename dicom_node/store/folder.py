@@ -21,8 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from blake3 import blake3
-
+from dicom_node.digests import digest_text, new_digest, old_digest_of
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
 from dicom_node.model import ArchivedFile, JournalPlace, Receipt
@@ -163,7 +162,7 @@ class FolderArchive:
 
     def location_of(self, record: JournaledObject) -> str:
         """Where the file of a journal record belongs."""
-        return _location(record.transfer_syntax_uid, record.digest.hex())
+        return _location(record.transfer_syntax_uid, digest_text(record.digest))
 
     def put_back(self, record: JournaledObject, *, anew: bool = False) -> ArchivedFile | None:
         """See that the file of a journal record is there with its bytes; `sync` makes it durable.
@@ -177,7 +176,7 @@ class FolderArchive:
             while piece := record.read(offset, PIECE):
                 spool.write(piece)
                 offset += len(piece)
-            if spool.sha256 != record.digest.hex():
+            if spool.sha256 != digest_text(record.digest):
                 return None
             return spool.put_back(record.place, anew=anew)
         except OSError as exc:
@@ -235,7 +234,7 @@ class FolderArchive:
                     data_set_length=len(data_set),
                     sha256=sha256,
                 ),
-                named_rightly=_location(meta.transfer_syntax_uid, sha256) == location,
+                named_rightly=_is_named_rightly(location, meta.transfer_syntax_uid, sha256, data_set),
                 written_at=datetime.fromtimestamp(info.st_mtime, UTC),
                 data_set=data_set,
             )
@@ -243,6 +242,23 @@ class FolderArchive:
 
 class FolderSpool:
     """`interfaces.Spool`: one data set on its way in. Not for two threads at a time."""
+
+    __slots__ = (
+        *(
+            "_archive",
+            "_before",
+            "_buffer",
+            "_bytes",
+            "_created",
+            "_digest",
+            "_fd",
+            "_filled",
+            "_fs",
+            "_hashed",
+            "_map",
+        ),
+        *("_meta_length", "_offset", "_root", "_temporary", "_transfer_syntax_uid", "_view", "_written"),
+    )
 
     def __init__(
         self,
@@ -267,7 +283,7 @@ class FolderSpool:
         self._filled = len(meta)
         self._written = 0  # of what is filled
         self._before = 0  # bytes of the file that are no longer in the buffer
-        self._digest = blake3()
+        self._digest = new_digest()
         self._hashed = len(meta)  # of what is filled; the meta information is not of the data set
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -283,7 +299,7 @@ class FolderSpool:
     def sha256(self) -> str:
         """Of the data set bytes so far."""
         self._hash(self._filled)
-        return self._digest.hexdigest()
+        return digest_text(self._digest.digest())
 
     @property
     def created(self) -> bool:
@@ -339,7 +355,7 @@ class FolderSpool:
         try:
             self._flush(self._filled)
             digest = self._digest.digest()
-            location = _location(self._transfer_syntax_uid, digest.hex())
+            location = _location(self._transfer_syntax_uid, digest_text(digest))
             place = None if receipt is None else self._journal(receipt, digest)
             try:
                 if place is None:
@@ -355,7 +371,7 @@ class FolderSpool:
                 location=location,
                 data_set_offset=self._offset,
                 data_set_length=self.length,
-                sha256=digest.hex(),
+                sha256=digest_text(digest),
                 journal=place,
             )
         finally:
@@ -377,27 +393,26 @@ class FolderSpool:
 
     def _name_for_now(self, location: str) -> None:
         """Give the file its name; the journal makes file and name durable, and holds all of it until then."""
-        target = self._root / location
         if self._temporary is not None:
             shard, name = location.split("/")
             folder_fd = self._fs.open_folder(self._root / shard)
             try:
-                self._place(name, folder_fd, target, durable=False)
+                self._place(name, folder_fd, self._root / location, durable=False)
             finally:
                 self._fs.close(folder_fd)
             return
         try:
-            self._fs.link_path(self._fd, target)
+            self._fs.link_path(self._fd, self._archive.path(location))
             self._created = True
         except FileExistsError:
-            if not self._same_bytes(target, durable=False):
+            if not self._same_bytes(self._root / location, durable=False):
                 self._name(location)
 
     def put_back(self, place: JournalPlace, *, anew: bool) -> ArchivedFile:
         """See `FolderArchive.put_back`; the journal holds all of it already. The spool is closed afterwards."""
         try:
             self._flush(self._filled)
-            digest = self._digest.hexdigest()
+            digest = digest_text(self._digest.digest())
             location = _location(self._transfer_syntax_uid, digest)
             try:
                 if anew:
@@ -512,6 +527,13 @@ class FolderSpool:
             self._archive.buffers.give_back(buffer)
 
 
+def _is_named_rightly(location: str, transfer_syntax_uid: str, digest: str, data_set: memoryview) -> bool:
+    """Whether these bytes belong under that name; files of before BLAKE3 keep theirs."""
+    if location == _location(transfer_syntax_uid, digest):
+        return True
+    return location == _location(transfer_syntax_uid, old_digest_of(data_set))
+
+
 def _location(transfer_syntax_uid: str, digest: str) -> str:
     # hashing the digest instead of the bytes a second time; the transfer syntax is part of what the bytes mean
     name = hashlib.sha256(f"{transfer_syntax_uid} {digest}".encode()).hexdigest()
@@ -519,11 +541,11 @@ def _location(transfer_syntax_uid: str, digest: str) -> str:
 
 
 def _hash_from(fd: int, offset: int) -> str:
-    digest = blake3()
+    digest = new_digest()
     while piece := os.pread(fd, 16 * PIECE, offset):
         digest.update(piece)
         offset += len(piece)
-    return digest.hexdigest()
+    return digest_text(digest.digest())
 
 
 def _temporary(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from dicom_node.digests import digest_of, is_old, old_digest_of
 from dicom_node.errors import InvalidIdentifier, StorageError
 from dicom_node.interfaces import Clock, KnownFile
 from dicom_node.model import (
@@ -28,7 +29,7 @@ from dicom_node.model import (
     StoreOutcome,
 )
 from dicom_node.store.database import Database
-from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, restore_instance
+from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, renew_digest, restore_instance
 from dicom_node.store.query import Plan, plan, supported
 from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
@@ -92,13 +93,41 @@ class SqliteIndex:
         same_pixels: Callable[[StoredInstance], bool],
     ) -> StoreOutcome:
         """See `interfaces.InstanceIndex.add_instance`. Raises StorageError when the archived file is gone."""
-        durable = record.file.journal is None
+
+        def write(same: bool | None) -> StoreOutcome:
+            return self._database.write(
+                lambda connection: self._add(connection, record, policy, same), durable=record.file.journal is None
+            )
+
         try:
-            return self._database.write(lambda connection: self._add(connection, record, policy, None), durable=durable)
+            return write(None)
         except FirstMustBeRead:
             first = self.instance(record.header.sop_instance_uid)
-        same = first is not None and same_pixels(first)
-        return self._database.write(lambda connection: self._add(connection, record, policy, same), durable=durable)
+        renewed = first is not None and self._renew_digest(first)
+        if first is not None and renewed:
+            try:
+                outcome = write(None)
+            except FirstMustBeRead:
+                return write(same_pixels(first))
+            # the same bytes lie under their new name too, unless the old one is still spoken of
+            self.if_unreferenced("/".join(first.path.split("/")[-2:]), lambda: os.unlink(first.path))
+            return outcome
+        return write(first is not None and same_pixels(first))
+
+    def _renew_digest(self, first: StoredInstance) -> bool:
+        """Give an instance of before BLAKE3 its new digest, if its file is as it was. Whether it was given one."""
+        if not is_old(first.sha256):
+            return False
+        try:
+            with open(first.path, "rb") as file:
+                data = memoryview(file.read())[first.data_set_offset :]
+        except OSError:
+            return False
+        if old_digest_of(data) != first.sha256:
+            return False
+        new = digest_of(data)
+        self._database.write(lambda connection: renew_digest(connection, first.sop_instance_uid, first.sha256, new))
+        return True
 
     def _add(
         self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None

@@ -1,5 +1,6 @@
 """The intake journal after a crash: every acknowledged object is in its place and indexed, and nothing twice."""
 
+import hashlib
 import io
 import os
 import random
@@ -276,3 +277,40 @@ def test_a_clean_end_leaves_nothing_to_replay(node: Callable[[str], Node]) -> No
     journal.close()
     with sqlite3.connect(before.folder / "catalog.db") as connection:
         assert connection.execute("SELECT count(*) FROM journaled").fetchone() == (0,)
+
+
+def test_what_was_indexed_before_the_digests_changed_is_known_again(node: Callable[[str], Node]) -> None:
+    one = node("a").begin()
+    uid, other = "1.2.3.1", "1.2.3.2"
+    body, damaged = image(uid), image(other)
+    one.send(uid, body)
+    one.send(other, damaged)
+    for known, data in ((uid, body), (other, damaged)):  # as a catalog of before has them
+        as_before(one, known, hashlib.sha256(data).hexdigest())
+    one.check()
+    assert one.send(uid, body) is StoreOutcome.DUPLICATE
+    assert one.send(uid, body) is StoreOutcome.DUPLICATE
+    assert one.catalog.index.variants(uid) == ()
+    assert one.send(uid, image(uid)) is StoreOutcome.VARIANT
+    one.check()
+    found = one.catalog.index.instance(other)
+    assert found is not None
+    raw = bytearray(Path(found.path).read_bytes())
+    raw[-1] ^= 1
+    Path(found.path).write_bytes(raw)
+    report = fsck(one.catalog, rebuild=False, verify_hashes=True, clock=one.clock)
+    assert report.damaged == [other]
+
+
+def as_before(one: Node, uid: str, digest: str) -> None:
+    """Name and row of an instance as they were under SHA-256."""
+    found = one.catalog.index.instance(uid)
+    assert found is not None
+    name = hashlib.sha256(f"{EXPLICIT} {digest}".encode()).hexdigest()
+    location = f"{name[:2]}/{name}.dcm"
+    os.rename(found.path, one.catalog.archive.path(location))
+    one.catalog.database.write(
+        lambda connection: connection.execute(
+            "UPDATE instance SET sha256 = ?, location = ? WHERE sop_instance_uid = ?", (digest, location, uid)
+        )
+    )

@@ -87,7 +87,7 @@ class Disk(RealFileSystem):
         self._may("fsync")
         super().fsync(fd)
 
-    def link_path(self, fd: int, path: Path) -> None:
+    def link_path(self, fd: int, path: str) -> None:
         self._may("link_path")
         super().link_path(fd, path)
 
