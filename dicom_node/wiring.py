@@ -155,7 +155,14 @@ class IntakeObserver(Protocol):
     """`metrics.Metrics`, as far as intake goes."""
 
     def instance_received(
-        self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False
+        self,
+        calling_ae_title: str,
+        modality: str,
+        outcome: str,
+        length: int = 0,
+        *,
+        irregular_uids: bool = False,
+        durable_by: str = "",
     ) -> None:
         """A C-STORE was answered."""
         ...
@@ -216,6 +223,7 @@ class CountedIngest:
             outcome.value,
             record.file.data_set_length,
             irregular_uids=record.header.irregular_uids,
+            durable_by="file" if record.file.journal is None else "journal",
         )
 
 
