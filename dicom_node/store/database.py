@@ -64,7 +64,9 @@ class Database:
 
     def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = path
+        self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
         self._lock_wait_s = lock_wait_s
+        self._turn = threading.Lock()  # among threads: the lock below is the process's
         self._lock_fd = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._guard = threading.Lock()
         self._waiting: deque[_Piece] = deque()
@@ -72,6 +74,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
         self._durable = True  # how the writing connection stands
+        self._behind = False  # transactions were committed that no sync followed
         self._tidier: sqlite3.Connection | None = None
         self._keeper: threading.Thread | None = None
         self._ending = threading.Event()
@@ -126,8 +129,7 @@ class Database:
         failure: BaseException | None = StorageError("the thread that wrote was ended")
         try:
             self._connection = self._connection or self._connect(readonly=False)
-            self._set_durable(self._connection, any(piece.durable for piece in batch))
-            self._commit(self._connection, batch)
+            self._commit_as_asked(self._connection, batch)
             failure = None
         except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
             failure = _mapped(exc)
@@ -142,6 +144,22 @@ class Database:
                 if self._waiting:
                     self._writer = _SOMEBODY  # until that thread has woken
                     self._waiting[0].turn.release()
+
+    def _commit_as_asked(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
+        durable = any(piece.durable for piece in batch)
+        self._set_durable(connection, durable)
+        before = connection.total_changes
+        self._commit(connection, batch)
+        if not durable:
+            self._behind = True
+        elif self._behind:
+            # nothing changed, nothing written, nothing synced; what was found must be durable all the same
+            if connection.total_changes == before or any(piece.error for piece in batch):
+                try:
+                    self.sync()
+                except OSError as exc:
+                    raise StorageError(f"the catalog cannot be synced: {exc.strerror}") from exc
+            self._behind = False
 
     def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
         if durable is not self._durable:
@@ -165,11 +183,23 @@ class Database:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         deadline = time.monotonic() + self._lock_wait_s
+        if not self._turn.acquire(timeout=self._lock_wait_s):
+            raise CatalogBusy(f"the catalog lock was not had in {self._lock_wait_s:g} s; another thread holds it")
+        try:
+            self._lock_file(deadline)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        finally:
+            self._turn.release()
+
+    def _lock_file(self, deadline: float) -> None:
         pause = 0.0002
         while True:
             try:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                return
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise CatalogBusy(
@@ -177,15 +207,11 @@ class Database:
                     ) from None
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def sync(self) -> None:
         """Make every transaction durable that `write` has returned from. Raises OSError."""
         try:
-            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self._wal, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:  # all of it is in the database itself, which SQLite synced
             return
         try:
@@ -200,7 +226,7 @@ class Database:
         CatalogBusy.
         """
         try:
-            size = os.stat(f"{self.path}-wal").st_size
+            size = os.stat(self._wal).st_size
         except OSError:
             return
         if size < WAL_SMALL:

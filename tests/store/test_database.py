@@ -1,5 +1,6 @@
 """Many writers on one SQLite file: fair, isolated from each other's failures, durable settings."""
 
+import fcntl
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,72 @@ def test_readers_that_were_warmed_up_open_no_file_later(tmp_path: Path) -> None:
             assert connection.execute("SELECT count(*) FROM t").fetchone()[0] == 0
         assert len(os.listdir("/proc/self/fd")) == before
     database.close()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were synced by other than SQLite."""
+    names: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
+
+
+def test_a_durable_write_that_finds_nothing_to_change_makes_durable_what_it_found(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    database = make(tmp_path)
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('a')"), durable=False)
+    found = database.write(lambda connection: connection.execute("SELECT count(*) FROM t").fetchone()[0])
+    assert found == 1
+    assert synced == ["catalog.db-wal"], "its caller may answer that the row is safe"
+    database.write(lambda connection: connection.execute("SELECT 1"))
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('b')"))
+    database.write(lambda connection: connection.execute("SELECT 1"))
+    assert synced == ["catalog.db-wal"], "once is enough"
+    database.close()
+
+
+def test_the_log_of_a_catalog_behind_a_link_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/catalog.db").symlink_to(tmp_path / "fast/catalog.db")
+    database = make(tmp_path / "data")
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('a')"), durable=False)
+    database.sync()
+    assert synced == ["catalog.db-wal"]
+    database.close()
+
+
+def test_tidying_does_not_take_the_lock_away_from_a_thread_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dicom_node.store.database.WAL_SMALL", 0)
+    monkeypatch.setattr("dicom_node.store.database.WAL_LARGE", 0)
+    database = make(tmp_path, lock_wait_s=0.2)
+    writes, go_on = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO t (writer) VALUES ('slow')")
+        writes.set()
+        assert go_on.wait(10)
+
+    writer = threading.Thread(target=database.write, args=(slow,))
+    writer.start()
+    assert writes.wait(10)
+    try:
+        with suppress(CatalogBusy):
+            database.tidy()
+        fd = os.open(tmp_path / "catalog.lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
+    finally:
+        go_on.set()
+        writer.join(10)
+        database.close()
