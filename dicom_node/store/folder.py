@@ -170,13 +170,15 @@ class FolderArchive:
         is there already stays, for rows say how long it is. Raises StorageError.
         """
         try:
-            meta = self._meta_of(record)
+            piece = record.read(0, PIECE)  # the file meta, and of a small object all
         except OSError as exc:
             raise _storage_error("the intake journal cannot be read", exc) from exc
+        meta = self._meta_to_keep(record, piece[: record.meta_length])
         spool = self._spool(meta, record.transfer_syntax_uid)
         try:
-            offset = record.meta_length
-            while piece := record.read(offset, PIECE):
+            spool.write(memoryview(piece)[record.meta_length :])
+            offset = len(piece)
+            while offset < record.length and (piece := record.read(offset, PIECE)):
                 spool.write(piece)
                 offset += len(piece)
             if spool.sha256 != record.digest.hex():
@@ -187,9 +189,8 @@ class FolderArchive:
         finally:
             spool.discard()
 
-    def _meta_of(self, record: JournaledObject) -> bytes:
+    def _meta_to_keep(self, record: JournaledObject, own: bytes) -> bytes:
         """File meta of the same object as it stands in the archive, of another sender maybe, or else the record's."""
-        own = record.read(0, record.meta_length)
         try:
             with open(self.path(self.location_of(record)), "rb", buffering=0) as file:
                 start = file.read(PIECE)
