@@ -66,7 +66,6 @@ class Database:
         self.path = path
         self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
         self._lock_wait_s = lock_wait_s
-        self._turn = threading.Lock()  # among threads: the lock below is the process's
         self._lock_fd = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._guard = threading.Lock()
         self._waiting: deque[_Piece] = deque()
@@ -183,23 +182,11 @@ class Database:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         deadline = time.monotonic() + self._lock_wait_s
-        if not self._turn.acquire(timeout=self._lock_wait_s):
-            raise CatalogBusy(f"the catalog lock was not had in {self._lock_wait_s:g} s; another thread holds it")
-        try:
-            self._lock_file(deadline)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-        finally:
-            self._turn.release()
-
-    def _lock_file(self, deadline: float) -> None:
         pause = 0.0002
         while True:
             try:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise CatalogBusy(
@@ -207,6 +194,10 @@ class Database:
                     ) from None
                 time.sleep(pause)
                 pause = min(pause * 1.5, 0.005)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def sync(self) -> None:
         """Make every transaction durable that `write` has returned from. Raises OSError."""

@@ -1,6 +1,5 @@
 """Many writers on one SQLite file: fair, isolated from each other's failures, durable settings."""
 
-import fcntl
 import json
 import logging
 import os
@@ -8,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -279,32 +277,3 @@ def test_the_log_of_a_catalog_behind_a_link_is_synced(tmp_path: Path, synced: li
     database.sync()
     assert synced == ["catalog.db-wal"]
     database.close()
-
-
-def test_tidying_does_not_take_the_lock_away_from_a_thread_that_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dicom_node.store.database.WAL_SMALL", 0)
-    monkeypatch.setattr("dicom_node.store.database.WAL_LARGE", 0)
-    database = make(tmp_path, lock_wait_s=0.2)
-    writes, go_on = threading.Event(), threading.Event()
-
-    def slow(connection: sqlite3.Connection) -> None:
-        connection.execute("INSERT INTO t (writer) VALUES ('slow')")
-        writes.set()
-        assert go_on.wait(10)
-
-    writer = threading.Thread(target=database.write, args=(slow,))
-    writer.start()
-    assert writes.wait(10)
-    try:
-        with suppress(CatalogBusy):
-            database.tidy()
-        fd = os.open(tmp_path / "catalog.lock", os.O_RDWR)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(fd)
-    finally:
-        go_on.set()
-        writer.join(10)
-        database.close()
