@@ -44,7 +44,7 @@ class FolderArchive:
         self, root: Path, *, fs: FileSystem | None = None, reserve_bytes: int = 0, reserve_ratio: float = 0.0
     ) -> None:
         """`root` is made if need be (StorageError if it cannot be); free space below the larger reserve is not used."""
-        self._root = root
+        self._root = root.absolute()
         self._fs: FileSystem = fs or RealFileSystem()
         self._reserve_bytes = reserve_bytes
         self._reserve_ratio = reserve_ratio
@@ -139,18 +139,15 @@ class FolderArchive:
 
     # --- the intake journal
 
-    def settled(self, file: ArchivedFile) -> None:
+    def settled(self, file: ArchivedFile, *, kept: bool = True) -> None:
         """See `interfaces.Archive.settled`."""
-        if file.journal is not None:
-            self.given_up(file.journal)
-
-    def given_up(self, place: JournalPlace) -> None:
-        """The journal need not wait for this record."""
-        if self.journal is not None:
-            self.journal.settled(place)
+        if self.journal is not None and file.journal is not None:
+            self.journal.settled(file.journal, kept=kept)
 
     def watch_writes(self) -> None:
         """From now on `sync` tells of every write that failed. Raises StorageError."""
+        if self._syncing_fd >= 0:
+            return
         try:
             self._syncing_fd = self._fs.open_folder(self._root)
         except OSError as exc:
@@ -164,25 +161,43 @@ class FolderArchive:
         """Where the file of a journal record belongs."""
         return _location(record.transfer_syntax_uid, digest_text(record.digest))
 
-    def put_back(self, record: JournaledObject, *, anew: bool = False) -> ArchivedFile | None:
-        """See that the file of a journal record is there with its bytes; `sync` makes it durable.
+    def put_back(self, record: JournaledObject, *, durable: bool = False) -> ArchivedFile | None:
+        """Write the file of a journal record anew, even where it seems to be: after a failed sync the system's memory
+        may show bytes that are not on disk, also to the next process.
 
-        `anew`: write it even if it seems to be there, durable by itself. None for a record that was never whole.
-        Raises StorageError.
+        `sync` makes it durable, or `durable` does by itself. None for a record that was never whole. A file meta that
+        is there already stays, for rows say how long it is. Raises StorageError.
         """
-        spool = self._spool(record.read(0, record.meta_length), record.transfer_syntax_uid)
         try:
-            offset = record.meta_length
-            while piece := record.read(offset, PIECE):
+            piece = record.read(0, PIECE)  # the file meta, and of a small object all
+        except OSError as exc:
+            raise _storage_error("the intake journal cannot be read", exc) from exc
+        meta = self._meta_to_keep(record, piece[: record.meta_length])
+        spool = self._spool(meta, record.transfer_syntax_uid)
+        try:
+            spool.write(memoryview(piece)[record.meta_length :])
+            offset = len(piece)
+            while offset < record.length and (piece := record.read(offset, PIECE)):
                 spool.write(piece)
                 offset += len(piece)
             if spool.sha256 != digest_text(record.digest):
                 return None
-            return spool.put_back(record.place, anew=anew)
+            return spool.put_back(record.place, durable=durable)
         except OSError as exc:
             raise _storage_error("the intake journal cannot be read", exc) from exc
         finally:
             spool.discard()
+
+    def _meta_to_keep(self, record: JournaledObject, own: bytes) -> bytes:
+        """File meta of the same object as it stands in the archive, of another sender maybe, or else the record's."""
+        try:
+            with open(self.path(self.location_of(record)), "rb", buffering=0) as file:
+                start = file.read(PIECE)
+            there, ours = parse_file_meta(memoryview(start)), parse_file_meta(memoryview(own))
+        except (OSError, InvalidInstance):
+            return own
+        same = (there.sop_instance_uid, there.transfer_syntax_uid) == (ours.sop_instance_uid, ours.transfer_syntax_uid)
+        return start[: there.data_set_offset] if same else own
 
     def close(self) -> None:
         """Give descriptors back. Idempotent."""
@@ -277,6 +292,7 @@ class FolderSpool:
         self._meta_length = len(meta)
         self._transfer_syntax_uid = transfer_syntax_uid
         self._archive = archive
+        self._faults = archive.journal.faults if archive.journal is not None else 0
         self._buffer: RecordBuffer | None = archive.buffers.take()
         self._bytes = self._buffer.file  # of the file: all of it while it fits, then the last part
         self._bytes[: len(meta)] = meta
@@ -364,8 +380,8 @@ class FolderSpool:
                 else:
                     self._name_for_now(location)
             except OSError as exc:
-                if place is not None:
-                    self._archive.given_up(place)
+                if place is not None and self._archive.journal is not None:
+                    self._archive.journal.settled(place, kept=False)
                 raise _storage_error("a received object cannot be made durable", exc) from exc
             return ArchivedFile(
                 location=location,
@@ -389,37 +405,33 @@ class FolderSpool:
             transfer_syntax_uid=self._transfer_syntax_uid,
             digest=digest,
             source_fd=self._fd if self._before else None,
+            faults=self._faults,
         )
 
-    def _name_for_now(self, location: str) -> None:
+    def _name_for_now(self, location: str, *, anew: bool = False) -> None:
         """Give the file its name; the journal makes file and name durable, and holds all of it until then."""
-        if self._temporary is not None:
-            shard, name = location.split("/")
-            folder_fd = self._fs.open_folder(self._root / shard)
+        if self._temporary is None:
             try:
-                self._place(name, folder_fd, self._root / location, durable=False)
-            finally:
-                self._fs.close(folder_fd)
-            return
-        try:
-            self._fs.link_path(self._fd, self._archive.path(location))
-            self._created = True
-        except FileExistsError:
-            if not self._same_bytes(self._root / location, durable=False):
-                self._name(location)
+                self._fs.link_path(self._fd, self._archive.path(location))
+                self._created = True
+                return
+            except FileExistsError:
+                if not anew and self._same_bytes(self._root / location, durable=False):
+                    return
+        self._name(location, durable=False, anew=anew)
 
-    def put_back(self, place: JournalPlace, *, anew: bool) -> ArchivedFile:
+    def put_back(self, place: JournalPlace, *, durable: bool) -> ArchivedFile:
         """See `FolderArchive.put_back`; the journal holds all of it already. The spool is closed afterwards."""
         try:
             self._flush(self._filled)
             digest = digest_text(self._digest.digest())
             location = _location(self._transfer_syntax_uid, digest)
             try:
-                if anew:
+                if durable:
                     self._fs.fsync(self._fd)
                     self._name(location, anew=True)
                 else:
-                    self._name_for_now(location)
+                    self._name_for_now(location, anew=True)
             except OSError as exc:
                 raise _storage_error("an object of the intake journal cannot be put in its place", exc) from exc
             return ArchivedFile(
@@ -432,13 +444,14 @@ class FolderSpool:
         finally:
             self.discard()
 
-    def _name(self, location: str, *, anew: bool = False) -> None:
+    def _name(self, location: str, *, durable: bool = True, anew: bool = False) -> None:
         shard, name = location.split("/")
         folder_fd = self._fs.open_folder(self._root / shard)
         try:
-            self._place(name, folder_fd, self._root / location, durable=True, anew=anew)
+            self._place(name, folder_fd, self._root / location, durable=durable, anew=anew)
             try:
-                self._fs.fsync_dir(folder_fd)
+                if durable:
+                    self._fs.fsync_dir(folder_fd)
             except OSError:
                 if self._created:
                     with suppress(OSError):

@@ -161,6 +161,26 @@ class SqliteIndex:
         """Offsets of the records of this life of a segment that were indexed, or refused."""
         return frozenset(row[0] for row in self._fetch("SELECT place FROM journaled WHERE segment = ?", (segment,)))
 
+    def data_set_offset(self, location: str) -> int | None:
+        """Where its row says that the data set of this file begins, None when no row refers to it."""
+        rows = self._fetch(
+            "SELECT data_set_offset FROM instance WHERE location = :at UNION ALL "
+            "SELECT data_set_offset FROM variant WHERE location = :at LIMIT 1",
+            {"at": location},
+        )
+        return rows[0][0] if rows else None
+
+    def moved(self, file: ArchivedFile) -> None:
+        """The file was written anew and its data set begins elsewhere now."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            for table in ("instance", "variant"):
+                connection.execute(
+                    f"UPDATE {table} SET data_set_offset = ? WHERE location = ?", (file.data_set_offset, file.location)
+                )
+
+        self._database.write(write)
+
     def received_at(self, sop_instance_uid: str) -> datetime | None:
         """When the instance came that is kept under this UID, None for none."""
         rows = self._fetch("SELECT received_at FROM instance WHERE sop_instance_uid = ?", (sop_instance_uid,))
