@@ -167,7 +167,7 @@ class Lobby:
             self._poll.modify(visit.number, ONCE)
 
     def _taken(self, number: int) -> Visit | None:
-        """Who waits at this descriptor. Another than who was heard, if that one was closed meanwhile: it just waits on."""
+        """Who waits at this descriptor; if the one that was heard was closed meanwhile, another: no harm is done."""
         with self._guard:
             return self._silent.pop(number, None) or self._parked.pop(number, None)
 
