@@ -425,7 +425,7 @@ def accepted_contexts(body: bytes) -> dict[int, tuple[int, str]]:
 def test_a_peer_that_does_not_finish_its_request_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
-    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "association"):
+    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "lobby", "association"):
         monkeypatch.setattr(f"dicom_node.dimse.{module}.FIRST_PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)

@@ -191,8 +191,8 @@ def test_a_peer_in_the_middle_of_an_object_is_told_when_the_node_ends_it(
     ended = threading.Event()
 
     def stream() -> None:
-        while not ended.is_set():
-            peer.send_fragment(1, 0, bytes(16384))
+        while not ended.wait(0.005):  # a peer that hears nothing for half a MiB more is not waited for
+            peer.send_fragment(1, 0, bytes(1024))
 
     streaming = threading.Thread(target=stream)
     streaming.start()
