@@ -131,7 +131,7 @@ class Lobby:
             self._parked.clear()
             self._called.clear()
         for visit in left:
-            self._drop(visit)
+            self._work(self._drop, visit)
         if not any(thread.is_alive() for thread in threads):  # or a descriptor of another's would be waited for
             self._poll.close()
             os.close(self._bell)

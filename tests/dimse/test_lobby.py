@@ -177,3 +177,14 @@ def test_no_thread_begins_when_the_lobby_has_ended(hall: Hall) -> None:
     hall.lobby.stop()
     with hall.lobby._guard:
         assert not hall.lobby._start_one()
+
+
+def test_who_is_left_when_the_lobby_ends_is_dropped_though_the_one_before_made_trouble(
+    hall: Hall, come: Callable[[], socket.socket], wait_for: WaitFor
+) -> None:
+    hall.failure = OSError("the record cannot be written")
+    peers = [come() for _ in range(3)]
+    wait_for(lambda: hall.lobby.silent == 3, 5.0, "all to be there")
+    hall.lobby.stop()
+    assert [peer.recv(1) for peer in peers] == [b""] * 3
+    assert len(hall.dropped) == 3
