@@ -292,6 +292,7 @@ def _of_dicom_engine(config: NodeConfig, returns: Returns | None) -> Mapping[str
     return {
         "sender": DimseSender(config.delivery, config.ae_titles[0], open_link(config.wire)),
         "returns": returns,
+        "client_tls": config.client_tls,
         "own_titles": frozenset(config.ae_titles),
         "peers": {peer.ae_title: peer.is_engine for peer in config.peers.values()},
         "return_titles": {name: block.return_titles for name, block in _dicom_engines(config).items()},

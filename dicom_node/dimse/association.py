@@ -35,6 +35,7 @@ from dicom_node.dimse.link import (
 )
 from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece, MessageReader
 from dicom_node.dimse.outgoing import StoredDataSet
+from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.upper_layer.connection import (
     Aborted,
     Connection,
@@ -87,7 +88,7 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket | TlsStream) -> None:
     """Set what an association needs of its socket; those that a listener accepts have it from the listener (Linux)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -107,7 +108,7 @@ class Association:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         connection: Connection,
         buffers: Buffers,
         *,
@@ -142,7 +143,7 @@ class Association:
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         self._quiet_since = time.monotonic()
         self._discarded = 0
-        self._poll: select.poll | None = None
+        self._poll: Callable[[float], object] | None = sock.ready if isinstance(sock, TlsStream) else None
         if not hosted:
             sock.setblocking(True)
             prepare(sock)
@@ -397,9 +398,10 @@ class Association:
 
     def _readable(self, timeout_s: float) -> bool:
         if self._poll is None:
-            self._poll = select.poll()
-            self._poll.register(self._sock, select.POLLIN)
-        return bool(self._poll.poll(max(timeout_s, 0.0) * 1000))
+            poll = select.poll()
+            poll.register(self._sock.fileno(), select.POLLIN)
+            self._poll = poll.poll
+        return bool(self._poll(max(timeout_s, 0.0) * 1000))
 
     def next_message(self, timeout_s: float) -> Message | None:
         """See `link.Link`."""
