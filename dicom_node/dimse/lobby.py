@@ -96,9 +96,10 @@ class Lobby:
 
     # --- life
 
-    def open(self, *listeners: tuple[socket.socket, bool]) -> None:
-        """Let in whom these, which do not block, have; each with whether it is for TLS."""
-        self._doors = {listener.fileno(): (listener, over_tls) for listener, over_tls in listeners}
+    def open(self, listener: socket.socket | None, for_tls: socket.socket | None = None) -> None:
+        """Let in whom these, which do not block, have."""
+        both = ((listener, False), (for_tls, True))
+        self._doors = {one.fileno(): (one, over_tls) for one, over_tls in both if one is not None}
         with self._guard:
             while len(self._threads) < min(KEPT_THREADS, self._most) and self._start_one():
                 pass

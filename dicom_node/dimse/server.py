@@ -90,14 +90,16 @@ class DicomServer:
     def start(self) -> int:
         """Listen; the port that is really bound. Raises OSError when it cannot be bound."""
         self._listener = listening(self._listener, self._config, BACKLOG)
-        doors = [(self._listener, self._tls is not None)]
         if self._config.tls is not None and (port := self._config.tls.port) is not None:
             self._tls_listener = listening(self._tls_listener, self._config, BACKLOG, port=port)
-            doors = [(self._listener, False), (self._tls_listener, True)]
-        for listener, _ in doors:
-            listener.setblocking(False)
-            prepare(listener)
-        self._lobby.open(*doors)
+        for listener in (self._listener, self._tls_listener):
+            if listener is not None:
+                listener.setblocking(False)
+                prepare(listener)
+        if self._tls is not None and self._tls_listener is None:
+            self._lobby.open(None, self._listener)
+        else:
+            self._lobby.open(self._listener, self._tls_listener)
         self._touching.start()
         return int(self._listener.getsockname()[1])
 

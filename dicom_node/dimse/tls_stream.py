@@ -127,8 +127,8 @@ class TlsStream:
         except ssl.SSLWantReadError:
             self._has_more = False
             return done or None
-        except ssl.SSLZeroReturnError:  # close_notify
-            return done
+        except ssl.SSLZeroReturnError:  # close_notify: the next read says so again
+            pass
         except ssl.SSLError:
             if not done:
                 raise
