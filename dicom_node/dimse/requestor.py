@@ -35,8 +35,9 @@ def open_link(
     request = _request(destination, contexts, calling_ae_title)
     connection = Connection(Side.REQUESTOR, Limits(pdu_bytes=MAX_PDU))
     connection.request(request)
+    sock = _connected(destination, settings.connect_timeout_s)
     association = Association(
-        _connected(destination, settings.connect_timeout_s),
+        sock,
         connection,
         _BUFFERS,
         max_data_set_bytes=max_data_set_bytes,
@@ -46,7 +47,9 @@ def open_link(
     try:
         event = association.next_event(settings.response_timeout_s)
     except AssociationLost as exc:
-        raise DeliveryUnavailable(f"destination {destination.name}: no association ({exc})") from exc
+        # with TLS 1.3 an acceptor says only now that it does not take our certificate
+        why = f"TLS: {sock.trouble}" if isinstance(sock, TlsStream) and sock.trouble else str(exc)
+        raise DeliveryUnavailable(f"destination {destination.name}: no association ({why})") from exc
     if isinstance(event, Associated):
         try:
             association.agreed(_agreed(request, event.answer), event.answer.user.maximum_length)

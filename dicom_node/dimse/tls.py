@@ -32,6 +32,7 @@ _LEVEL = "@SECLEVEL=2:"  # of OpenSSL: 112 bits, RSA from 2048, no SHA-1 in sign
 _WARN_S = 30 * 24 * 3600.0
 _REMIND_S = 24 * 3600.0
 _MAX_PEM = 4 * 1024 * 1024
+_MAX_PASSPHRASE = 256  # characters, of 4 bytes each
 _BEGIN, _END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 _SEQUENCE, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x17, 0x18, 0xA0
 
@@ -138,13 +139,14 @@ def _kept_private(where: str, path: str) -> None:
 
 
 def _passphrase(where: str, variable: str, path: str) -> str:
+    """At most what OpenSSL takes."""
     if variable:
         if found := os.environ.get(variable):
-            return found
+            return found[:_MAX_PASSPHRASE]
         raise ConfigError(f"{where}.key_passphrase_env: the variable {variable} is not set; set it to the passphrase")
     if path:
         _kept_private(f"{where}.key_passphrase_file", path)
-        return _readable(f"{where}.key_passphrase_file", path).decode("utf-8", "replace").rstrip("\r\n")
+        return _readable(f"{where}.key_passphrase_file", path)[:_MAX_PASSPHRASE].decode("latin-1").rstrip("\r\n")
     raise ConfigError(
         f"{where}.key: it is encrypted; set key_passphrase_file, or key_passphrase_env to the name of a variable"
     )

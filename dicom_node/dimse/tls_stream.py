@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from dicom_node.dimse.tls import failure
+
 __all__ = ["TlsStream"]
 
 RAW = 64 * 1024  # of what is read from, or written to, the socket at once: the memory each connection keeps
@@ -44,6 +46,7 @@ class TlsStream:
         self._has_more = False  # may have, decrypted or not, in memory: the socket knows nothing of it
         self._is_open = self._was_closed = False
         self.has_begun = False
+        self.trouble = ""  # why a record could not be had: an alert of the peer's, most often
 
     # --- handshake
 
@@ -129,7 +132,8 @@ class TlsStream:
             return done or None
         except ssl.SSLZeroReturnError:  # close_notify: the next read says so again
             pass
-        except ssl.SSLError:
+        except ssl.SSLError as exc:
+            self.trouble = failure(exc)
             if not done:
                 raise
         self._has_more = True

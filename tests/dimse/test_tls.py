@@ -320,7 +320,7 @@ def test_the_node_calls_over_tls_and_verifies_who_answers(
     late = secure({"certificate": certificate, "key": key})
     with pytest.raises(DeliveryUnavailable, match="TLS: certificate verify failed: certificate has expired"):
         calls(called(late.port))
-    with pytest.raises(DeliveryUnavailable):
+    with pytest.raises(DeliveryUnavailable, match="TLS: tlsv13 alert certificate required"):
         calls(called(node.port, certificate=None, key=None))
 
 
