@@ -123,13 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+TLS_HELP = "over TLS, with the certificate, key and authorities of `tls` in the configuration"
+
+
 def _wire_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     send = command("send", "send", "Send DICOM files to a node or PACS (C-STORE).")
     send.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders to look through")
     send.add_argument("--to", required=True, metavar="HOST:PORT/AET")
+    send.add_argument("--tls", action="store_true", help=TLS_HELP)
     fetch = command("fetch", "fetch", "Fetch a study from a node or PACS (C-GET).")
     fetch.add_argument("study", metavar="STUDY", help="Study Instance UID")
     fetch.add_argument("--from", required=True, metavar="HOST:PORT/AET", dest="origin")
+    fetch.add_argument("--tls", action="store_true", help=TLS_HELP)
     fetch.add_argument("--into", metavar="DIR", help="folder for the files (default: one named like the study)")
 
 

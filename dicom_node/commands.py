@@ -84,7 +84,16 @@ def serve(arguments: argparse.Namespace) -> int:
     config = settings(arguments)
     setup_logging(config.log_level, "supervisor")
     config.resolved_rules_dir()
+    _check_tls(config)
     return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
+
+
+def _check_tls(config: NodeConfig) -> None:
+    """Raises ConfigError for certificates and keys that cannot be used."""
+    if config.tls is not None or any(one.tls is not False for one in config.destinations.values()):
+        from dicom_node.dimse.tls import check_tls
+
+        check_tls(config)
 
 
 def _check_before_work(config: NodeConfig) -> None:
@@ -108,6 +117,7 @@ def config_check(arguments: argparse.Namespace) -> int:
     from dicom_node.wiring import engines, put_away
 
     config = settings(arguments)
+    _check_tls(config)
     rules = node_rules(config)
     for name, engine in engines(config).items():
         put_away(name, engine)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from dicom_node.errors import ConfigError
-from dicom_node.model import ConflictPolicy, Destination
+from dicom_node.model import ConflictPolicy, Destination, TlsClient
 
 __all__ = [
     "CompletionOverride",
@@ -32,6 +32,8 @@ __all__ = [
     "NodeConfig",
     "PeerSettings",
     "StorageSettings",
+    "TlsClientSettings",
+    "TlsSettings",
     "is_loopback",
     "load_config",
     "packaged",
@@ -65,7 +67,15 @@ def _name(value: str) -> str:
     return value
 
 
+def _fingerprint(value: str) -> str:
+    bare = value.replace(":", "").replace(" ", "").lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", bare):
+        raise ValueError(f"{value!r} is no SHA-256 fingerprint: 64 hexadecimal digits, with or without colons")
+    return bare
+
+
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
+Fingerprint = Annotated[str, AfterValidator(_fingerprint)]
 Name = Annotated[str, AfterValidator(_name)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu|hip)(:[0-9]{1,3})?)$")]
@@ -74,6 +84,65 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class _KeySettings(_Settings):
+    """A private key in a file. Its passphrase, if it has one, is in an environment variable or in a file."""
+
+    key_passphrase_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")] = ""
+    key_passphrase_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_passphrase(self) -> _KeySettings:
+        if self.key_passphrase_env and self.key_passphrase_file:
+            raise ValueError("key_passphrase_env and key_passphrase_file are both set; keep one")
+        if self.key_passphrase_env.startswith("DICOM_NODE_"):
+            raise ValueError("key_passphrase_env: variables that begin with DICOM_NODE_ are settings; use another name")
+        return self
+
+
+Profile = Literal["bcp195", "bcp195-non-downgrading", "bcp195-extended"]
+
+
+class TlsSettings(_KeySettings):
+    """DICOM over TLS, for those who call the node (PS3.15 B.9 to B.13). Files are PEM and taken in when they change."""
+
+    certificate: Path
+    """With the intermediate authorities after it."""
+    key: Path
+    ca: Path | None = None
+    """Authorities whose certificates clients, and AEs the node calls, must have."""
+    profile: Profile = "bcp195"
+    """Nothing below TLS 1.2 is spoken in any. `bcp195-extended`: no cipher suite of TLS 1.2 below 256 bits."""
+    client_auth: Literal["required", "none"] = "required"
+    port: Port | None = None
+    """null: `dicom_port` speaks TLS and nothing else; a port: TLS there, beside plain DICOM on `dicom_port`."""
+
+    @model_validator(mode="after")
+    def _knows_clients(self) -> TlsSettings:
+        if self.client_auth == "required" and self.ca is None:
+            raise ValueError(
+                "ca: clients must show a certificate (client_auth: required) and no authority is named; "
+                "set ca to the PEM file of yours, or client_auth: none"
+            )
+        return self
+
+
+class TlsClientSettings(_KeySettings):
+    """How an AE is called over TLS. What is null is taken from the node's own `tls`."""
+
+    ca: Path | None = None
+    """Authorities its certificate must have; null and no `tls.ca`: those the system trusts."""
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+    """The name or address in its certificate; null = its host."""
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> TlsClientSettings:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together; set both or neither")
+        return self
 
 
 class PeerSettings(_Settings):
@@ -87,6 +156,8 @@ class PeerSettings(_Settings):
     is_engine: bool = False
     """What it sends are results: they match no rule unless the rule says `origin: any`."""
     conflict_policy: ConflictPolicy | None = None
+    certificates: tuple[Fingerprint, ...] = ()
+    """SHA-256 fingerprints of its certificates: it must come over TLS with one of them; empty = any, or none."""
 
 
 class DestinationSettings(_Settings):
@@ -98,6 +169,8 @@ class DestinationSettings(_Settings):
     calling_ae_title: AeTitle | None = None
     results: tuple[Literal["seg", "sr", "stl", "sc", "pdf", "ann"], ...] | None = None
     """Only these kinds of result are sent here (`seg`: label maps too); null = all a rule asks for."""
+    tls: bool | TlsClientSettings = False
+    """true: over TLS, with the certificate and the authorities of the node's own `tls`."""
 
 
 class EngineSettings(_Settings):
@@ -224,6 +297,10 @@ class NodeConfig(_Settings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     wire: Literal["own", "pynetdicom"] = "own"
     """Which upper layer carries DICOM: the node's own, or pynetdicom's, which is slower and for trusted networks."""
+    tls: TlsSettings | None = None
+    """null: DICOM is not encrypted."""
+    allow_any_peer: bool = False
+    """Let the DICOM port be reached from other machines though anybody may use it."""
     receivers: Annotated[int, Field(ge=1, le=32)] = 1
     """Processes that take associations, all from the one DICOM port. More than one pays where cores are to spare."""
     max_associations: Annotated[int, Field(ge=1)] = 1000
@@ -253,15 +330,50 @@ class NodeConfig(_Settings):
 
     @model_validator(mode="after")
     def _open_only_to_loopback(self) -> NodeConfig:
-        if not self.peers and not is_loopback(self.host):
+        asks_for_certificates = self.tls is not None and self.tls.client_auth == "required" and self.tls.port is None
+        if not (self.peers or asks_for_certificates or self.allow_any_peer or is_loopback(self.host)):
             raise ValueError(
                 f"host: {self.host!r} is reachable from other machines but no peers are configured; "
-                "list who may connect under `peers:`, or bind 127.0.0.1"
+                "list who may connect under `peers:`, or let only TLS with client certificates in (`tls:` without a "
+                "port of its own), or bind 127.0.0.1; `allow_any_peer: true` lets everybody in"
             )
+        if self.peers and self.allow_any_peer:
+            raise ValueError("allow_any_peer: peers are configured, so only they may connect; remove one of the two")
         titles = [peer.ae_title for peer in self.peers.values()]
         if twice := sorted({title for title in titles if titles.count(title) > 1}):
             raise ValueError(f"peers: AE title {twice[0]!r} is given to two peers; make one entry with both hosts")
         return self
+
+    @model_validator(mode="after")
+    def _tls_where_it_can_be(self) -> NodeConfig:
+        asks = [f"destinations.{name}.tls" for name, one in self.destinations.items() if one.tls is not False]
+        asks += ["tls"] if self.tls is not None else []
+        if self.wire == "pynetdicom" and asks:
+            raise ValueError(f"{asks[0]}: pynetdicom's wire carries no TLS; set `wire: own`")
+        bound = [name for name, peer in self.peers.items() if peer.certificates]
+        if bound and (self.tls is None or self.tls.client_auth == "none"):
+            raise ValueError(
+                f"peers.{bound[0]}.certificates: nobody is asked for a certificate; "
+                "set `tls:` with client_auth: required"
+            )
+        return self
+
+    def client_tls(self, asked: bool | TlsClientSettings) -> TlsClient | None:
+        """How an AE is called that is configured with `asked`; None: not over TLS."""
+        if asked is False:
+            return None
+        own = asked if isinstance(asked, TlsClientSettings) else TlsClientSettings()
+        pair: TlsSettings | TlsClientSettings | None = own if own.certificate is not None else self.tls
+        ca = own.ca or (self.tls.ca if self.tls is not None else None)
+        return TlsClient(
+            ca=str(ca or ""),
+            certificate=str((pair and pair.certificate) or ""),
+            key=str((pair and pair.key) or ""),
+            key_passphrase_env=pair.key_passphrase_env if pair else "",
+            key_passphrase_file=str((pair and pair.key_passphrase_file) or ""),
+            server_name=own.server_name or "",
+            profile=self.tls.profile if self.tls is not None else "bcp195",
+        )
 
     def destination(self, name: str) -> Destination:
         """The destination of that name. Raises ConfigError."""
@@ -276,6 +388,7 @@ class NodeConfig(_Settings):
             host=found.host,
             port=found.port,
             calling_ae_title=found.calling_ae_title or self.ae_titles[0],
+            tls=self.client_tls(found.tls),
         )
 
     def resolved_rules_dir(self) -> Path:

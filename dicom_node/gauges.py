@@ -8,7 +8,7 @@ from typing import Any
 
 from dicom_node.config import NodeConfig
 from dicom_node.metrics import DELIVERY_STATES, JOB_STATES, LEDGER, OTHER, QUEUE_STATES, VARIANT_KINDS, Reading
-from dicom_node.pulse import read_pulse
+from dicom_node.pulse import read_pulse, receiver_roles
 
 __all__ = ["catalog_readings", "node_readings"]
 
@@ -96,6 +96,21 @@ def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: in
         yield "runtime_breaker_state", (runtime["device"],), runtime["breaker"]
         for model, version in runtime["models"] if work and work.ok else ():
             yield "model_loaded", (model, version, runtime["device"]), 1
+    yield from _certificates(config)
     supervisor = read_pulse(config.data_dir, "supervisor")
     for role, restarts in (supervisor.facts.get("restarts", {}) if supervisor else {}).items():
         yield "process_restarts", (role,), restarts
+
+
+def _certificates(config: NodeConfig) -> Iterator[Reading]:
+    """When the certificate that receivers show ends, at the first of them, and those that destinations are shown."""
+    if config.tls is not None:
+        pulses = [read_pulse(config.data_dir, role) for role in receiver_roles(config.receivers)]
+        ends = [pulse.facts.get("certificate_ends", 0.0) for pulse in pulses if pulse is not None]
+        if known := [end for end in ends if end]:
+            yield "tls_certificate_expiry_timestamp_seconds", ("tls",), min(known)
+    if any(one.tls is not False for one in config.destinations.values()):
+        from dicom_node.dimse.tls import client_expiries  # only where there are such
+
+        for name, end in client_expiries(config):
+            yield "tls_certificate_expiry_timestamp_seconds", (f"destinations.{name}.tls",), end

@@ -46,7 +46,7 @@ STATUS_CLASSES = ("success", "pending", "warning", "cancel", "failure")
 OUTCOMES = (*(outcome.value for outcome in StoreOutcome), "invalid", "failed")
 DURABLE_BY = ("journal", "file")
 ASSOCIATION_RESULTS = ("released", "aborted")
-REJECT_REASONS = ("calling_ae", "called_ae", "address", "limit", "protocol")
+REJECT_REASONS = ("calling_ae", "called_ae", "address", "certificate", "tls", "limit", "protocol")
 CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role")
 VERDICTS = ("match", "nomatch", "missing_tag", "mixed", "error")
 ATTEMPT_OUTCOMES = ("done", "rejected", "retry", "parked", "failed", "lost")
@@ -390,6 +390,10 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "storage_free_bytes": ("Free space on the volume of the data folder.", ("volume",)),
     "storage_used_ratio": ("Used part of that volume.", ("volume",)),
     "intake_state": ("0 open, 2 refusing for lack of space.", ()),
+    "tls_certificate_expiry_timestamp_seconds": (
+        "When the certificate under that key of the settings ends, or one of its chain, in seconds since 1970.",
+        ("certificate",),
+    ),
     "workers_alive": ("Workers that gave a sign of life lately.", ()),
     "model_loaded": ("1 for each model whose network is loaded on a device.", ("model", "version", "device")),
     "engine_usable": ("0: its model package cannot be used, status says why; its jobs wait.", ("engine",)),

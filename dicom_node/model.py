@@ -487,6 +487,19 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsClient:
+    """How an AE is called over TLS: paths of PEM files; '' is the system's authorities, and no certificate of ours."""
+
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+    key_passphrase_env: str = ""
+    key_passphrase_file: str = ""
+    server_name: str = ""  # in its certificate; '' = the host
+    profile: str = "bcp195"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
     """A DICOM AE results and images are sent to, by its name in the configuration."""
 
@@ -495,6 +508,7 @@ class Destination:
     host: str
     port: int
     calling_ae_title: str = ""  # '' = the node's first AE title
+    tls: TlsClient | None = None  # None: not encrypted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 
 from dicom_node.dimse.wires import server_class
@@ -32,6 +33,7 @@ class Receiver:
             associations=self._catalog.index,
             observe=metrics,
             sock=adopted(orders),
+            tls_sock=socket.socket(fileno=orders.tls_listen_fd) if orders.tls_listen_fd >= 0 else None,
             neighbours=Places(orders.places_fd, orders.receiver_number) if orders.places_fd >= 0 else None,
         )
         self._server.start()
@@ -39,11 +41,14 @@ class Receiver:
     def health(self) -> Facts:
         """Whether connections are taken."""
         accepting = any(thread.name == "dicom-accept" for thread in threading.enumerate())
-        facts = {"associations": self._server.active_associations}
+        facts = {
+            "associations": self._server.active_associations,
+            "certificate_ends": self._server.certificate_ends,
+        }
         return accepting, "" if accepting else "no connections are taken", facts
 
     def reload(self) -> None:
-        """Nothing of a receiver is re-read."""
+        """Nothing: TLS files that change are taken in by themselves."""
 
     def stop(self) -> None:
         """Requests under way may finish; the rest is aborted."""

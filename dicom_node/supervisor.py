@@ -64,6 +64,7 @@ class _Child:
     unwell_s: float = 0.0  # observed without a good pulse
     receiver: int = -1  # its number, -1 for the others
     epoch: str = ""  # of a receiver that runs, for its associations
+    tls_listener: socket.socket | None = None
 
 
 def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> int:
@@ -78,7 +79,9 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
     config = replace_data_dir(config)
     with _Signals() as signals, contextlib.ExitStack() as stack:
         dicom, http = (stack.enter_context(_socket(host)) for host in (config.host, config.http_host))
-        supervisor = _Supervisor(config, dicom, http, signals)
+        tls_port = config.tls.port if config.tls is not None else None
+        tls = stack.enter_context(_socket(config.host)) if tls_port is not None else None
+        supervisor = _Supervisor(config, dicom, http, signals, tls)
         try:
             # Whoever sends waits for the receivers: they load their modules while this process loads its own
             supervisor.launch_receivers()
@@ -86,13 +89,15 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
 
             stack.enter_context(data_lock(config.data_dir))
             _bind(dicom, config.host, config.dicom_port, "dicom_port")
+            if tls is not None and tls_port is not None:
+                _bind(tls, config.host, tls_port, "tls.port")
             _bind(http, config.http_host, config.http_port, "http_port")
             supervisor.prepare()
             supervisor.start_receivers()
             check()
             supervisor.start()
             if supervisor.wait_until_ready():
-                say(ready_line(config, dicom, http))
+                say(ready_line(config, dicom, http, tls))
                 supervisor.watch()
         finally:
             supervisor.stop()
@@ -108,14 +113,23 @@ def replace_data_dir(config: NodeConfig) -> NodeConfig:
     return config.model_copy(update={"data_dir": config.data_dir.resolve()})
 
 
-def ready_line(config: NodeConfig, dicom: socket.socket, http: socket.socket) -> str:
-    """One line: where the node answers, and who can reach it."""
+def ready_line(config: NodeConfig, dicom: socket.socket, http: socket.socket, tls: socket.socket | None = None) -> str:
+    """One line: where the node answers, and who can reach it. `tls`: where TLS has a port of its own."""
     titles = "/".join(config.ae_titles)
-    where = f"DICOM {titles} on {_address(dicom)}, HTTP on {_address(http)}"
+    where = f"DICOM {titles} on {_address(dicom)}"
+    if tls is not None:
+        where += f" and, over TLS, on {_address(tls)}"
+    elif config.tls is not None:
+        where += " over TLS"
+    where += f", HTTP on {_address(http)}"
     if is_loopback(config.host):
         reach = "only this machine can reach it (to open it set `host` and list `peers` in the configuration)"
-    else:
+    elif config.peers:
         reach = f"reachable from other machines by {len(config.peers)} configured peer(s)"
+    elif config.allow_any_peer:
+        reach = "ANYBODY who reaches this address may use it (allow_any_peer)"
+    else:
+        reach = "reachable from other machines by whoever has a certificate of tls.ca"
     return f"dicom-node ready: {where}; {reach}"
 
 
@@ -174,7 +188,14 @@ def _nothing(*_: object) -> None:
 class _Supervisor:
     """Starts, watches and stops the children. Single-threaded but for the catalog's own writer."""
 
-    def __init__(self, config: NodeConfig, dicom: socket.socket, http: socket.socket, signals: _Signals) -> None:
+    def __init__(
+        self,
+        config: NodeConfig,
+        dicom: socket.socket,
+        http: socket.socket,
+        signals: _Signals,
+        tls: socket.socket | None = None,
+    ) -> None:
         self._config = config
         self._signals = signals
         self._clock = SystemClock()
@@ -182,7 +203,10 @@ class _Supervisor:
         self._holds_folder = False
         receivers = receiver_roles(config.receivers)
         self._children = [
-            *(_Child(role=role, listener=dicom, receiver=number) for number, role in enumerate(receivers)),
+            *(
+                _Child(role=role, listener=dicom, receiver=number, tls_listener=tls)
+                for number, role in enumerate(receivers)
+            ),
             _Child(role="service", listener=http),
             _Child(role="work", listener=None),
         ]
@@ -241,7 +265,7 @@ class _Supervisor:
         self._order(child)
 
     def _launch(self, child: _Child) -> None:
-        fds = [child.listener.fileno()] if child.listener else []
+        fds = [listener.fileno() for listener in (child.listener, child.tls_listener) if listener]
         if child.receiver < 0:
             fds += self._bells
         elif self._places_fd >= 0:
@@ -260,6 +284,7 @@ class _Supervisor:
             config=self._config,
             supervisor_pid=os.getpid(),
             listen_fd=child.listener.fileno() if child.listener else -1,
+            tls_listen_fd=child.tls_listener.fileno() if child.tls_listener else -1,
             ports=self._ports(),
             receiver_number=max(child.receiver, 0),
             places_fd=self._places_fd if is_receiver else -1,

@@ -7,9 +7,11 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dicom_node.commands import FAILED, OK, settings
+from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
 from dicom_node.logs import setup_logging
 from dicom_node.model import Destination
@@ -25,12 +27,18 @@ def peer(text: str) -> Destination:
     return Destination(name=text, ae_title=match[3].strip(), host=match[1].strip("[]"), port=int(match[2]))
 
 
+def _asked(config: NodeConfig, text: str, *, over_tls: bool) -> Destination:
+    """`peer(text)`, called as a destination with `tls: true` is."""
+    return replace(peer(text), tls=config.client_tls(over_tls))
+
+
 def send(arguments: argparse.Namespace) -> int:
     """C-STORE files; a refused one is named with its status, and the others go on."""
     from dicom_node.dimse.files import send_files
     from dicom_node.dimse.session import is_stored
 
-    config, destination = settings(arguments), peer(arguments.to)
+    config = settings(arguments)
+    destination = _asked(config, arguments.to, over_tls=arguments.tls)
     setup_logging("ERROR", "command")
     sent, refused = 0, 0
 
@@ -64,7 +72,8 @@ def fetch(arguments: argparse.Namespace) -> int:
     """C-GET a study into a folder."""
     from dicom_node.dimse.files import get_study
 
-    config, remote = settings(arguments), peer(arguments.origin)
+    config = settings(arguments)
+    remote = _asked(config, arguments.origin, over_tls=arguments.tls)
     setup_logging("ERROR", "command")
     if re.fullmatch(r"[0-9.]{1,64}", arguments.study) is None:
         raise ConfigError(f"{arguments.study!r} is no UID: 1-64 digits and dots")

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from dicom_node.budget import VolumeMemory
 from dicom_node.clock import SystemClock
-from dicom_node.config import EngineSettings, NodeConfig
+from dicom_node.config import EngineSettings, NodeConfig, TlsClientSettings
 from dicom_node.engines._dicom_options import DicomEngineOptions, dicom_options
 from dicom_node.errors import ConfigError, EngineError, EngineUnavailable, NodeError
 from dicom_node.interfaces import Clock, Engine, Heartbeat, ResultEncoder, Returns
@@ -303,10 +303,17 @@ def _of_dicom_engine(config: NodeConfig, returns: Returns | None) -> Mapping[str
     return {
         "sender": DimseSender(config.delivery, config.ae_titles[0], open_link(config.wire)),
         "returns": returns,
+        "client_tls": config.client_tls if config.wire == "own" else _no_tls,
         "own_titles": frozenset(config.ae_titles),
         "peers": {peer.ae_title: peer.is_engine for peer in config.peers.values()},
         "return_titles": {name: block.return_titles for name, block in _dicom_engines(config).items()},
     }
+
+
+def _no_tls(asked: bool | TlsClientSettings) -> None:
+    """Raises ConfigError where TLS is asked for."""
+    if asked is not False:
+        raise ConfigError("options.tls: pynetdicom's wire carries no TLS; set `wire: own`")
 
 
 def _made(name: str, settings: EngineSettings, **more: Any) -> Engine:

@@ -6,6 +6,7 @@ import pytest
 
 from dicom_node.config import NodeConfig, is_loopback, load_config
 from dicom_node.errors import ConfigError
+from dicom_node.model import TlsClient
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,71 @@ def test_what_is_no_yaml_is_told_by_its_place_and_not_quoted(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="DICOM_NODE_ENGINES: not readable as YAML") as of_variable:
         load_config(None, environ={"DICOM_NODE_ENGINES": "{cxr: {token: eyJ-secret"})
     assert "secret" not in str(caught.value) + str(of_variable.value)
+
+
+TLS = {"certificate": "node.pem", "key": "node.key", "ca": "ca.pem"}
+PEER = {"ct": {"ae_title": "CT1"}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peers": PEER},
+        {"allow_any_peer": True},
+        {"tls": TLS},
+        {"tls": {**TLS, "client_auth": "none"}, "peers": PEER},
+        {"tls": {**TLS, "port": 2762}, "allow_any_peer": True},
+    ],
+)
+def test_other_machines_may_reach_a_node_that_knows_them_or_was_told_to_trust_all(settings: dict[str, object]) -> None:
+    assert NodeConfig.model_validate({"host": "0.0.0.0", **settings}).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tls": {**TLS, "client_auth": "none"}},
+        {"tls": {**TLS, "port": 2762}},  # the plain port is open to all
+    ],
+)
+def test_tls_that_asks_for_no_certificate_or_leaves_a_plain_port_opens_nothing(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="no peers are configured"):
+        NodeConfig.model_validate({"host": "0.0.0.0", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"allow_any_peer": True, "peers": PEER}, "only they may connect"),
+        ({"tls": {"certificate": "a", "key": "b"}}, "clients must show a certificate"),
+        ({"tls": TLS, "wire": "pynetdicom"}, "tls: pynetdicom's wire carries no TLS; set `wire: own`"),
+        (
+            {"wire": "pynetdicom", "destinations": {"P": {"ae_title": "P", "host": "p", "port": 104, "tls": True}}},
+            "destinations.P.tls: pynetdicom's wire carries no TLS",
+        ),
+        ({"peers": {"ct": {"ae_title": "CT1", "certificates": ["ab" * 32]}}}, "nobody is asked for a certificate"),
+        ({"peers": {"ct": {"ae_title": "CT1", "certificates": ["ab"]}}}, "'ab' is no SHA-256 fingerprint"),
+        ({"tls": {**TLS, "key_passphrase_env": "DICOM_NODE_KEY"}}, "use another name"),
+        ({"tls": {**TLS, "key_passphrase_env": "A", "key_passphrase_file": "b"}}, "keep one"),
+        ({"tls": {**TLS, "profile": "ssl3"}}, "profile"),
+    ],
+)
+def test_tls_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NodeConfig.model_validate(settings)
+
+
+def test_a_destination_takes_from_the_node_what_it_does_not_set() -> None:
+    def of(tls: object) -> TlsClient | None:
+        entry = {"ae_title": "P", "host": "p", "port": 2762, "tls": tls}
+        return NodeConfig.model_validate({"tls": TLS, "destinations": {"P": entry}}).destination("P").tls
+
+    assert of(False) is None
+    assert of(True) == TlsClient(ca="ca.pem", certificate="node.pem", key="node.key")
+    assert of({"server_name": "pacs"}) == TlsClient(
+        ca="ca.pem", certificate="node.pem", key="node.key", server_name="pacs"
+    )
+    assert of({"ca": "other.pem", "certificate": "c.pem", "key": "k.pem"}) == TlsClient(
+        ca="other.pem", certificate="c.pem", key="k.pem"
+    )

@@ -28,6 +28,7 @@ class Rejection:
 WRONG_CALLED = Rejection(result=1, source=1, diagnostic=7, reason="called_ae")
 WRONG_CALLING = Rejection(result=1, source=1, diagnostic=3, reason="calling_ae")
 WRONG_ADDRESS = Rejection(result=1, source=1, diagnostic=3, reason="address")
+WRONG_CERTIFICATE = Rejection(result=1, source=1, diagnostic=3, reason="certificate")
 WRONG_APPLICATION_CONTEXT = Rejection(result=1, source=1, diagnostic=2, reason="protocol")
 TOO_MANY = Rejection(result=2, source=3, diagnostic=2, reason="limit")
 
@@ -42,9 +43,19 @@ class Admission:
         }
 
     def judge(
-        self, *, calling: str, called: str, address: str, application_context: str, established: int
+        self,
+        *,
+        calling: str,
+        called: str,
+        address: str,
+        application_context: str,
+        established: int,
+        certificate: str = "",
     ) -> Rejection | None:
-        """None when the association may be had; `established` is the number of those there are now."""
+        """None when the association may be had; `established` is the number of those there are now.
+
+        `certificate`: SHA-256 of the one the peer has shown and that was verified, '' for none.
+        """
         if application_context != APPLICATION_CONTEXT:
             return WRONG_APPLICATION_CONTEXT
         if called not in self._config.ae_titles and not self._config.any_called_ae_title:
@@ -57,6 +68,8 @@ class Admission:
                 return WRONG_CALLING
             if peer[1] and not _within(address, peer[1]):
                 return WRONG_ADDRESS
+            if peer[0].certificates and certificate not in peer[0].certificates:
+                return WRONG_CERTIFICATE
         return TOO_MANY if established >= self._config.max_associations else None
 
     def idle_timeout_s(self, calling: str) -> float:

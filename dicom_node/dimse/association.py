@@ -16,6 +16,7 @@ from dicom_node.dimse.commands import CommandField
 from dicom_node.dimse.link import MAX_WAITING_MESSAGES, AssociationLost, Fragments, Message, answers, cut
 from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece
 from dicom_node.dimse.outgoing import StoredDataSet
+from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.transport import Buffers, Transport
 from dicom_node.dimse.upper_layer.connection import (
     Connection,
@@ -39,7 +40,7 @@ class Association(Transport):
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         connection: Connection,
         buffers: Buffers,
         *,

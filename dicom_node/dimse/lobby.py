@@ -21,6 +21,7 @@ from contextlib import suppress
 from dicom_node.dimse.association import Association
 from dicom_node.dimse.link import FIRST_PDU_S
 from dicom_node.dimse.request import Peer
+from dicom_node.dimse.tls_stream import TlsStream
 
 __all__ = ["Lobby", "Visit"]
 
@@ -38,13 +39,15 @@ class Visit:
     """One connection from its accept to its close. In the lobby, or with exactly one thread.
 
     `association` is there as soon as it has spoken, `peer` as soon as it was accepted. `deadline` (monotonic) is when
-    it is to be served though it has said nothing.
+    it is to be served though it has said nothing. `over_tls`: it came to a door for TLS; `stream` is there as soon as
+    its handshake has begun.
     """
 
-    __slots__ = ("address", "association", "deadline", "number", "peer", "since", "sock")
+    __slots__ = ("address", "association", "deadline", "number", "over_tls", "peer", "since", "sock", "stream")
 
-    def __init__(self, sock: socket.socket, address: str, since: float) -> None:
-        self.sock, self.address, self.since = sock, address, since
+    def __init__(self, sock: socket.socket, address: str, since: float, *, over_tls: bool = False) -> None:
+        self.sock, self.address, self.since, self.over_tls = sock, address, since, over_tls
+        self.stream: TlsStream | None = None
         self.number = sock.fileno()
         self.association: Association | None = None
         self.peer: Peer | None = None
@@ -76,8 +79,7 @@ class Lobby:
         is_busier: Callable[[int], bool],
         most: int,
     ) -> None:
-        self._listener: socket.socket | None = None
-        self._door = -1
+        self._doors: dict[int, tuple[socket.socket, bool]] = {}  # by descriptor, with whether it is for TLS
         self._serve, self._turn_away, self._drop, self._most = serve, turn_away, drop, most
         self._is_busier = is_busier
         self._poll = select.epoll()
@@ -94,24 +96,27 @@ class Lobby:
 
     # --- life
 
-    def open(self, listener: socket.socket) -> None:
-        """Let in whom `listener`, which does not block, has."""
-        self._listener, self._door = listener, listener.fileno()
+    def open(self, listener: socket.socket | None, for_tls: socket.socket | None = None) -> None:
+        """Let in whom these, which do not block, have."""
+        both = ((listener, False), (for_tls, True))
+        self._doors = {one.fileno(): (one, over_tls) for one, over_tls in both if one is not None}
         with self._guard:
             while len(self._threads) < min(KEPT_THREADS, self._most) and self._start_one():
                 pass
         self._is_busier(0)
         self._keeper.start()
         self._poll.register(self._bell, select.EPOLLIN)
-        self._poll.register(self._door, ONCE)
+        for door in self._doors:
+            self._poll.register(door, ONCE)
 
     def close_door(self) -> None:
         """Let nobody in any more; those that are here are served as if they were late. Idempotent, as `stop` is."""
         if self._ended.is_set():
             return
         self._is_open = False
-        with suppress(OSError):
-            self._poll.unregister(self._door)
+        for door in self._doors:
+            with suppress(OSError):
+                self._poll.unregister(door)
         self._call(math.inf)
 
     def stop(self, timeout_s: float = 2.0) -> None:
@@ -190,14 +195,14 @@ class Lobby:
             self._call(time.monotonic())
             self._is_busier(self.connections)  # for the others to know
 
-    def _let_in(self) -> None:
+    def _let_in(self, door: int) -> None:
         """One connection, and see to the next. Whoever finds none was not the first."""
         client = None
-        assert self._listener is not None
+        listener, over_tls = self._doors[door]
         if self._is_busier(self.connections):
             time.sleep(GIVE_WAY_S)
         try:
-            client, address = self._listener.accept()
+            client, address = listener.accept()
         except BlockingIOError:
             pass
         except OSError:
@@ -206,10 +211,10 @@ class Lobby:
                 time.sleep(0.2)  # out of descriptors: give the others time to close
         if self._is_open:
             with suppress(OSError):  # the door was closed meanwhile
-                self._poll.modify(self._door, ONCE)
+                self._poll.modify(door, ONCE)
         if client is None:
             return
-        visit, oldest = Visit(client, str(address[0]), time.monotonic()), None
+        visit, oldest = Visit(client, str(address[0]), time.monotonic(), over_tls=over_tls), None
         with self._guard:
             self._poll.register(visit.number, ONCE)
             if len(self._silent) >= MAX_SILENT:
@@ -250,8 +255,8 @@ class Lobby:
                 log.exception("connection could not be served")
 
     def _see_to(self, number: int) -> None:
-        if number == self._door:
-            self._let_in()
+        if number in self._doors:
+            self._let_in(number)
             return
         visit = self._next_called() if number == self._bell else self._taken(number)
         if visit is not None:

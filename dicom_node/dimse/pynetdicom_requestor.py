@@ -29,7 +29,9 @@ def open_link(
     settings: DeliverySettings,
     max_data_set_bytes: int,
 ) -> PynetdicomLink:
-    """See `session.OpenLink`."""
+    """See `session.OpenLink`. TLS is not spoken here."""
+    if destination.tls is not None:
+        raise DeliveryRefused(f"destination {destination.name}: pynetdicom's wire carries no TLS; set `wire: own`")
     quiet_libraries()
     entity = ApplicationEntity(ae_title=calling_ae_title)
     name_implementation(entity)

@@ -27,6 +27,7 @@ from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.errors import ConfigError
 from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
 
@@ -44,7 +45,7 @@ class PynetdicomServer:
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. Raises ConfigError for peers that cannot be understood.
+    them together. Raises ConfigError for peers that cannot be understood, and for TLS, which is not spoken here.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class PynetdicomServer:
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
+        tls_sock: socket.socket | None = None,
     ) -> None:
+        if config.tls is not None or tls_sock is not None:
+            raise ConfigError("tls: pynetdicom's wire carries no TLS; set `wire: own`")
         quiet_libraries()
         most = min(config.max_associations, MOST_ASSOCIATIONS)
         config = config.model_copy(update={"max_associations": most})
@@ -111,6 +115,11 @@ class PynetdicomServer:
     def active_associations(self) -> int:
         """Associations established now."""
         return sum(link.is_established for link in self._living())
+
+    @property
+    def certificate_ends(self) -> float:
+        """0: there is no TLS here."""
+        return 0.0
 
     def _living(self) -> list[PynetdicomLink]:
         with self._guard:

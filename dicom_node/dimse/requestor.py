@@ -9,12 +9,14 @@ from dicom_node.config import DeliverySettings
 from dicom_node.dimse.association import Association
 from dicom_node.dimse.contexts import ProposedContext
 from dicom_node.dimse.link import AgreedContext, AssociationLost
+from dicom_node.dimse.tls import client_context, failure
+from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.transport import Buffers
 from dicom_node.dimse.upper_layer import pdus
 from dicom_node.dimse.upper_layer.connection import Associated, AssociationRefused, Connection, Limits, Side
-from dicom_node.errors import DeliveryRefused, DeliveryUnavailable
+from dicom_node.errors import ConfigError, DeliveryRefused, DeliveryUnavailable
 from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
-from dicom_node.model import Destination
+from dicom_node.model import Destination, TlsClient
 
 __all__ = ["open_link"]
 
@@ -34,8 +36,9 @@ def open_link(
     request = _request(destination, contexts, calling_ae_title)
     connection = Connection(Side.REQUESTOR, Limits(pdu_bytes=MAX_PDU))
     connection.request(request)
+    sock = _connected(destination, settings.connect_timeout_s)
     association = Association(
-        _connected(destination, settings.connect_timeout_s),
+        sock,
         connection,
         _BUFFERS,
         max_data_set_bytes=max_data_set_bytes,
@@ -45,7 +48,9 @@ def open_link(
     try:
         event = association.next_event(settings.response_timeout_s)
     except AssociationLost as exc:
-        raise DeliveryUnavailable(f"destination {destination.name}: no association ({exc})") from exc
+        # with TLS 1.3 an acceptor says only now that it does not take our certificate
+        why = f"TLS: {sock.trouble}" if isinstance(sock, TlsStream) and sock.trouble else str(exc)
+        raise DeliveryUnavailable(f"destination {destination.name}: no association ({why})") from exc
     if isinstance(event, Associated):
         try:
             association.agreed(_agreed(request, event.answer), event.answer.user.maximum_length)
@@ -62,13 +67,31 @@ def open_link(
     raise DeliveryUnavailable(f"destination {destination.name}: no association")
 
 
-def _connected(destination: Destination, timeout_s: float) -> socket.socket:
+def _connected(destination: Destination, timeout_s: float) -> socket.socket | TlsStream:
     try:
-        return socket.create_connection((destination.host, destination.port), timeout=timeout_s)
+        sock = socket.create_connection((destination.host, destination.port), timeout=timeout_s)
     except socket.gaierror as exc:
         raise DeliveryUnavailable(f"destination {destination.name}: the host name is not known") from exc
     except (OSError, ValueError, OverflowError) as exc:
         raise DeliveryUnavailable(f"destination {destination.name}: no association (no connection)") from exc
+    return sock if destination.tls is None else _encrypted(sock, destination, destination.tls, timeout_s)
+
+
+def _encrypted(sock: socket.socket, destination: Destination, tls: TlsClient, timeout_s: float) -> TlsStream:
+    """TLS over `sock`, the handshake done; it may take as long as the connection. Nothing is sent before that."""
+    name = destination.name
+    try:
+        context = client_context(tls, f"destinations.{name}.tls")
+        stream = TlsStream(sock, context, server_name=tls.server_name or destination.host)
+        stream.shake_hands(timeout_s)
+    except ConfigError as exc:  # files that are mended are found by the next try
+        sock.close()
+        raise DeliveryUnavailable(f"destination {name}: {exc}") from exc
+    except (OSError, ValueError) as exc:
+        sock.close()
+        reason = failure(exc) if isinstance(exc, OSError) else "no name that a certificate can have"
+        raise DeliveryUnavailable(f"destination {name}: no association (TLS: {reason})") from exc
+    return stream
 
 
 def _request(destination: Destination, contexts: Sequence[ProposedContext], calling_ae_title: str) -> pdus.AssociateRQ:

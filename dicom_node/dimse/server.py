@@ -22,6 +22,8 @@ from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.dimse.tls import failure, fingerprint, for_listener
+from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.transport import Buffers, prepare
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
@@ -46,7 +48,8 @@ class DicomServer:
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. Raises ConfigError for peers that cannot be understood.
+    them together. `tls_sock` is such a socket for `config.tls.port`, where TLS has a port of its own. Raises
+    ConfigError for peers that cannot be understood, and for certificates and keys that cannot be used.
     """
 
     def __init__(
@@ -59,12 +62,14 @@ class DicomServer:
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
+        tls_sock: socket.socket | None = None,
     ) -> None:
         self._config = config
+        self._tls = for_listener(config.tls) if config.tls is not None else None
         self._serving = Serving(
             config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
         )
-        self._listener = sock
+        self._listener, self._tls_listener = sock, tls_sock
         self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
@@ -86,9 +91,16 @@ class DicomServer:
     def start(self) -> int:
         """Listen; the port that is really bound. Raises OSError when it cannot be bound."""
         self._listener = listening(self._listener, self._config, BACKLOG)
-        self._listener.setblocking(False)
-        prepare(self._listener)
-        self._lobby.open(self._listener)
+        if self._config.tls is not None and (port := self._config.tls.port) is not None:
+            self._tls_listener = listening(self._tls_listener, self._config, BACKLOG, port=port)
+        for listener in (self._listener, self._tls_listener):
+            if listener is not None:
+                listener.setblocking(False)
+                prepare(listener)
+        if self._tls is not None and self._tls_listener is None:
+            self._lobby.open(None, self._listener)
+        else:
+            self._lobby.open(self._listener, self._tls_listener)
         self._touching.start()
         return int(self._listener.getsockname()[1])
 
@@ -97,8 +109,9 @@ class DicomServer:
         deadline = time.monotonic() + timeout
         self._stopping.set()
         self._lobby.close_door()
-        if self._listener is not None:
-            self._listener.close()
+        for listener in (self._listener, self._tls_listener):
+            if listener is not None:
+                listener.close()
         if self._touching.is_alive():
             self._touching.join(timeout=TOUCH_S + 1.0)
         while (living := self._living()) and time.monotonic() < deadline:
@@ -117,6 +130,19 @@ class DicomServer:
         """Associations established now."""
         return len(self._admitted)
 
+    @property
+    def tls_port(self) -> int:
+        """Where TLS is spoken, once started; 0: nowhere."""
+        if self._tls is None:
+            return 0
+        listener = self._tls_listener or self._listener
+        return int(listener.getsockname()[1]) if listener is not None else 0
+
+    @property
+    def certificate_ends(self) -> float:
+        """When the certificate in force ends, seconds since the epoch; 0: there is none."""
+        return self._tls.not_after if self._tls is not None else 0.0
+
     def _living(self) -> list[Association]:
         with self._guard:
             return list(self._links)
@@ -130,6 +156,8 @@ class DicomServer:
                         association.traffic = False
                         active.append(peer)
             self._serving.touched(active)
+            if self._tls is not None:
+                self._tls.look()
 
     # --- one connection, on a thread of the lobby
 
@@ -137,8 +165,12 @@ class DicomServer:
         """What there is to do for it now. Then it goes back to the lobby, or is closed."""
         if visit.association is None:
             if self._stopping.is_set() or not visit.deadline:
+                if visit.stream is not None and not visit.deadline:
+                    self._untrusted(visit, "the handshake, or the first request, did not come to its end")
                 with visit.sock, suppress(OSError):
                     visit.sock.recv(MAX_REQUEST, socket.MSG_DONTWAIT)  # closing over unread bytes would be a reset
+                return
+            if visit.over_tls and not self._is_shaken(visit):
                 return
             visit.association = self._meet(visit)
         association = visit.association
@@ -157,6 +189,26 @@ class DicomServer:
             association.rest()
             self._lobby.keep(visit, association.idle_until if visit.peer is not None else visit.since + FIRST_PDU_S)
 
+    def _is_shaken(self, visit: Visit) -> bool:
+        """Go on with its handshake as far as the peer has; no thread waits for it. When it fails it is closed."""
+        assert self._tls is not None
+        stream = visit.stream = visit.stream or TlsStream(visit.sock, self._tls.context)
+        try:
+            if stream.shake():
+                return True
+        except OSError as exc:
+            if stream.has_begun:  # who only looks whether the port is open is not worth a line
+                self._untrusted(visit, failure(exc))
+            with visit.sock, suppress(OSError):
+                visit.sock.shutdown(socket.SHUT_WR)
+            return False
+        self._lobby.keep(visit, visit.since + FIRST_PDU_S)
+        return False
+
+    def _untrusted(self, visit: Visit, reason: str) -> None:
+        log.warning("TLS failed", extra={"reason": reason, "address": visit.address})
+        self._serving.observe.association_rejected("tls")
+
     def _go_on(self, visit: Visit, association: Association) -> bool:
         """Serve it as long as it has something to say; False when it is to be ended. Raises AssociationLost."""
         association.wake()
@@ -172,7 +224,7 @@ class DicomServer:
     def _meet(self, visit: Visit) -> Association:
         config = self._config
         association = Association(
-            visit.sock,
+            visit.stream or visit.sock,
             Connection(Side.ACCEPTOR, Limits(pdu_bytes=config.max_pdu_bytes)),
             self._buffers,
             max_data_set_bytes=config.storage.max_object_bytes,
@@ -229,7 +281,10 @@ class DicomServer:
     def _turn_away(self, visit: Visit) -> None:
         log.warning("too many connections")
         self._serving.observe.association_rejected("limit")
-        _turn_away(visit.sock)
+        if visit.over_tls:
+            visit.sock.close()
+        else:
+            _turn_away(visit.sock)
 
     def _negotiate(self, visit: Visit, association: Association, request: AssociateRQ) -> None:
         """Accept, reject or abort; it has a peer from then on when it was accepted. Raises AssociationLost."""
@@ -244,6 +299,7 @@ class DicomServer:
             called=called,
             address=address,
             application_context=request.application_context,
+            certificate=fingerprint(visit.stream.peer_certificate()) if visit.stream is not None else "",
         )
         with self._guard:
             # told before it is judged: of two receivers that both take the last place at once neither gets it

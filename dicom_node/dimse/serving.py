@@ -31,13 +31,20 @@ log = logging.getLogger(__name__)
 TOUCH_S = 2.0
 
 
-def listening(sock: socket.socket | None, config: NodeConfig, backlog: int) -> socket.socket:
-    """`sock`, already bound, or a new one on the configured address, listening. Raises OSError when it cannot be."""
+def listening(
+    sock: socket.socket | None, config: NodeConfig, backlog: int, *, port: int | None = None
+) -> socket.socket:
+    """`sock`, already bound, or a new one on the configured address and `port` (None: the DICOM port), listening.
+
+    Raises OSError when it cannot be.
+    """
     if sock is not None:
         sock.listen(backlog)
         return sock
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return socket.create_server((config.host, config.dicom_port), family=family, backlog=backlog)
+    return socket.create_server(
+        (config.host, config.dicom_port if port is None else port), family=family, backlog=backlog
+    )
 
 
 class Neighbours(Protocol):
@@ -105,14 +112,16 @@ class Serving:
         address: str,
         application_context: str,
         established: int,
+        certificate: str = "",
     ) -> Rejection | None:
-        """None when the association may be had; `fields` for the log."""
+        """None when the association may be had; `fields` for the log. `certificate`: see `Admission.judge`."""
         rejection = self._admission.judge(
             calling=calling,
             called=called,
             address=address,
             application_context=application_context,
             established=established,
+            certificate=certificate,
         )
         if rejection is not None:
             log.warning("association rejected", extra={"reason": rejection.reason, **fields})

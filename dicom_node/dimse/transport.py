@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from dicom_node.dimse.link import (
@@ -28,6 +28,7 @@ from dicom_node.dimse.link import (
     AssociationLost,
 )
 from dicom_node.dimse.messages import BadMessage, MessageReader
+from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.upper_layer.connection import (
     Aborted,
     Connection,
@@ -77,7 +78,7 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket | TlsStream) -> None:
     """Set what an association needs of its socket; those that a listener accepts have it from the listener (Linux)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -97,7 +98,7 @@ class Transport:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         connection: Connection,
         buffers: Buffers,
         *,
@@ -122,7 +123,7 @@ class Transport:
         self._filled_at = 0.0
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         self._discarded = 0
-        self._poll: select.poll | None = None
+        self._poll: Callable[[float], object] | None = sock.ready if isinstance(sock, TlsStream) else None
         if not hosted:
             sock.setblocking(True)
             prepare(sock)
@@ -358,9 +359,10 @@ class Transport:
 
     def _readable(self, timeout_s: float) -> bool:
         if self._poll is None:
-            self._poll = select.poll()
-            self._poll.register(self._sock, select.POLLIN)
-        return bool(self._poll.poll(max(timeout_s, 0.0) * 1000))
+            poll = select.poll()
+            poll.register(self._sock.fileno(), select.POLLIN)
+            self._poll = poll.poll
+        return bool(self._poll(max(timeout_s, 0.0) * 1000))
 
     # --- what goes
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dicom_node.config import AeTitle, EngineSettings
+from dicom_node.config import AeTitle, EngineSettings, TlsClientSettings
 from dicom_node.engines._settings import Options, Seconds, parse_options
 
 __all__ = ["DicomEngineOptions", "dicom_options"]
@@ -39,6 +39,8 @@ class DicomEngineOptions(Options):
     port: Annotated[int, Field(ge=1, le=65535)]
     calling_ae_title: AeTitle | None = None
     """Under which title the node sends; null = its first."""
+    tls: bool | TlsClientSettings = False
+    """As of a destination."""
     returns_from: tuple[AeTitle, ...] = ()
     """AE titles its answers come from; empty: the one it is sent to. What they send is never analysed as an image."""
     send_identifiable: bool = False

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dicom_node.clock import SystemClock
-from dicom_node.config import EngineSettings
+from dicom_node.config import EngineSettings, TlsClientSettings
 from dicom_node.engines._dicom_answer import check_patient, restored_copies
 from dicom_node.engines._dicom_matching import Fit, Matched, Sent, matched
 from dicom_node.engines._dicom_note import Waiting
@@ -48,7 +48,7 @@ from dicom_node.errors import (
 )
 from dicom_node.identity import device_uid
 from dicom_node.interfaces import Clock, Heartbeat, ReturnedObject, Returns, Sender
-from dicom_node.model import Destination, EngineTask, Origin, Sending, StoredInstance
+from dicom_node.model import Destination, EngineTask, Origin, Sending, StoredInstance, TlsClient
 from dicom_node.values import EngineResult, Pending, Provenance, ReturnedInstances
 
 __all__ = ["DicomEngine"]
@@ -69,7 +69,8 @@ class DicomEngine:
     Construction validates the options (ConfigError, naming engines.NAME.options.KEY) and does nothing else. `sender`
     and `returns` are what it works with; without them it can be checked and not run. `own_titles` are the node's AE
     titles, `peers` those that may talk to it with whether each is an engine, `return_titles` the AE titles by engine
-    of this kind. Other keyword arguments are ignored. Several series may be run at a time, from threads.
+    of this kind, `client_tls` `NodeConfig.client_tls`. Other keyword arguments are ignored. Several series may be run
+    at a time, from threads.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class DicomEngine:
         own_titles: frozenset[str] = frozenset(),
         peers: Mapping[str, bool] | None = None,
         return_titles: Mapping[str, Sequence[str]] | None = None,
+        client_tls: Callable[[bool | TlsClientSettings], TlsClient | None] | None = None,
         clock: Clock | None = None,
         **node: Any,
     ) -> None:
@@ -91,6 +93,7 @@ class DicomEngine:
         self._timeout_s = settings.timeout_s
         self._data_dir = data_dir
         self._sender, self._returns = sender, returns
+        self._tls = client_tls(self._options.tls) if client_tls is not None else None
         self._own_titles, self._peers = own_titles, peers or {}
         self._titles = frozenset(self._options.return_titles)
         sharing = {engine for engine, titles in (return_titles or {}).items() if self._titles & set(titles)}
@@ -164,6 +167,7 @@ class DicomEngine:
             host=options.host,
             port=options.port,
             calling_ae_title=options.calling_ae_title or "",
+            tls=self._tls,
         )
 
     # --- asking
