@@ -18,9 +18,9 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
 
 from dicom_node.config import DeliverySettings, NodeConfig
-from dicom_node.dimse import association as association_module
 from dicom_node.dimse import server as server_module
 from dicom_node.dimse import tls as tls_module
+from dicom_node.dimse import transport as transport_module
 from dicom_node.dimse.commands import NO_DATA_SET
 from dicom_node.dimse.files import get_study
 from dicom_node.dimse.session import DimseSender
@@ -547,7 +547,7 @@ def test_many_messages_in_one_record_and_one_message_in_many_records_are_served(
 def test_half_a_record_keeps_to_the_deadline_of_its_pdu(
     secure: Callable[..., Any], tls_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(association_module, "PDU_S", 1.0)
+    monkeypatch.setattr(transport_module, "PDU_S", 1.0)
     node = secure()
     peer = tls_peer(node.port)
     assert peer.associate(CONTEXTS)[0] == 2
