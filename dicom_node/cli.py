@@ -20,6 +20,9 @@ __all__ = ["main"]
 OK = 0
 FAILED = 2
 
+# the module that does a command, where it is not `commands`
+_MODULES = {"send": "transfers", "fetch": "transfers", "ledger": "operations"}
+
 _SETTINGS = argparse.ArgumentParser(add_help=False)
 _SETTINGS.add_argument("--config", metavar="FILE", help="settings (default: config/node.yaml where it exists)")
 _SETTINGS.add_argument("--data-dir", metavar="DIR", help="where the node keeps everything (default: data)")
@@ -80,7 +83,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.run == "version":
         print(f"dicom-node {version('dicom-node')}")
         return OK
-    module = "transfers" if arguments.run in ("send", "fetch") else "commands"
+    module = _MODULES.get(arguments.run, "commands")
     for group in ("model", "engine"):
         if arguments.run.startswith(f"{group}s_"):
             module = f"{group}_commands"
@@ -142,6 +145,9 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     timeline.add_argument("study", metavar="STUDY", help="Study Instance UID")
     release = command("release", "release", "Let a study with an identity conflict be analysed.")
     release.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    ledger = command("ledger", "ledger", "What was received, from whom and when, and what became of it.")
+    ledger.add_argument("--since", default="24h", metavar="AGE", help="such as 12h or 7d (default: 24h), or `ever`")
+    ledger.add_argument("--json", action="store_true", help="the same for programs")
     status = command("status", "status", "Studies, jobs, deliveries, what is stuck and why, on one screen.")
     status.add_argument("--json", action="store_true", help="the same for programs")
 

@@ -30,6 +30,7 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Col
     for state in LEDGER:
         yield "ledger_series", (state,), snapshot["ledger"][state]
         yield "ledger_studies", (state,), snapshot["ledger_studies"][state]
+    yield "ledger_imbalance_series", (), snapshot["ledger"]["imbalance"]
     yield "ledger_imbalance_studies", (), snapshot["ledger_studies"]["imbalance"]
     for kind in VARIANT_KINDS:
         yield "variants", (kind,), snapshot["variants"].get(kind, 0)

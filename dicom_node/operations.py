@@ -1,0 +1,44 @@
+# ruff: noqa: T201 - what commands say goes to standard output
+"""Commands of whoever runs the node day and night; `cli` says what can be said."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from dicom_node.clock import SystemClock
+from dicom_node.commands import FAILED, OK, age, offline, open_here, table
+
+__all__ = ["ledger"]
+
+_COLUMNS = ("received", "routed", "filtered", "waiting", "failed", "imbalance")
+
+
+def ledger(arguments: argparse.Namespace) -> int:
+    """The ledger by source and hour. Exit status 2 when it does not balance; then it names the series."""
+    since = None if arguments.since == "ever" else SystemClock().wall() - age(arguments.since)
+    with open_here(offline(arguments)) as catalog:
+        report = catalog.queue.ledger(since)
+    broken = bool(report.totals["imbalance"] or report.studies["imbalance"])
+    if arguments.json:
+        lines = [{**asdict(line), "imbalance": line.imbalance} for line in report.lines]
+        missing = [asdict(one) for one in report.unaccounted]
+        whole = {"lines": lines, "series": report.totals, "studies": report.studies, "unaccounted": missing}
+        print(json.dumps(whole, indent=2))
+        return FAILED if broken else OK
+    rows = [
+        (f"{line.hour}:00Z", line.calling_ae_title or "-", *(str(getattr(line, name)) for name in _COLUMNS))
+        for line in report.lines
+    ]
+    rows += [
+        (*name, *(str(counts[column]) for column in _COLUMNS))
+        for name, counts in ((("all time", "all series"), report.totals), (("", "all studies"), report.studies))
+    ]
+    table(("HOUR", "FROM", *(name.upper() for name in _COLUMNS)), rows, "")
+    for one in report.unaccounted:
+        print(f"{one.why}: study {one.study_instance_uid} series {one.series_instance_uid}")
+    if broken:
+        print("dicom-node: the ledger does not balance: run `dicom-node fsck`, keep the log, and tell", file=sys.stderr)
+    return FAILED if broken else OK
