@@ -21,7 +21,13 @@ OK = 0
 FAILED = 2
 
 # the module that does a command, where it is not `commands`
-_MODULES = {"send": "transfers", "fetch": "transfers", "ledger": "operations"}
+_MODULES = {
+    "send": "transfers",
+    "fetch": "transfers",
+    "ledger": "operations",
+    "backup": "operations",
+    "restore": "operations",
+}
 
 _SETTINGS = argparse.ArgumentParser(add_help=False)
 _SETTINGS.add_argument("--config", metavar="FILE", help="settings (default: config/node.yaml where it exists)")
@@ -122,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     fsck = command("fsck", "fsck", "Check the index against the files, with the node stopped.")
     fsck.add_argument("--repair", action="store_true", help="index the files that have no row")
     fsck.add_argument("--quick", action="store_true", help="compare sizes only, do not read every byte")
+    backup = command("backup", "backup", "Save the catalog, while the node runs; copy the archive folder after it.")
+    backup.add_argument("path", metavar="PATH", help="a file that is not there yet")
+    restore = command("restore", "restore", "Bring a saved catalog back, with the node stopped; overwrites nothing.")
+    restore.add_argument("path", metavar="PATH", help="what `backup` wrote")
     command("version", "version", "The version.")
     return parser
 

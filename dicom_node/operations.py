@@ -7,11 +7,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from dicom_node.clock import SystemClock
 from dicom_node.commands import FAILED, OK, age, offline, open_here, table
+from dicom_node.errors import NotFound
 
-__all__ = ["ledger"]
+__all__ = ["backup", "ledger", "restore"]
 
 _COLUMNS = ("received", "routed", "filtered", "waiting", "failed", "imbalance")
 
@@ -42,3 +44,35 @@ def ledger(arguments: argparse.Namespace) -> int:
     if broken:
         print("dicom-node: the ledger does not balance: run `dicom-node fsck`, keep the log, and tell", file=sys.stderr)
     return FAILED if broken else OK
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    """Save the catalog. What is wrong with it is raised, and leaves nothing behind."""
+    from dicom_node.store.backup import back_up
+
+    with open_here(offline(arguments)) as catalog:
+        saved = back_up(catalog, Path(arguments.path))
+    print(f"{arguments.path}: {saved.studies} studies, {saved.files} files, all in the archive; copy the archive now")
+    return OK
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """Bring a saved catalog back, and what the intake journals still hold. Exit status 2 when files are missing."""
+    from dicom_node.process import wait_for_children
+    from dicom_node.store.backup import bring_back
+    from dicom_node.store.catalog import data_lock
+    from dicom_node.wiring import replay_journals
+
+    config = offline(arguments)
+    if not config.data_dir.is_dir():
+        raise NotFound(f"{config.data_dir}: there is no such folder; put the archive there, then restore")
+    with data_lock(config.data_dir):
+        wait_for_children(config.data_dir)
+        saved = bring_back(config.data_dir, Path(arguments.path))
+        with open_here(config) as catalog:
+            replay_journals(catalog, config)
+    print(f"{saved.studies} studies, {saved.files} files are back; `dicom-node fsck --repair` indexes what came later")
+    if saved.missing_count:
+        print(f"dicom-node: {saved.missing_count} of its files are not in the archive: run fsck", file=sys.stderr)
+        return FAILED
+    return OK
