@@ -27,6 +27,7 @@ _MODULES = {
     "ledger": "operations",
     "backup": "operations",
     "restore": "operations",
+    "doctor": "doctor",
 }
 
 _SETTINGS = argparse.ArgumentParser(add_help=False)
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     fsck = command("fsck", "fsck", "Check the index against the files, with the node stopped.")
     fsck.add_argument("--repair", action="store_true", help="index the files that have no row")
     fsck.add_argument("--quick", action="store_true", help="compare sizes only, do not read every byte")
+    command("doctor", "doctor", "Look at everything the node needs; say what is wrong and what to do.")
     backup = command("backup", "backup", "Save the catalog, while the node runs; copy the archive folder after it.")
     backup.add_argument("path", metavar="PATH", help="a file that is not there yet")
     restore = command("restore", "restore", "Bring a saved catalog back, with the node stopped; overwrites nothing.")

@@ -23,7 +23,7 @@ from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
 from dicom_node.store.timeline import timeline_migrations
 
-__all__ = ["check_version", "migrate"]
+__all__ = ["check_version", "is_current", "migrate"]
 
 version_migrations = Migrations("version")
 
@@ -65,6 +65,14 @@ def migrate(path: Path) -> None:
     finally:
         connection.close()
         os.close(lock)
+
+
+def is_current(path: Path) -> bool:
+    """Whether `migrate` has nothing to do. Changes nothing. Raises ConfigError for a catalog of a newer version."""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        check_version(connection)
+        database = sqlite_utils.Database(connection)
+        return not any(one.pending(database) for one in _SETS)
 
 
 def check_version(connection: sqlite3.Connection) -> None:
