@@ -365,8 +365,13 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ruleset_rules": ("Rules in force.", ()),
     "ruleset_load_failed": ("1 when the rules on disk could not be taken in.", ()),
     "storage_free_bytes": ("Free space on the volume of the data folder.", ("volume",)),
+    "storage_reserve_bytes": ("Of it, kept in reserve: below that nothing is taken in.", ("volume",)),
     "storage_used_ratio": ("Used part of that volume.", ("volume",)),
     "intake_state": ("0 open, 2 refusing for lack of space.", ()),
+    "tls_certificate_expiry_timestamp_seconds": (
+        "When the certificate under that key of the settings ends, or one of its chain, in seconds since 1970.",
+        ("certificate",),
+    ),
     "workers_alive": ("Workers that gave a sign of life lately.", ()),
     "model_loaded": ("1 for each model whose network is loaded on a device.", ("model", "version", "device")),
     "engine_usable": ("0: its model package cannot be used, status says why; its jobs wait.", ("engine",)),
