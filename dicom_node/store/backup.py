@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.catalog import Catalog
-from dicom_node.store.copying import copy_database
+from dicom_node.store.copying import copy_database, forget_cut_off
 from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import RealFileSystem
 from dicom_node.store.migrations import check_version
@@ -89,6 +89,7 @@ def bring_back(data_dir: Path, saved: Path) -> Saved:
     try:
         with closing(sqlite3.connect(f"file:{_quoted(saved)}?mode=ro", uri=True, isolation_level=None)) as source:
             _check_is_catalog(source, saved)
+            forget_cut_off(target)  # nobody else restores under the data folder's lock
             copy_database(source, target, lambda copy: found.append(_look(copy, archive.status)))
     except sqlite3.DatabaseError as exc:
         raise ConfigError(f"{saved}: no backup of a catalog: {exc}") from exc

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dicom_node.errors import ConfigError, StorageError
 
-__all__ = ["copy_database"]
+__all__ = ["copy_database", "forget_cut_off"]
 
 _PAGES = 8192  # between two looks at whether to go on: 32 MiB
 
@@ -24,7 +24,7 @@ def copy_database(
     copy is synced, and so is its name. Raises ConfigError when `target` is there already or its folder is not,
     StorageError when the disk fails or the copy is not sound.
     """
-    partial = target.with_name(f"{target.name}.partial")
+    partial = _partial(target)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already; name a file that is not")
     try:
@@ -46,9 +46,18 @@ def copy_database(
     except sqlite3.Error as exc:
         raise StorageError(f"the catalog cannot be copied: {exc}") from exc
     finally:
-        for left in (partial, Path(f"{partial}-wal"), Path(f"{partial}-shm"), Path(f"{partial}-journal")):
-            with suppress(FileNotFoundError):
-                left.unlink()
+        forget_cut_off(target)
+
+
+def forget_cut_off(target: Path) -> None:
+    """Remove what is left of a copy that was cut off. Only where nobody else can be making it."""
+    for end in ("", "-wal", "-shm", "-journal"):
+        with suppress(FileNotFoundError):
+            Path(f"{_partial(target)}{end}").unlink()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
 
 
 def _fill(source: sqlite3.Connection, partial: Path, prepare: Callable[[sqlite3.Connection], None]) -> None:

@@ -18,7 +18,7 @@ import sqlite_utils
 from sqlite_utils import Migrations
 
 from dicom_node.errors import ConfigError, StorageError
-from dicom_node.store.copying import copy_database
+from dicom_node.store.copying import copy_database, forget_cut_off
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
 from dicom_node.store.timeline import timeline_migrations
@@ -99,5 +99,6 @@ def _keep_copy(connection: sqlite3.Connection, path: Path) -> None:
         target = path.with_name(f"{path.stem}.before-{version('dicom-node')}{again}.db")
         if not target.exists():
             break
+    forget_cut_off(target)  # nobody else copies under the catalog lock: a crash left it
     with closing(sqlite3.connect(path, isolation_level=None)) as source:
         copy_database(source, target)

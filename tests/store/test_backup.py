@@ -244,6 +244,17 @@ def test_a_catalog_is_copied_before_it_is_brought_forward(tmp_path: Path) -> Non
     assert [copy.name for copy in tmp_path.glob("catalog.before*")] == [kept.name]
 
 
+def test_a_copy_that_a_power_cut_left_half_made_does_not_keep_the_node_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.db"
+    database = sqlite_utils.Database(path)
+    index_migrations.apply(database)
+    database.close()
+    kept = tmp_path / f"catalog.before-{HERE}.db"
+    Path(f"{kept}.partial").write_text("half")
+    migrate(path)
+    assert kept.exists() and not list(tmp_path.glob("*.partial*"))
+
+
 def test_a_new_catalog_leaves_no_copy(tmp_path: Path) -> None:
     migrate(tmp_path / "catalog.db")
     assert not list(tmp_path.glob("*before*"))
