@@ -92,7 +92,7 @@ def _copies(connection: sqlite3.Connection, study: str, numbers: range) -> None:
         patient = connection.execute("SELECT max(id) + 1 FROM patient").fetchone()[0]
         names = {"study": study, "new": new, "patient": patient}
         _copy(connection, "patient", "id = (SELECT patient FROM study WHERE study_instance_uid = :study)", names)
-        for table in ("study", "series", "instance", "routed_series", "standing", "series_header"):
+        for table in ("study", "series", "instance", "routed_series", "standing", "series_header", "receipt"):
             _copy(connection, table, _NAMED, names)
         names["id"] = connection.execute("SELECT coalesce(max(id), 0) + 1 FROM job").fetchone()[0]
         for statement in _MORE:

@@ -20,6 +20,16 @@ __all__ = ["main"]
 OK = 0
 FAILED = 2
 
+# the module that does a command, where it is not `commands`
+_MODULES = {
+    "send": "transfers",
+    "fetch": "transfers",
+    "ledger": "operations",
+    "backup": "operations",
+    "restore": "operations",
+    "doctor": "doctor",
+}
+
 _SETTINGS = argparse.ArgumentParser(add_help=False)
 _SETTINGS.add_argument("--config", metavar="FILE", help="settings (default: config/node.yaml where it exists)")
 _SETTINGS.add_argument("--data-dir", metavar="DIR", help="where the node keeps everything (default: data)")
@@ -80,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.run == "version":
         print(f"dicom-node {version('dicom-node')}")
         return OK
-    module = "transfers" if arguments.run in ("send", "fetch") else "commands"
+    module = _MODULES.get(arguments.run, "commands")
     for group in ("model", "engine"):
         if arguments.run.startswith(f"{group}s_"):
             module = f"{group}_commands"
@@ -119,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     fsck = command("fsck", "fsck", "Check the index against the files, with the node stopped.")
     fsck.add_argument("--repair", action="store_true", help="index the files that have no row")
     fsck.add_argument("--quick", action="store_true", help="compare sizes only, do not read every byte")
+    command("doctor", "doctor", "Look at everything the node needs; say what is wrong and what to do.")
+    backup = command("backup", "backup", "Save the catalog, while the node runs; copy the archive folder after it.")
+    backup.add_argument("path", metavar="PATH", help="a file that is not there yet")
+    restore = command("restore", "restore", "Bring a saved catalog back, with the node stopped; overwrites nothing.")
+    restore.add_argument("path", metavar="PATH", help="what `backup` wrote")
     command("version", "version", "The version.")
     return parser
 
@@ -147,6 +162,9 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     timeline.add_argument("study", metavar="STUDY", help="Study Instance UID")
     release = command("release", "release", "Let a study with an identity conflict be analysed.")
     release.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    ledger = command("ledger", "ledger", "What was received, from whom and when, and what became of it.")
+    ledger.add_argument("--since", default="24h", metavar="AGE", help="such as 12h or 7d (default: 24h), or `ever`")
+    ledger.add_argument("--json", action="store_true", help="the same for programs")
     status = command("status", "status", "Studies, jobs, deliveries, what is stuck and why, on one screen.")
     status.add_argument("--json", action="store_true", help="the same for programs")
 

@@ -386,7 +386,7 @@ def rules_replay(arguments: argparse.Namespace) -> int:
     new = node_rules(config)
     arguments.rules = None
     old = node_rules(settings(arguments))
-    since = clock.wall() - _age(arguments.since)
+    since = clock.wall() - age(arguments.since)
     with open_here(config) as catalog:
         report = replay(
             catalog.queue.series_history(since), old, new, destination_of=destination_of(config), zone=zone(config)
@@ -395,7 +395,8 @@ def rules_replay(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _age(text: str) -> timedelta:
+def age(text: str) -> timedelta:
+    """What `--since` says. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,5})([mhdw])", text)
     if match is None:
         raise ConfigError(f"--since: {text!r} is no age; write a number with m, h, d or w, such as 7d")

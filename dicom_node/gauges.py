@@ -30,6 +30,7 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Col
     for state in LEDGER:
         yield "ledger_series", (state,), snapshot["ledger"][state]
         yield "ledger_studies", (state,), snapshot["ledger_studies"][state]
+    yield "ledger_imbalance_series", (), snapshot["ledger"]["imbalance"]
     yield "ledger_imbalance_studies", (), snapshot["ledger_studies"]["imbalance"]
     for kind in VARIANT_KINDS:
         yield "variants", (kind,), snapshot["variants"].get(kind, 0)
@@ -82,6 +83,8 @@ def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: in
     """Disk and processes."""
     usage = shutil.disk_usage(config.data_dir)
     yield "storage_free_bytes", (VOLUME,), usage.free
+    reserve = max(config.storage.reserve_bytes, int(usage.total * config.storage.reserve_ratio))
+    yield "storage_reserve_bytes", (VOLUME,), reserve
     yield "storage_used_ratio", (VOLUME,), usage.used / usage.total if usage.total else 0.0
     yield "intake_state", (), 0 if free_above_reserve > 0 else 2
     yield "workers_alive", (), workers_alive

@@ -374,7 +374,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "identity_conflict_studies": ("Studies under two patient identities, not released.", ()),
     "ledger_series": ("Series by where they stand; received is the sum of the others.", ("state",)),
     "ledger_studies": ("Studies by where the worst of their series stands.", ("state",)),
-    "ledger_imbalance_studies": ("Studies in no class of the ledger; must be 0.", ()),
+    "ledger_imbalance_series": ("Series in no class of the ledger, or that no receipt is for; must be 0.", ()),
+    "ledger_imbalance_studies": ("Studies in no class of the ledger, or that no receipt is for; must be 0.", ()),
     "jobs": ("Jobs by state.", ("state",)),
     "job_oldest_age_seconds": ("Age of the oldest unfinished job in that state, 0 when there is none.", ("state",)),
     "deliveries": ("Deliveries by state.", ("destination", "state")),
@@ -388,6 +389,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "ruleset_rules": ("Rules in force.", ()),
     "ruleset_load_failed": ("1 when the rules on disk could not be taken in.", ()),
     "storage_free_bytes": ("Free space on the volume of the data folder.", ("volume",)),
+    "storage_reserve_bytes": ("Of it, kept in reserve: below that nothing is taken in.", ("volume",)),
     "storage_used_ratio": ("Used part of that volume.", ("volume",)),
     "intake_state": ("0 open, 2 refusing for lack of space.", ()),
     "tls_certificate_expiry_timestamp_seconds": (

@@ -31,6 +31,8 @@ PACKAGES = {
     **dict.fromkeys(("dciodvfy", "dcentvfy"), "dicom3tools"),
     "Orthanc": "orthanc",
     "java": "default-jre-headless",
+    "promtool": "prometheus",
+    "systemd-analyze": "systemd",
 }
 READY_S = 130.0
 COMMAND_LINE = "import sys; from dicom_node.cli import main; sys.exit(main())"

@@ -49,6 +49,9 @@ def test_version_is_quick_and_says_the_version() -> None:
         (["config", "check", "--rules", "nowhere"], "nowhere does not exist"),
         (["status", "--data-dir", "nowhere"], "no node has been here"),
         (["fsck", "--data-dir", "nowhere"], "there is no such folder"),
+        (["backup", "saved.db", "--data-dir", "nowhere"], "no node has been here"),
+        (["restore", "saved.db", "--data-dir", "nowhere"], "there is no such folder"),
+        (["restore", "saved.db"], "would be overwritten"),
         (["route", "1.2.3"], "study"),
         (["release", "1.2.3"], "study"),
         (["rules", "explain", "1.2.3"], "study"),
@@ -70,6 +73,17 @@ def test_an_error_is_one_line_and_status_2(
     assert err.startswith("dicom-node: ") and err.count("\n") == 1
     assert expected in err
     assert not (here / "nowhere").exists()
+
+
+def test_a_catalog_is_saved_and_brought_back(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "backup", "saved.db")
+    assert status == 0 and out.startswith("saved.db: 0 studies, 0 files, all in the archive")
+    for path in (here / "data").glob("catalog.db*"):
+        path.rename(here / path.name)
+    status, out, _ = said(capsys, "restore", "saved.db")
+    assert status == 0 and out.startswith("0 studies, 0 files are back")
+    assert said(capsys, "status")[0] == 0
+    assert said(capsys, "backup", "saved.db")[0] == 2
 
 
 def test_one_wrong_id_does_not_keep_the_others_from_being_tried(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,20 +20,8 @@ CORE = {
 # the composition root: may import anything
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
-    *(
-        "supervisor",
-        "process",
-        "pulse",
-        "places",
-        "bells",
-        "node",
-        "receiver",
-        "service",
-        "worker",
-        "wiring",
-        "watching",
-    ),
-    *("deciding", "gauges", "handing_out"),
+    *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
+    *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

@@ -56,7 +56,7 @@ def test_a_node_starts_answers_counts_and_stops_cleanly(running_node: Start, too
     assert echo(tool, node, called="NOBODY") != 0
     assert metric(node, "dimse_requests_total", service="echo", status_class="success") == 1
     assert metric(node, "association_reject_total", reason="called_ae") == 1
-    assert metric(node, "ledger_imbalance_studies") == 0
+    assert metric(node, "ledger_imbalance_studies") == metric(node, "ledger_imbalance_series") == 0
     assert metric(node, "workers_alive") == 4  # three, and one for urgent jobs
     members = node.members()
     assert node.stop() == 0

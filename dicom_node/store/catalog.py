@@ -30,11 +30,11 @@ from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
-from dicom_node.store.migrations import migrate
+from dicom_node.store.migrations import is_current, migrate
 from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 
-__all__ = ["Catalog", "data_lock", "open_catalog"]
+__all__ = ["Catalog", "catalog_is_current", "data_lock", "open_catalog"]
 
 JOURNAL_SEGMENTS = 8
 MIN_SEGMENT = 2 * 1024**2
@@ -153,6 +153,11 @@ def open_catalog(
         storage=storage,
         files=files,
     )
+
+
+def catalog_is_current(data_dir: Path) -> bool:
+    """Whether opening the catalog that is there would leave its schema as it is. Raises ConfigError for a newer one."""
+    return is_current(data_dir / "catalog.db")
 
 
 def _make_data_dir(fs: FileSystem, data_dir: Path) -> None:

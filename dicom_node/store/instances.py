@@ -32,6 +32,7 @@ from dicom_node.store.kept import (
     study_columns,
 )
 from dicom_node.store.plain import insert_plain, write_instance
+from dicom_node.store.receipts import note_receipt
 from dicom_node.store.returned import about_study, note_return
 from dicom_node.store.rows import json_text, source_text, utc_text
 
@@ -120,6 +121,8 @@ def _insert(
     _upsert_series(connection, record, overwrite=False)
     write_instance(connection, record, record.origin)
     _count_one(connection, record)
+    if record.origin is Origin.RECEIVED:
+        note_receipt(connection, record)
     if moves_completion and record.origin is Origin.RECEIVED:
         _note_received(connection, record, opens=is_image(record.header))
     return StoreOutcome.NEW
@@ -264,8 +267,23 @@ def _replace(
     }
     for study_uid, series_uid in sorted(places):
         _recount(connection, study_uid, series_uid)
+    if origin is Origin.RECEIVED:
+        note_receipt(connection, record)
+    _forget_receipt(connection, known)
     if moves_completion and origin is Origin.RECEIVED:
         _note_received(connection, record, opens=is_image(record.header))
+
+
+def _forget_receipt(connection: sqlite3.Connection, known: sqlite3.Row) -> None:
+    """A series whose only instance was replaced by one in another series has nothing left to account for."""
+    key = {"study": known["study_instance_uid"], "series": known["series_instance_uid"]}
+    connection.execute(
+        "DELETE FROM receipt WHERE study_instance_uid = :study AND series_instance_uid = :series "
+        "AND NOT EXISTS (SELECT 1 FROM instance WHERE study_instance_uid = :study AND series_instance_uid = :series "
+        "AND origin = 'received') "
+        "AND NOT EXISTS (SELECT 1 FROM standing WHERE study_instance_uid = :study AND series_instance_uid = :series)",
+        key,
+    )
 
 
 def mark_instance(connection: sqlite3.Connection, sop_instance_uid: str, state: str) -> None:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from dicom_node.headers import INDEXED, is_image
 from dicom_node.model import InstanceRecord, Level, Origin
 from dicom_node.store.kept import another_patient, filled, joined, kept_attributes
+from dicom_node.store.receipts import note_receipt
 from dicom_node.store.rows import json_text, source_text, utc_text
 
 __all__ = ["LAST", "insert_plain", "write_instance"]
@@ -56,6 +57,7 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
         )
     else:
         connection.execute(f"{counted} {where}", (study, series))
+        note_receipt(connection, record)  # a document may be the first received in a series of the node's own
     connection.execute(
         "UPDATE study SET instance_count = instance_count + 1, series_count = series_count + ?, modalities = ?, "
         "sop_classes = ?, last_boot_s = ?, last_boot_id = ?, last_received_at = ? WHERE study_instance_uid = ?",

@@ -163,6 +163,28 @@ def returned_objects(db: Database) -> None:
             db.execute(statement)
 
 
+@queue_migrations()
+def receipts(db: Database) -> None:
+    """What was received, apart from what became of it (`store.receipts`); of what is here, as its rows tell."""
+    for statement in _RECEIPT_TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
+_RECEIPT_TABLES = """
+CREATE TABLE receipt (                           -- one row for each series that was received; see store.receipts
+    study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
+    hour TEXT NOT NULL,                          -- of its first instance: ISO 8601 UTC up to the hour
+    calling_ae TEXT NOT NULL,
+    PRIMARY KEY (study_instance_uid, series_instance_uid)
+) WITHOUT ROWID;
+CREATE INDEX receipt_hour ON receipt (hour, calling_ae);
+CREATE INDEX instance_missing ON instance (study_instance_uid, series_instance_uid) WHERE state = 'missing';
+INSERT INTO receipt SELECT study_instance_uid, series_instance_uid, substr(min(received_at), 1, 13),
+    coalesce(json_extract(source, '$.calling_ae_title'), '')
+FROM instance WHERE origin = 'received' GROUP BY study_instance_uid, series_instance_uid
+"""
+
 _RETURNED_TABLES = """
 CREATE TABLE returned (                          -- never removed; once more of what no job took replaces the one before
     id INTEGER PRIMARY KEY AUTOINCREMENT,        -- the order of arrival

@@ -1,7 +1,8 @@
 """Where each series stands: the ledger's classes, written down whenever a closing or a job changes them.
 
 * *waiting*: it has images not yet routed, or its study is held for an identity conflict.
-* *failed*: it could not be read or evaluated, or a job on it is a dead letter (of each rule its latest run counts).
+* *failed*: it could not be read or evaluated, or a job on it is a dead letter (of each rule its latest run counts), or
+  its files were gone before it was routed.
 * *routed*: a job on it waits, runs or is done, or its images were queued for a destination.
 * *filtered*: no rule matched, its engine refused it, its job was cancelled, or it has no images, or fsck brought it
   back. The reason says which.
@@ -77,13 +78,26 @@ SELECT study_instance_uid AS study, 'filtered' AS class, 'no images' AS reason F
     AND series.series_instance_uid = document.series_instance_uid
     AND (series.image_count > 0 OR standing.class IS NOT NULL))
 """
+# Received, and every image found missing or damaged by fsck before it was routed: few.
+_GONE = """
+SELECT DISTINCT study_instance_uid AS study, 'failed' AS class, 'its files are missing' AS reason, series_instance_uid
+FROM instance WHERE state = 'missing' AND origin = 'received' AND is_image = 1 AND NOT EXISTS (
+  SELECT 1 FROM series LEFT JOIN standing USING (study_instance_uid, series_instance_uid)
+  WHERE series.study_instance_uid = instance.study_instance_uid
+    AND series.series_instance_uid = instance.series_instance_uid
+    AND (series.image_count > 0 OR standing.class IS NOT NULL))
+  AND NOT EXISTS (SELECT 1 FROM instance AS document WHERE document.study_instance_uid = instance.study_instance_uid
+    AND document.series_instance_uid = instance.series_instance_uid
+    AND document.origin = 'received' AND document.is_image = 0)
+"""
 # Studies with series whose kept standing is not the whole truth, or that have none: few.
-_MOVING = """
+_MOVING = f"""
 SELECT study_instance_uid FROM series WHERE routing = 'open'
 UNION SELECT study_instance_uid FROM series WHERE routing = 'none' AND image_count > 0
 UNION SELECT study_instance_uid FROM series WHERE routing = 'routed' AND NOT EXISTS (
   SELECT 1 FROM standing WHERE standing.study_instance_uid = series.study_instance_uid
     AND standing.series_instance_uid = series.series_instance_uid)
+UNION SELECT study FROM ({_GONE})
 """
 _IN_MOVING = "study_instance_uid IN (SELECT value FROM json_each(:moving))"
 _RANK = ("lost", "failed", "waiting", "routed", "filtered")
@@ -119,7 +133,8 @@ def moving_studies(connection: sqlite3.Connection) -> str:
 def count_series(connection: sqlite3.Connection, moving: str) -> dict[tuple[str, str], int]:
     """(class, reason) to the number of received series that stand there.
 
-    Studies in which nothing moves are counted by what is kept; only the others, and documents, are looked at closely.
+    Studies in which nothing moves are counted by what is kept; only the others, documents, and series whose files are
+    gone are looked at closely.
     """
     group = "GROUP BY class, reason"
     counts: Counter[tuple[str, str]] = Counter()
@@ -128,6 +143,7 @@ def count_series(connection: sqlite3.Connection, moving: str) -> dict[tuple[str,
         (-1, f"standing WHERE {_IN_MOVING}"),
         (1, f"({_IMAGES})"),
         (1, f"({_DOCUMENTS})"),
+        (1, f"({_GONE})"),
     ):
         for name, reason, count in connection.execute(
             f"SELECT class, reason, count(*) FROM {table} {group}", {"moving": moving}
@@ -142,12 +158,14 @@ def count_studies(connection: sqlite3.Connection, moving: str) -> dict[str, int]
     counts: Counter[str] = Counter()
     for studies in (
         f"SELECT min({rank}) AS worst FROM standing WHERE NOT {_IN_MOVING} GROUP BY study_instance_uid",
-        f"SELECT min({rank}) AS worst FROM ({_IMAGES}) GROUP BY study",
+        f"SELECT min({rank}) AS worst FROM (SELECT study, class FROM ({_IMAGES}) "
+        f"UNION ALL SELECT study, class FROM ({_GONE})) GROUP BY study",
         # a study of documents only; any other stands by its images
         f"SELECT {_RANK.index('filtered')} AS worst FROM ({_DOCUMENTS}) AS document WHERE NOT EXISTS "
         "(SELECT 1 FROM series LEFT JOIN standing USING (study_instance_uid, series_instance_uid) "
         "WHERE series.study_instance_uid = document.study "
-        "AND (series.image_count > 0 OR standing.class IS NOT NULL)) GROUP BY study",
+        "AND (series.image_count > 0 OR standing.class IS NOT NULL)) "
+        f"AND document.study NOT IN (SELECT study FROM ({_GONE})) GROUP BY study",
     ):
         for worst, count in connection.execute(
             f"SELECT worst, count(*) FROM ({studies}) GROUP BY worst", {"moving": moving}

@@ -1,7 +1,8 @@
 """What the node is doing, computed from the catalog when asked: counts for metrics, and what is stuck and why.
 
-The ledger accounts for every series that was received, by where it stands now (`store.standing` says what each class
-means): received = routed + filtered + waiting + failed. `imbalance` counts what is in none of these and must be 0.
+The ledger accounts for every series that was received (`store.receipts`), by where it stands now (`store.standing` says
+what each class means): received = routed + filtered + waiting + failed. `imbalance` counts what is in none of these,
+and what differs between the receipts and the rest of the catalog; it must be 0.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from dicom_node.model import (
     StudyActivity,
 )
 from dicom_node.store.ledger import Ledger
+from dicom_node.store.receipts import CLASSES, received_totals
 from dicom_node.store.rows import CatalogPart, utc
 from dicom_node.store.standing import count_series, count_studies, moving_studies
 
-__all__ = ["Stuck", "snapshot", "stuck"]
+__all__ = ["Stuck", "ledger_totals", "snapshot", "stuck"]
 
-CLASSES = ("routed", "filtered", "waiting", "failed")
 STUCK_MAX = 100  # of each kind
 
 _JOB_STATES = tuple(state.value for state in JobState)
@@ -60,8 +61,8 @@ class Stuck:
     next_s: float | None
 
 
-def snapshot(part: CatalogPart) -> Mapping[str, Any]:
-    """Everything countable, JSON-ready. Keys:
+def snapshot(part: CatalogPart, ledger: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Everything countable, JSON-ready, with what `ledger_totals` said. Keys:
 
     * `studies`: total, open, oldest_open_age_s, identity_conflicts; `instances`: total.
     * `ledger` (series) and `ledger_studies`: received, routed, filtered, waiting, failed, imbalance, and of series
@@ -75,12 +76,10 @@ def snapshot(part: CatalogPart) -> Mapping[str, Any]:
     * `undelivered_bytes`: of data sets not yet at a destination. `last_match`: rule -> Unix time it last matched.
     """
     with part.database.read() as connection:
-        moving = moving_studies(connection)
         return {
             "studies": _studies(part, connection),
             "instances": connection.execute("SELECT coalesce(sum(instance_count), 0) FROM study").fetchone()[0],
-            "ledger": _series_ledger(connection, moving),
-            "ledger_studies": _balanced(count_studies(connection, moving)),
+            **ledger,
             "jobs": _jobs(part, connection),
             "engines": _by_engine(connection, "job", UNFINISHED),
             "cancellations": _by_engine(connection, "cancellation", ("pending", "failed")),
@@ -123,19 +122,27 @@ def _studies(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any
     }
 
 
-def _balanced(counts: Mapping[str, int]) -> dict[str, int]:
-    received = sum(counts.values())
-    known = {name: counts.get(name, 0) for name in CLASSES}
-    return {"received": received, **known, "imbalance": received - sum(known.values())}
-
-
-def _series_ledger(connection: sqlite3.Connection, moving: str) -> dict[str, Any]:
-    standing = count_series(connection, moving)
+def ledger_totals(connection: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    """`ledger` and `ledger_studies` of the snapshot, all of one moment."""
+    connection.execute("BEGIN")  # a study that moves between two counts would be in both, or in neither
+    try:
+        series, studies = received_totals(connection)
+        moving = moving_studies(connection)
+        standing, by_study = count_series(connection, moving), count_studies(connection, moving)
+    finally:
+        connection.execute("ROLLBACK")
     counts: dict[str, int] = {}
     for (name, _), count in standing.items():
         counts[name] = counts.get(name, 0) + count
     reasons = {reason: count for (name, reason), count in standing.items() if name == "filtered"}
-    return {**_balanced(counts), "reasons": reasons}
+    return {"ledger": {**_balanced(series, counts), "reasons": reasons}, "ledger_studies": _balanced(studies, by_study)}
+
+
+def _balanced(received: int, counts: Mapping[str, int]) -> dict[str, int]:
+    known = {name: counts.get(name, 0) for name in CLASSES}
+    everywhere = sum(counts.values())
+    lost = everywhere - sum(known.values())
+    return {"received": received, **known, "imbalance": lost + abs(received - everywhere)}
 
 
 # `min` makes SQLite take the other columns of its group from the row with the smallest one
