@@ -31,6 +31,7 @@ class Receiver:
             index=self._catalog.index,
             associations=self._catalog.index,
             observe=metrics,
+            commitments=self._catalog.queue,
             sock=adopted(orders),
             neighbours=Places(orders.places_fd, orders.receiver_number) if orders.places_fd >= 0 else None,
         )

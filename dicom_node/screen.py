@@ -96,6 +96,9 @@ def _counts(snapshot: Mapping[str, Any]) -> list[str]:
     lines.append("jobs        " + _states(snapshot["jobs"]))
     for destination, states in sorted(snapshot["deliveries"].items()):
         lines.append(f"to {destination:<9}" + _states(states))
+    if any((asked := snapshot["commitments"]).values()):
+        counted = ", ".join(f"{count} {state}" for state, count in asked.items() if count)
+        lines.append(f"commitment  requests of peers: {counted}")
     lines.append(f"associations open: {snapshot['associations']['open']}")
     return [line[:WIDTH] for line in lines]
 
@@ -142,6 +145,7 @@ def _next(one: Stuck) -> str:
         "delivery": f"dicom-node deliveries retry {one.id}",
         "conflict": f"dicom-node release {study}",
         "series": f"dicom-node route {study}",
+        "commitment": "let the peer ask again",
     }.get(one.kind)
     return f"needs a person: {remedy}" if remedy else "waits"
 

@@ -202,6 +202,21 @@ class Association:
         if self._over or self._interrupted:
             raise AssociationLost("the association ended")
 
+    @property
+    def is_leaving(self) -> bool:
+        """See `link.Link`."""
+        return self._release_asked
+
+    def stays_quiet(self, timeout_s: float) -> bool:
+        """See `link.Link`."""
+        self.check_alive()
+        if self._held is not None or self._release_asked:
+            return False
+        if not self._readable(timeout_s):
+            return True
+        self.check_alive()
+        return False
+
     def interrupt(self) -> None:
         """From another thread: end it at its next breath."""
         self._interrupted = True
@@ -220,8 +235,12 @@ class Association:
             return
         deadline = time.monotonic() + RELEASE_S
         with suppress(AssociationLost, UpperLayerMisuse, BadMessage):
-            self._connection.release()
-            while not self._over and time.monotonic() < deadline:
+            if self._release_asked:
+                self._connection.answer_release()
+                self.released = True
+            else:
+                self._connection.release()
+            while not self.released and not self._over and time.monotonic() < deadline:
                 event = self._next_event(deadline - time.monotonic())
                 if isinstance(event, ReleaseAsked):
                     self._connection.answer_release()

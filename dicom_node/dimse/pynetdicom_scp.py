@@ -27,7 +27,7 @@ from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
-from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
 
 __all__ = ["PynetdicomServer"]
@@ -40,11 +40,12 @@ SPARE_CONNECTIONS = 64  # beyond `max_associations`: TCP connections that have n
 
 
 class PynetdicomServer:
-    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
+    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE, storage commitment.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. Raises ConfigError for peers that cannot be understood.
+    them together. Without `commitments` there is no storage commitment. Raises ConfigError for peers that cannot be
+    understood.
     """
 
     def __init__(
@@ -57,13 +58,20 @@ class PynetdicomServer:
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
+        commitments: Commitments | None = None,
     ) -> None:
         quiet_libraries()
         most = min(config.max_associations, MOST_ASSOCIATIONS)
         config = config.model_copy(update={"max_associations": most})
         self._config = config
         self._serving = Serving(
-            config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
+            config,
+            sink=sink,
+            index=index,
+            associations=associations,
+            observe=observe,
+            open_link=open_link,
+            commitments=commitments,
         )
         self._entity = ApplicationEntity(ae_title=config.ae_titles[0])
         name_implementation(self._entity)
@@ -193,7 +201,7 @@ class PynetdicomServer:
             link.acse.send_ap_abort(0x06)
             link.kill()
             return
-        answers = answer_contexts(proposals, self._serving.acceptance)
+        answers = answer_contexts(proposals, self._serving.acceptance_for(calling))
         peer = self._serving.accepted(
             fields,
             calling=calling,

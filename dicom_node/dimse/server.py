@@ -24,7 +24,7 @@ from dicom_node.dimse.requestor import open_link
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
-from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 
 __all__ = ["DicomServer"]
 
@@ -41,11 +41,12 @@ MAX_AGREEMENTS = 128
 
 
 class DicomServer:
-    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
+    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE, storage commitment.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. Raises ConfigError for peers that cannot be understood.
+    them together. Without `commitments` there is no storage commitment. Raises ConfigError for peers that cannot be
+    understood.
     """
 
     def __init__(
@@ -58,10 +59,17 @@ class DicomServer:
         observe: WireObserver | None = None,
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
+        commitments: Commitments | None = None,
     ) -> None:
         self._config = config
         self._serving = Serving(
-            config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
+            config,
+            sink=sink,
+            index=index,
+            associations=associations,
+            observe=observe,
+            open_link=open_link,
+            commitments=commitments,
         )
         self._listener = sock
         self._neighbours = neighbours or Alone()
@@ -289,7 +297,8 @@ class DicomServer:
         known = self._agreements.get(request)
         if known is not None:
             return known
-        agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
+        acceptance = self._serving.acceptance_for(request.calling_ae_title)
+        agreement = answer_request(request, acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
         if agreement is not None and request.user.identity is None:
             if len(self._agreements) >= MAX_AGREEMENTS:
                 self._agreements.clear()

@@ -25,7 +25,7 @@ from blake3 import blake3
 
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
-from dicom_node.model import ArchivedFile, JournalPlace, Receipt
+from dicom_node.model import ArchivedFile, JournalPlace, Receipt, StoredInstance
 from dicom_node.store.buffers import RecordBuffer, RecordBuffers
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.journal import Journal
@@ -239,6 +239,16 @@ class FolderArchive:
                 written_at=datetime.fromtimestamp(info.st_mtime, UTC),
                 data_set=data_set,
             )
+
+    def is_whole(self, instance: StoredInstance) -> bool:
+        """See `interfaces.CheckedArchive.is_whole`."""
+        offset, length = instance.data_set_offset, instance.data_set_length
+        try:
+            with open(instance.path, "rb") as file:
+                is_as_long = os.fstat(file.fileno()).st_size == offset + length
+                return is_as_long and _hash_from(file.fileno(), offset) == instance.sha256
+        except OSError:
+            return False
 
 
 class FolderSpool:
