@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from dicom_node.config import NodeConfig
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 HERE_S = 3.0  # how long an association is kept for the report
 LOOK_S = 0.05
 ANSWER_S = 30.0  # then the report goes out on an association of the node's own
+MAX_AWAITED = 64  # reports on one association that the peer has not answered
 MAX_INFORMATION_BYTES = 8 * 1024 * 1024
 
 # PS3.7 Annex C
@@ -127,9 +129,10 @@ class CommitmentService:
             self._book.let_go_of_commitment(kept)
 
     def _report_here(self, link: Link, peer: Peer, judged: CommitmentRequest, context_id: int) -> None:
-        message_id = peer.next_message_id()
-        peer.awaited[message_id] = partial(self._answered, judged)
-        report = judged.report()
+        message_id, report = peer.next_message_id(), judged.report()
+        while len(peer.awaited) >= MAX_AWAITED:  # those are reported on associations of the node's own
+            del peer.awaited[next(iter(peer.awaited))]
+        peer.awaited[message_id] = partial(self._answered, replace(judged, references=(), reasons=()))
         syntax = link.contexts[context_id].transfer_syntax
         information = encode_identifier(event_information(report), syntax)
         try:

@@ -24,7 +24,7 @@ __all__ = ["Committer", "check"]
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 0.1  # how often a lane looks: a peer may be waiting with its association open
+IDLE_S = 0.2  # how often a lane looks: a peer may be waiting with its association open
 KEPT_S = 30 * 24 * 3600.0  # requests that ended are kept so long, for people
 FORGET_EVERY_S = 3600.0
 
@@ -109,7 +109,7 @@ class Committer:
                 self._book.judge_commitment(request, [self._checked(reference) for reference in request.references])
             except _Stopped:
                 return False
-        elif self._book.claim_commitment(request, self._settings.response_timeout_s * 2, here=False):
+        elif self._book.claim_commitment(request, self._settings.response_timeout_s * 3, here=False):
             self._report(request, self._peers[peer])
         return True
 

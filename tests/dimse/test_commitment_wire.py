@@ -204,11 +204,17 @@ def test_what_cannot_be_committed_to_is_told_with_the_reason(
     ]
 
 
+@pytest.mark.parametrize("answers_role", [True, False])
 def test_a_peer_that_left_is_told_on_an_association_that_proposes_the_scp_role(
-    committing: Callable[..., Any], stored: Callable[..., list[str]], wait_for: Callable[..., None]
+    committing: Callable[..., Any],
+    stored: Callable[..., list[str]],
+    wait_for: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    answers_role: bool,
 ) -> None:
+    monkeypatch.setattr(commitment, "HERE_S", 0.5)
     told = Told()
-    with listening(told) as port:
+    with listening(told, scp_role=answers_role) as port:
         node = committing(port, start=False)
         kept = stored(node.port)
         with asking(node.port, told) as assoc:

@@ -263,6 +263,29 @@ def test_a_report_is_tried_with_growing_pauses_and_only_for_so_long(bench: Any) 
     assert len(reporter.told) == 1
 
 
+def test_of_many_objects_exactly_those_that_changed_on_disk_are_not_committed_to(bench: Any) -> None:
+    uids = [f"1.2.3.1.{number}" for number in range(1, 101)]
+    bench.receive(*(bench.dataset(uid) for uid in uids))
+    for uid in uids[::10]:
+        path = Path(bench.catalog.index.instance(uid).path)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.unlink()
+        path.write_bytes(content)
+    reporter = _Reporter(failures=20)
+    committer = bench.committer(reporter)
+    _ask(bench, *uids)
+    for _ in range(3600):  # the peer is down for an hour
+        while committer.run_once("CT1"):
+            pass
+        if reporter.told:
+            break
+        bench.clock.sleep(60.0)
+    ((_, report),) = reporter.told
+    assert len(report.committed) == 90
+    assert [(one.sop_instance_uid, reason) for one, reason in report.failed] == [(uid, 0x0110) for uid in uids[::10]]
+
+
 def test_a_peer_that_is_down_holds_up_no_other(bench: Any) -> None:
     reporter = _Reporter()
     committer = bench.committer(reporter, "CT1", "CT2")
@@ -322,7 +345,7 @@ def test_after_kill_9_at_each_point_the_peer_is_told(
     bench.receive(bench.dataset("1.2.3.1.1"))
     _ask(bench, "1.2.3.1.1", "1.2.3.1.2")
     assert killed_at(tmp_path, "report", point) == -9
-    clock.ahead_s = 121.0
+    clock.ahead_s = 181.0
     committer = bench.committer(kit.FolderReporter(tmp_path / "peer", lambda here: None))
     while committer.run_once("CT1"):
         pass
