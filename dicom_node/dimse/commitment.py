@@ -15,24 +15,24 @@ from functools import partial
 
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.commands import WITH_DATA_SET, CommandField, CommandValue, element, encode_command, error_comment
-from dicom_node.dimse.contexts import STORAGE_COMMITMENT
+from dicom_node.dimse.contexts import EXPLICIT_BE, IMPLICIT_LE, STORAGE_COMMITMENT
 from dicom_node.dimse.link import AssociationLost, Link
-from dicom_node.dimse.request import Peer, Request, encode_identifier, read_information
+from dicom_node.dimse.request import Peer, Request, read_information
 from dicom_node.errors import CommitmentRefused, NotFound
 from dicom_node.interfaces import Commitments
-from dicom_node.model import CommitmentRequest
+from dicom_node.model import CommitmentReport, CommitmentRequest
 from dicom_node.services.commitment import (
     REQUEST_COMMITMENT,
     WELL_KNOWN_INSTANCE,
     BadInformation,
-    event_information,
+    encode_information,
     event_of,
     read_action,
     read_event,
 )
 from dicom_node.services.identifier import BadIdentifier
 
-__all__ = ["HERE_S", "CommitmentService", "event_command"]
+__all__ = ["HERE_S", "CommitmentService", "encode_report", "event_command"]
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class CommitmentService:
             del peer.awaited[next(iter(peer.awaited))]
         peer.awaited[message_id] = partial(self._answered, replace(judged, references=(), reasons=()))
         syntax = link.contexts[context_id].transfer_syntax
-        information = encode_identifier(event_information(report), syntax)
+        information = encode_report(report, syntax)
         try:
             link.send_message(context_id, event_command(message_id, event_of(report)), [information])
         except AssociationLost as exc:
@@ -207,6 +207,11 @@ def _check_names(request: Request, class_keyword: str, instance_keyword: str) ->
 
 def _fields(request: Request) -> Mapping[str, str]:
     return request.link.log_fields
+
+
+def encode_report(report: CommitmentReport, syntax: str) -> bytes:
+    """See `services.commitment.encode_information`."""
+    return encode_information(report, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
 
 
 def event_command(message_id: int, event_type: int) -> bytes:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dicom_node.config import DeliverySettings
 from dicom_node.dimse.commands import NO_DATA_SET, WITH_DATA_SET, CommandField, element, encode_command
-from dicom_node.dimse.commitment import MAX_INFORMATION_BYTES, event_command
+from dicom_node.dimse.commitment import MAX_INFORMATION_BYTES, encode_report, event_command
 from dicom_node.dimse.contexts import EXPLICIT_LE, IMPLICIT_LE, STORAGE_COMMITMENT, ProposedContext
 from dicom_node.dimse.link import AssociationLost, Message, answers
 from dicom_node.dimse.messages import BadMessage
-from dicom_node.dimse.request import encode_identifier, read_encoded
+from dicom_node.dimse.request import read_encoded
 from dicom_node.dimse.requestor import open_link as open_own_link
 from dicom_node.dimse.session import OpenLink, Session, status_of
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, NotFound
@@ -22,8 +22,6 @@ from dicom_node.services.commitment import (
     REQUEST_COMMITMENT,
     WELL_KNOWN_INSTANCE,
     BadInformation,
-    action_information,
-    event_information,
     event_of,
     read_event,
 )
@@ -62,7 +60,7 @@ class DimseCommitment:
         with self._session(peer, as_scp=True) as session:
             context_id, syntax = _context(session, peer)
             message_id = session.next_message_id()
-            information = encode_identifier(event_information(report), syntax)
+            information = encode_report(report, syntax)
             try:
                 session.link.send_message(context_id, event_command(message_id, event_of(report)), [information])
                 status = status_of(session.link.await_response(message_id, self._settings.response_timeout_s))
@@ -134,7 +132,8 @@ class _Conversation:
                 "ActionTypeID": REQUEST_COMMITMENT,
             }
         )
-        information = encode_identifier(action_information(transaction_uid, references), self._syntax)
+        asked = CommitmentReport(transaction_uid=transaction_uid, committed=tuple(references))
+        information = encode_report(asked, self._syntax)
         self._link.send_message(self._context_id, command, [information])
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

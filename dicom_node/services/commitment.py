@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Sequence
 
 from pydicom.dataset import Dataset
 
@@ -17,8 +18,7 @@ __all__ = [
     "SOME_FAILED",
     "WELL_KNOWN_INSTANCE",
     "BadInformation",
-    "action_information",
-    "event_information",
+    "encode_information",
     "event_of",
     "read_action",
     "read_event",
@@ -28,7 +28,7 @@ WELL_KNOWN_INSTANCE = "1.2.840.10008.1.20.1.1"
 REQUEST_COMMITMENT = 1  # Action Type ID
 ALL_COMMITTED, SOME_FAILED = 1, 2  # Event Type ID
 
-MAX_REFERENCES = 20_000  # of one request
+MAX_REFERENCES = 10_000  # of one request
 _UID = re.compile(r"[0-9.]{1,64}")
 
 
@@ -56,14 +56,6 @@ def read_action(information: Dataset) -> tuple[str, tuple[ObjectReference, ...]]
     return _transaction_uid(information), references
 
 
-def action_information(transaction_uid: str, references: Iterable[ObjectReference]) -> Dataset:
-    """The information of a request."""
-    found = Dataset()
-    found.TransactionUID = transaction_uid
-    found.ReferencedSOPSequence = [_item(reference) for reference in references]
-    return found
-
-
 def read_event(information: Dataset) -> CommitmentReport:
     """What a report says, whatever its Event Type ID (PS3.4 tables J.3-2, J.3-3). Raises BadInformation."""
     committed = _items(information, "ReferencedSOPSequence")
@@ -82,23 +74,48 @@ def event_of(report: CommitmentReport) -> int:
     return SOME_FAILED if report.failed else ALL_COMMITTED
 
 
-def event_information(report: CommitmentReport) -> Dataset:
-    """The information of a report; a sequence without items is left out (both are of type 1C)."""
-    found = Dataset()
-    found.TransactionUID = report.transaction_uid
-    if report.committed:
-        found.ReferencedSOPSequence = [_item(reference) for reference in report.committed]
-    if report.failed:
-        found.FailedSOPSequence = [_item(reference, reason) for reference, reason in report.failed]
-    return found
+def encode_information(report: CommitmentReport, *, implicit_vr: bool, little_endian: bool) -> bytes:
+    """The information of a report; of a request too, which is one that all is committed to (PS3.4 tables J.3-1 to 3).
+
+    A sequence without items is left out: of reports they are of type 1C. Written here, since a study has hundreds of
+    references and pydicom takes twenty times as long.
+    """
+    writer = _Writer(implicit_vr=implicit_vr, order="<" if little_endian else ">")
+    found = [writer.uid(0x00081195, report.transaction_uid)]
+    failed = [writer.item(reference, reason) for reference, reason in report.failed]
+    if failed:
+        found.append(writer.element(0x00081198, b"SQ", b"".join(failed)))
+    committed = [writer.item(reference) for reference in report.committed]
+    if committed:
+        found.append(writer.element(0x00081199, b"SQ", b"".join(committed)))
+    return b"".join(found)
 
 
-def _item(reference: ObjectReference, reason: int | None = None) -> Dataset:
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = reference
-    if reason is not None:
-        item.FailureReason = int(reason)
-    return item
+class _Writer:
+    """Elements of a data set in a native transfer syntax (PS3.5 7.1, 7.5)."""
+
+    def __init__(self, *, implicit_vr: bool, order: str) -> None:
+        self._short = None if implicit_vr else struct.Struct(f"{order}HH2sH")
+        self._long = struct.Struct(f"{order}HHI" if implicit_vr else f"{order}HH2sHI")
+        self._item, self._us = struct.Struct(f"{order}HHI"), struct.Struct(f"{order}H")
+
+    def element(self, tag: int, vr: bytes, value: bytes) -> bytes:
+        group, number = tag >> 16, tag & 0xFFFF
+        if self._short is None:
+            return self._long.pack(group, number, len(value)) + value
+        if vr == b"SQ":
+            return self._long.pack(group, number, vr, 0, len(value)) + value
+        return self._short.pack(group, number, vr, len(value)) + value
+
+    def uid(self, tag: int, uid: str) -> bytes:
+        value = uid.encode("ascii", "replace")
+        return self.element(tag, b"UI", value + b"\0" if len(value) % 2 else value)
+
+    def item(self, reference: ObjectReference, reason: int | None = None) -> bytes:
+        value = self.uid(0x00081150, reference.sop_class_uid) + self.uid(0x00081155, reference.sop_instance_uid)
+        if reason is not None:
+            value += self.element(0x00081197, b"US", self._us.pack(reason))
+        return self._item.pack(0xFFFE, 0xE000, len(value)) + value
 
 
 def _items(information: Dataset, keyword: str) -> Sequence[Dataset]:

@@ -18,6 +18,7 @@ from dicom_node.config import DeliverySettings
 from dicom_node.dimse import commitment
 from dicom_node.dimse.committing import DimseCommitment
 from dicom_node.dimse.files import instance_of_file
+from dicom_node.dimse.request import encode_identifier
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.wires import open_link
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, NotFound
@@ -247,7 +248,6 @@ def test_a_peer_that_keeps_its_association_and_does_not_answer_is_told_on_anothe
 
 
 def _send_action(peer: Any, ds: Dataset) -> None:
-    from dicom_node.dimse.request import encode_identifier
 
     fields = {"RequestedSOPClassUID": COMMITMENT, "CommandField": 0x0130, "MessageID": 1, "CommandDataSetType": 0}
     fields |= {"RequestedSOPInstanceUID": INSTANCE, "ActionTypeID": 1}
