@@ -108,7 +108,7 @@ class CommitmentSettings(_Settings):
     """How a destination is asked for storage commitment."""
 
     timeout_s: Seconds = 3600.0
-    """A destination that has not reported after this is asked again."""
+    """A destination that has not reported after this is asked again; then after twice that, and so on."""
     wait_s: Annotated[float, Field(ge=0, le=60)] = 2.0
     """How long its report is waited for on the association of the question; it may also come later on its own."""
 

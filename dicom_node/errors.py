@@ -20,7 +20,8 @@
      ├─ EncodingError               a result cannot be written as DICOM
      ├─ DeliveryError               a destination did not take an object
      │   ├─ DeliveryUnavailable     ... but may later                               retryable
-     │   └─ DeliveryRefused         ... and will not
+     │   ├─ DeliveryRefused         ... and will not
+     │   └─ CommitmentNotTaken      ... will not be asked for storage commitment    retryable
      ├─ CommitmentRefused           a request for storage commitment is not taken
      │   ├─ TransactionUidTaken     ... its Transaction UID stands for others       0x0131
      │   └─ TooManyCommitments      ... at the moment                               0x0213, retryable
@@ -162,6 +163,12 @@ class DeliveryUnavailable(DeliveryError):
 
 class DeliveryRefused(DeliveryError):
     """The destination said no for good (RJ(1,*,*), A9xx, Cxxx, 0x0122, context refused)."""
+
+
+class CommitmentNotTaken(DeliveryError):
+    """The destination can be reached, and does not take the request for storage commitment."""
+
+    retryable = True
 
 
 class CommitmentRefused(NodeError):

@@ -640,8 +640,9 @@ class Outbox(ReportBook, Protocol):
     def settle_delivery(self, delivery: Delivery, *, await_s: float, resend_s: float) -> DeliveryState:
         """As `finish_delivery`, of a destination that is asked for storage commitment; the state it has now.
 
-        DONE when every item is committed to; COMMITTING, runnable again after `await_s` or when the report came, when
-        some are not yet; PENDING, after `resend_s`, when some are to be sent again; else FAILED. Raises LeaseLost.
+        DONE when every item is committed to; COMMITTING, runnable again when the report came or after `await_s` (longer
+        with each question), when some are not yet; PENDING, after `resend_s`, when some are to be sent again; else
+        FAILED. Raises LeaseLost.
         """
         ...
 
@@ -828,7 +829,8 @@ class CommitmentAsker(Protocol):
     ) -> None:
         """Ask about the references of each Transaction UID; then wait, for the destination's `wait_s` at most and while
         `is_open`, for its reports. `on_report` must have kept one when it returns, and raises NotFound for one that
-        was not asked for. Raises DeliveryUnavailable or DeliveryRefused when it could not be asked.
+        was not asked for. Raises CommitmentNotTaken when it would not be asked, DeliveryUnavailable or DeliveryRefused
+        when the association could not be had.
         """
         ...
 

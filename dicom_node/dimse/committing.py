@@ -15,7 +15,7 @@ from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.request import read_encoded
 from dicom_node.dimse.requestor import open_link as open_own_link
 from dicom_node.dimse.session import OpenLink, Session, status_of
-from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, NotFound
+from dicom_node.errors import CommitmentNotTaken, DeliveryRefused, DeliveryUnavailable, NotFound
 from dicom_node.interfaces import Heartbeat
 from dicom_node.model import CommitmentReport, CommitmentRequest, Destination, ObjectReference
 from dicom_node.services.commitment import (
@@ -35,7 +35,10 @@ LOOK_S = 0.25
 
 
 class DimseCommitment:
-    """`interfaces.CommitmentAsker` and `interfaces.CommitmentReporter`. Keeps no connection between calls."""
+    """`interfaces.CommitmentAsker` and `interfaces.CommitmentReporter`. Keeps no connection between calls.
+
+    May be used by several threads.
+    """
 
     def __init__(
         self, settings: DeliverySettings, default_calling_ae_title: str, open_link: OpenLink = open_own_link
@@ -43,6 +46,7 @@ class DimseCommitment:
         self._settings = settings
         self._calling = default_calling_ae_title
         self._open_link = open_link
+        self._reports_here: dict[str, bool] = {}  # of destinations: whether the last one asked did so in time
 
     def _session(self, destination: Destination, *, as_scp: bool) -> Session:
         context = ProposedContext(
@@ -81,24 +85,32 @@ class DimseCommitment:
     ) -> None:
         """See `interfaces.CommitmentAsker.ask`."""
         with self._session(destination, as_scp=False) as session:
-            context_id, syntax = _context(session, destination)
+            try:
+                context_id, syntax = _context(session, destination)
+            except DeliveryRefused as exc:
+                raise CommitmentNotTaken(str(exc)) from exc
             conversation = _Conversation(session, context_id, syntax, on_report)
             try:
                 for transaction_uid, references in questions.items():
                     heartbeat()
                     status = conversation.ask(transaction_uid, references, self._settings.response_timeout_s, heartbeat)
                     if status:
-                        raise DeliveryUnavailable(
+                        raise CommitmentNotTaken(
                             f"destination {destination.name}: it answered {status:04X}H to the request for storage "
                             "commitment"
                         )
             except AssociationLost as exc:
                 raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
-            times = destination.commitment
             try:
-                conversation.wait(times.wait_s if times else 0.0, is_open, heartbeat)
+                conversation.wait(self._wait_s(destination), is_open, heartbeat)
             except AssociationLost:  # it has taken the questions, and may report on an association of its own
                 log.info("association ended before the report", extra={"destination": destination.name})
+            self._reports_here[destination.name] = conversation.reports > 0
+
+    def _wait_s(self, destination: Destination) -> float:
+        """One that did not report here the last time is not waited for: thousands of deliveries may be queued."""
+        wait_s = destination.commitment.wait_s if destination.commitment else 0.0
+        return wait_s if self._reports_here.get(destination.name, True) else min(wait_s, LOOK_S)
 
 
 def _context(session: Session, destination: Destination) -> tuple[int, str]:
@@ -116,6 +128,7 @@ class _Conversation:
     ) -> None:
         self._session, self._link = session, session.link
         self._context_id, self._syntax, self._on_report = context_id, syntax, on_report
+        self.reports = 0
 
     def ask(
         self, transaction_uid: str, references: Sequence[ObjectReference], timeout_s: float, heartbeat: Heartbeat
@@ -175,6 +188,7 @@ class _Conversation:
         if not is_report or message_id is None:
             self._link.abort()
             raise AssociationLost("the peer sent an unexpected message")
+        self.reports += 1
         self._link.send_message(self._context_id, _taken(message_id, event_type, self._noted(message)))
 
     def _noted(self, message: Message) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dicom_node.config import DeliverySettings
-from dicom_node.errors import DeliveryUnavailable, LeaseLost, NodeError
+from dicom_node.errors import CommitmentNotTaken, DeliveryUnavailable, LeaseLost, NodeError
 from dicom_node.interfaces import Clock, CommitmentAsker, Outbox, Sender
 from dicom_node.model import (
     CommitmentReport,
@@ -184,6 +184,9 @@ class Courier:
             raise
         except _Stopped:
             self._outbox.retry_delivery_later(delivery, "interrupted: the node was stopped", 0.0)
+        except CommitmentNotTaken as exc:  # it takes objects: those of other deliveries need not wait
+            breaker.tried(self._clock.boot().seconds, ok=True)
+            self._failed(delivery, str(exc), exc)
         except NodeError as exc:
             breaker.tried(self._clock.boot().seconds, ok=False)
             self._failed(delivery, str(exc), exc)

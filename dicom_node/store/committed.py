@@ -17,6 +17,7 @@ from dicom_node.store.rows import CatalogPart, check_lease, insert, update, utc_
 
 __all__ = ["Committed"]
 
+MOST_DOUBLINGS = 5  # of the time until it is asked again
 MAX_RESENT = 2  # how often an object is sent once more because the destination did not commit to it
 
 # what sending the object again cannot change
@@ -98,7 +99,11 @@ class Committed(CatalogPart):
                 error = f"the destination did not commit to {count['waiting']} of {count['total']} objects"
                 return move(connection, delivery.id, "retry_later", error=error, **self._not_before(resend_s))
             if count["open"]:
-                return move(connection, delivery.id, "await", error="", **self._not_before(await_s))
+                asked = connection.execute(
+                    "SELECT count(*) FROM commitment_question WHERE delivery = ?", (delivery.id,)
+                ).fetchone()[0]
+                longer = 2 ** min(max(asked - 1, 0), MOST_DOUBLINGS)
+                return move(connection, delivery.id, "await", error="", **self._not_before(await_s * longer))
             if count["refused"]:
                 error = f"{count['refused']} of {count['total']} objects were not taken"
                 return move(connection, delivery.id, "give_up", error=error)

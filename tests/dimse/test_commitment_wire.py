@@ -21,7 +21,7 @@ from dicom_node.dimse.files import instance_of_file
 from dicom_node.dimse.request import encode_identifier
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.wires import open_link
-from dicom_node.errors import DeliveryRefused, DeliveryUnavailable, NotFound
+from dicom_node.errors import CommitmentNotTaken, DeliveryUnavailable, NotFound
 from dicom_node.model import CommitmentReport, CommitmentTimes, Destination, ObjectReference
 from dicom_node.pipeline.commit import Committer
 
@@ -431,16 +431,21 @@ def test_a_destination_that_says_nothing_is_waited_for_only_so_long(wire: str) -
     asker = DimseCommitment(QUICK, "DICOM_NODE", open_link(wire))
     with Pacs(here=False).listening() as port:
         began = time.monotonic()
-        asker.ask(destination(port, 0.3), question("1.2"), lambda report: None, lambda: True, lambda: None)
-        assert 0.3 <= time.monotonic() - began < 3.0
+        asker.ask(destination(port, 0.5), question("1.2"), lambda report: None, lambda: True, lambda: None)
+        assert 0.5 <= time.monotonic() - began < 3.0
+        began = time.monotonic()  # and once it was waited for in vain, hardly at all
+        asker.ask(destination(port, 30.0), question("1.2"), lambda report: None, lambda: True, lambda: None)
+        assert time.monotonic() - began < 10.0
+    with pytest.raises(DeliveryUnavailable):
+        asker.ask(destination(port), question("1.2"), lambda report: None, lambda: True, lambda: None)
 
 
 def test_a_destination_that_does_not_take_the_question_is_an_error(wire: str, serve: Callable[..., Any]) -> None:
     asker = DimseCommitment(QUICK, "DICOM_NODE", open_link(wire))
-    with Pacs(status=0x0110).listening() as port, pytest.raises(DeliveryUnavailable, match="0110H"):
+    with Pacs(status=0x0110).listening() as port, pytest.raises(CommitmentNotTaken, match="0110H"):
         asker.ask(destination(port), question("1.2"), lambda report: None, lambda: True, lambda: None)
     node = serve(ae_titles=["PACS"])
-    with pytest.raises(DeliveryRefused, match="not accepted"):
+    with pytest.raises(CommitmentNotTaken, match="not accepted"):
         asker.ask(destination(node.port), question("1.2"), lambda report: None, lambda: True, lambda: None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dicom_node.errors import DeliveryUnavailable, NotFound, TooManyCommitments, TransactionUidTaken
+from dicom_node.errors import CommitmentNotTaken, DeliveryUnavailable, NotFound, TooManyCommitments, TransactionUidTaken
 from dicom_node.model import CommitmentReport, DeliveryState, ObjectReference
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -84,6 +84,8 @@ def test_a_lost_report_is_asked_for_again_and_a_late_one_counts(queued: Any, kit
     assert courier.run_once("PACS")
     (first, uids), (second, again) = asker.asked
     assert first != second and uids == again and len(queued.peer.kept["PACS"]) == 2
+    queued.clock.sleep(61.0)
+    assert not courier.run_once("PACS")  # it is given twice as long now
     queued.queue.note_report(kit.report_on(first, [ObjectReference("1.2", uid) for uid in uids]), {"PACS"})
     assert courier.run_once("PACS")
     assert _delivery(queued).state is DeliveryState.DONE and len(asker.asked) == 2
@@ -162,9 +164,10 @@ def test_only_the_destination_that_was_asked_is_believed(queued: Any, kit: Modul
 def test_a_destination_that_will_not_be_asked_is_tried_until_the_delivery_is_too_old(
     queued: Any, kit: ModuleType
 ) -> None:
-    asker = kit.Asker(failure=DeliveryUnavailable("it answered 0110H"))
-    courier = queued.courier(asker=asker, give_up_after_s=100.0, backoff_s=10.0)
+    asker = kit.Asker(failure=CommitmentNotTaken("it answered 0110H"))
+    courier = queued.courier(asker=asker, give_up_after_s=100.0, backoff_s=10.0, breaker_failures=1)
     courier.run_once("PACS")
+    assert courier.circuits() == {"PACS": False}  # it takes objects
     assert _delivery(queued).state is DeliveryState.PENDING and "0110H" in _delivery(queued).error
     queued.clock.sleep(101.0)
     courier.run_once("PACS")
