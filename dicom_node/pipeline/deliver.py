@@ -173,8 +173,10 @@ class Courier:
     # --- one delivery
 
     def _attempt(self, delivery: Delivery, breaker: Breaker) -> None:
-        if delivery.attempts > 1 and self._too_old(delivery):
-            self._give_up(delivery, "deadline", f"not delivered in {delivery.attempts - 1} tries; {delivery.error}")
+        is_committed_to = all(item.committed for item in delivery.items)  # however late its report came
+        if delivery.attempts > 1 and self._too_old(delivery) and not is_committed_to:
+            lacks = "committed to" if all(item.sent for item in delivery.items) else "delivered"
+            self._give_up(delivery, "deadline", f"not {lacks} in {delivery.attempts - 1} tries; {delivery.error}")
             return
         began_s = self._clock.boot().seconds
         try:

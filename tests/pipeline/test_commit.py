@@ -91,6 +91,23 @@ def test_a_lost_report_is_asked_for_again_and_a_late_one_counts(queued: Any, kit
     assert _delivery(queued).state is DeliveryState.DONE and len(asker.asked) == 2
 
 
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_destination_that_reports_only_at_the_very_end_is_still_believed(
+    queued: Any, kit: ModuleType, reports: bool
+) -> None:
+    asker = kit.Asker()
+    courier = queued.courier(asker=asker, give_up_after_s=50.0)
+    courier.run_once("PACS")
+    queued.clock.sleep(100.0)
+    ((transaction, uids),) = asker.asked
+    if reports:
+        queued.queue.note_report(kit.report_on(transaction, [ObjectReference("1.2", uid) for uid in uids]), {"PACS"})
+    assert courier.run_once("PACS")
+    delivery = _delivery(queued)
+    assert delivery.state is (DeliveryState.DONE if reports else DeliveryState.FAILED)
+    assert reports or delivery.error.startswith("not committed to in 1 tries")
+
+
 def test_what_it_did_not_commit_to_is_sent_again_a_few_times_and_then_needs_a_person(
     queued: Any, kit: ModuleType
 ) -> None:
