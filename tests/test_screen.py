@@ -16,6 +16,7 @@ SNAPSHOT: dict[str, Any] = {
     "deliveries": {"PACS": {"failed": {"count": 1, "oldest_age_s": 7200.0}}},
     "variants": {"variant": 2},
     "returned": {"taken": 3, "untaken": 1},
+    "commitments": {"asked": 1, "judged": 2, "reported": 0, "failed": 0},
     "associations": {"open": 1, "by_calling_ae": {"CT1": 1}},
 }
 
