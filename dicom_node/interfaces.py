@@ -146,8 +146,11 @@ class Archive(Protocol):
         """Remove a file (of a transaction that failed, or a released variant). Missing is fine."""
         ...
 
-    def settled(self, file: ArchivedFile) -> None:
-        """The index holds this file as durably as the journal needs, or never will. A no-op without a journal."""
+    def settled(self, file: ArchivedFile, *, kept: bool = True) -> None:
+        """The index holds this file as durably as the journal needs, or never will. A no-op without a journal.
+
+        Not `kept`: it was refused or its store failed, and no replay may bring it back.
+        """
         ...
 
 

@@ -44,6 +44,7 @@ MODALITIES = ("CR", "CT", "DX", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "RF", 
 SERVICES = ("echo", "store", "find", "get", "move", "commit", "commit_report")
 STATUS_CLASSES = ("success", "pending", "warning", "cancel", "failure")
 OUTCOMES = (*(outcome.value for outcome in StoreOutcome), "invalid", "failed")
+DURABLE_BY = ("journal", "file")
 ASSOCIATION_RESULTS = ("released", "aborted")
 REJECT_REASONS = ("calling_ae", "called_ae", "address", "limit", "protocol")
 CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role")
@@ -141,6 +142,13 @@ class Metrics:
             "Instances that came by C-STORE, by what became of them.",
             calling | {"modality": self._modality.values, "outcome": OUTCOMES},
         )
+        self._received: dict[tuple[str, str, str], Counter] = {}
+        durable = self._counter(
+            "instances_durable_total",
+            "Instances that were kept, by what made them durable: the intake journal, or syncs of their own (slower).",
+            {"by": DURABLE_BY},
+        )
+        self._durable = {by: durable.labels(by) for by in DURABLE_BY}
         self._irregular = self._counter("irregular_uids_total", "Instances with padded UIDs or leading zeros in them.")
         self._bytes = self._counter("received_bytes_total", "Data set bytes that came by C-STORE.")
         self._contexts = self._counter(
@@ -234,12 +242,28 @@ class Metrics:
         duration.observe(seconds)
 
     def instance_received(
-        self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False
+        self,
+        calling_ae_title: str,
+        modality: str,
+        outcome: str,
+        length: int = 0,
+        *,
+        irregular_uids: bool = False,
+        durable_by: str = "",
     ) -> None:
-        """A C-STORE was answered; `outcome` is a StoreOutcome value, `invalid` or `failed`."""
+        """A C-STORE was answered; `outcome` is a StoreOutcome value, `invalid` or `failed`.
+
+        `durable_by`: one of DURABLE_BY, '' where nothing was kept.
+        """
         known = outcome if outcome in OUTCOMES else "failed"
-        self._instances.labels(self._calling(calling_ae_title), self._modality(modality), known).inc()
+        labels = self._calling(calling_ae_title), self._modality(modality), known
+        counter = self._received.get(labels)
+        if counter is None:  # `labels` costs as much as counting
+            counter = self._received[labels] = self._instances.labels(*labels)
+        counter.inc()
         self._bytes.inc(length)
+        if durable_by:
+            self._durable[durable_by].inc()
         if irregular_uids:
             self._irregular.inc()
 

@@ -70,7 +70,8 @@ class InstanceHeader:
 class ArchivedFile:
     """Bytes that are durable in the archive: a Part-10 file at `location` (archive-relative, opaque).
 
-    The data set occupies `data_set_length` bytes from `data_set_offset`; `sha256` is of those bytes only. `journal`:
+    The data set occupies `data_set_length` bytes from `data_set_offset`; `sha256` is of those bytes only
+    (`dicom_node.digests`: the name is older than the kind). `journal`:
     where the intake journal holds all of it until the file itself is durable, None when the file is so already.
     """
 

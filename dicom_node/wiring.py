@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from heapq import merge
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,23 +90,25 @@ def replay_journals(catalog: Catalog, config: NodeConfig) -> None:
 
     Raises StorageError: the node must not start over objects it acknowledged and cannot show.
     """
-    for number in catalog.journal_numbers():
-        journal = catalog.open_journal(number)
-        try:
-            _replay(catalog, config, journal)
-        finally:
-            journal.close()
+    with ExitStack() as stack:
+        journals: list[Journal] = []
+        for number in catalog.journal_numbers():
+            journals.append(catalog.open_journal(number))
+            stack.callback(journals[-1].close)
+        _replay(catalog, config, journals)
     catalog.index.forget_journaled()
 
 
-def _replay(catalog: Catalog, config: NodeConfig, journal: Journal) -> None:
+def _replay(catalog: Catalog, config: NodeConfig, journals: Sequence[Journal]) -> None:
+    """Of several receivers in the order in which they received: who comes first stays, where policies say so."""
     replay(
-        journal.left_behind(),
+        merge(*(journal.left_behind() for journal in journals), key=lambda record: record.receipt.received_at),
         catalog.archive,
         catalog.index,
         max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
     )
-    journal.clear()
+    for journal in journals:
+        journal.clear()
 
 
 def start_journal(catalog: Catalog, config: NodeConfig, number: int) -> None:
@@ -118,7 +121,7 @@ def start_journal(catalog: Catalog, config: NodeConfig, number: int) -> None:
         log.error("no intake journal", extra={"action": "journal_off", "error": str(exc)})
         return
     try:
-        _replay(catalog, config, journal)
+        _replay(catalog, config, [journal])
     except NodeError as exc:
         log.error("no intake journal", extra={"action": "journal_off", "error": str(exc)})
         journal.close()
@@ -155,7 +158,14 @@ class IntakeObserver(Protocol):
     """`metrics.Metrics`, as far as intake goes."""
 
     def instance_received(
-        self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False
+        self,
+        calling_ae_title: str,
+        modality: str,
+        outcome: str,
+        length: int = 0,
+        *,
+        irregular_uids: bool = False,
+        durable_by: str = "",
     ) -> None:
         """A C-STORE was answered."""
         ...
@@ -216,6 +226,7 @@ class CountedIngest:
             outcome.value,
             record.file.data_set_length,
             irregular_uids=record.header.irregular_uids,
+            durable_by="file" if record.file.journal is None else "journal",
         )
 
 

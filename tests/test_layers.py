@@ -15,7 +15,7 @@ CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
-    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins"),
+    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests"),
 }
 # the composition root: may import anything
 ROOT = {

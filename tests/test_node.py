@@ -195,6 +195,7 @@ def test_what_is_sent_is_kept_shown_and_fetched_back(
     assert "1 of 1 files stored" in node.command("send", str(source), "--to", to).stdout
     received = {"calling_ae": "other", "modality": "OT", "outcome": "new"}
     assert metric(node, "instances_received_total", **received) == 1
+    assert sum(metric(node, "instances_durable_total", by=by) for by in ("journal", "file")) >= 1
     wait_for(lambda: metric(node, "ledger_studies", state="filtered") == 1, 20, "the study to be filtered")
     assert metric(node, "unrouted_studies_total") == 1
     screen = node.command("status").stdout

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
+from dicom_node.digests import is_digest_of
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.headers import scan
 from dicom_node.interfaces import ArchivedObject, CheckedArchive, CheckedIndex, Clock, KnownFile
@@ -172,7 +173,9 @@ def _fault(archive: CheckedArchive, file: ArchivedFile, verify_hash: bool) -> st
     if verify_hash:
         try:
             with archive.examine(file.location) as found:
-                if found.file != file:
+                if replace(found.file, sha256=file.sha256) != file:
+                    return "damaged"
+                if not is_digest_of(file.sha256, found.data_set, found.file.sha256):
                     return "damaged"
         except NotFound:
             return "missing"

@@ -134,15 +134,18 @@ class Ingest:
         requested = (normalise_uid(sop_class_uid)[0], normalise_uid(sop_instance_uid)[0])
         policy, origin = self._conflict_policy_for(source), self._origin_for(source)
         record, created = self._archive_one(requested, transfer_syntax_uid, incoming, source, origin, policy)
+        kept = False
         try:
             outcome = self._index.add_instance(record, policy, lambda first: same_pixels(self._archive, first, record))
+            kept = outcome is not StoreOutcome.REFUSED
         except CatalogBusy:
+            kept = True
             raise  # the row may yet be written; a file without one is harmless
         except BaseException:
             self._remove(record.file, created)
             raise
         finally:
-            self._archive.settled(record.file)
+            self._archive.settled(record.file, kept=kept)
         if outcome is StoreOutcome.REFUSED:
             self._remove(record.file, created)
         return self._answer(record, outcome)

@@ -1,7 +1,7 @@
 """The intake journal after a crash: every object it holds is put in its place and indexed, as if it came just now.
 
-An object whose row tells that it was indexed is only looked after: its file must be there with its bytes. One without
-a row is indexed with what its record tells (source, time, policy). One that was taken out of the index since stays out.
+An object whose row tells that it was indexed only has its file written anew. One without a row is indexed with what its
+record tells (source, time, policy). One that was taken out of the index since stays out.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from dicom_node.errors import InvalidInstance
+from dicom_node.errors import InvalidInstance, StorageError
 from dicom_node.headers import scan
 from dicom_node.interfaces import Archive, CheckedArchive, CheckedIndex, InstanceIndex, JournaledObject
-from dicom_node.model import ArchivedFile, ConflictPolicy, InstanceRecord, StoreOutcome
+from dicom_node.model import ArchivedFile, ConflictPolicy, InstanceRecord
 from dicom_node.pipeline.ingest import same_pixels
 
 __all__ = ["Replay", "ReplayedArchive", "ReplayedIndex", "replay"]
@@ -31,7 +31,7 @@ class ReplayedArchive(Archive, CheckedArchive, Protocol):
         ...
 
     def put_back(self, record: JournaledObject) -> ArchivedFile | None:
-        """See that it is there with its bytes; None for a record that was never whole. Raises StorageError."""
+        """Write it anew; None for a record that was never whole. Raises StorageError."""
         ...
 
 
@@ -40,6 +40,14 @@ class ReplayedIndex(InstanceIndex, CheckedIndex, Protocol):
 
     def journaled(self, segment: bytes) -> Set[int]:
         """Offsets of the records of this segment that were indexed, or refused."""
+        ...
+
+    def data_set_offset(self, location: str) -> int | None:
+        """Where its row says that the data set of this file begins, None when no row refers to it."""
+        ...
+
+    def moved(self, file: ArchivedFile) -> None:
+        """The file was written anew and its data set begins elsewhere now."""
         ...
 
     def received_at(self, sop_instance_uid: str) -> datetime | None:
@@ -74,14 +82,18 @@ def replay(
         if segment not in noted:
             noted[segment] = index.journaled(segment)
         was_indexed = record.place.offset in noted[segment]
-        if was_indexed and index.unknown_locations([archive.location_of(record)]):
+        known = index.data_set_offset(archive.location_of(record)) if was_indexed else None
+        if was_indexed and known is None:
             continue  # refused or deleted
         file = archive.put_back(record)
         if file is None:
             found.torn += 1
             continue
         found.objects += 1
-        if not was_indexed:
+        if was_indexed:
+            if file.data_set_offset != known:  # the file was gone, and had come with another sender's file meta
+                index.moved(file)
+        else:
             found.indexed += _index(record, file, archive, index, max_inflated_header_bytes)
     if found.objects or found.torn:
         log.warning(
@@ -101,8 +113,10 @@ def _index(
 ) -> bool:
     receipt, policy = record.receipt, record.receipt.conflict_policy
     try:
-        with archive.examine(file.location) as found:
-            header = scan(found.data_set, record.transfer_syntax_uid, max_inflated_header_bytes=max_inflated)
+        data_set = memoryview(record.read(record.meta_length, file.data_set_length))
+        header = scan(data_set, record.transfer_syntax_uid, max_inflated_header_bytes=max_inflated)
+    except OSError as exc:
+        raise StorageError(f"the intake journal cannot be read: {exc.strerror}") from exc
     except InvalidInstance as exc:  # it was read before it was journaled: this version of the node is stricter
         log.error("file unusable", extra={"action": "journal_unusable", "location": file.location, "reason": str(exc)})
         return False
@@ -115,9 +129,9 @@ def _index(
         received_boot=receipt.received_boot,
     )
     kept_at = index.received_at(header.sop_instance_uid)
-    if kept_at is not None and kept_at > receipt.received_at:
-        policy = ConflictPolicy.KEEP_FIRST  # its store failed at the time, and what came since must not give way to it
-    outcome = index.add_instance(instance, policy, lambda first: same_pixels(archive, first, instance))
-    if outcome is StoreOutcome.REFUSED:
-        index.if_unreferenced(file.location, lambda: archive.remove(file.location))
-    return outcome is not StoreOutcome.REFUSED
+    if policy is ConflictPolicy.REFUSE or (kept_at is not None and kept_at > receipt.received_at):
+        # Its store may have failed at the time, and what came since must not give way to it. Or that of the one kept:
+        # then this is the one that was acknowledged, whatever its policy
+        policy = ConflictPolicy.KEEP_FIRST
+    index.add_instance(instance, policy, lambda first: same_pixels(archive, first, instance))
+    return True

@@ -83,7 +83,13 @@ class Catalog:
 
     def _mend(self, records: Iterable[JournaledObject]) -> None:
         for record in records:
-            self.archive.put_back(record, anew=True)
+            location = self.archive.location_of(record)
+            known = self.index.data_set_offset(location)
+            if known is None:
+                continue  # refused, or deleted since
+            file = self.archive.put_back(record, durable=True)
+            if file is not None and file.data_set_offset != known:
+                self.index.moved(file)
         self.database.checkpoint()
 
     def recover(self, live_epochs: Iterable[str] = ()) -> None:
@@ -97,9 +103,8 @@ class Catalog:
 
     def close(self) -> None:
         """Finish what is queued. Idempotent."""
-        if self.archive.journal is not None:
-            self.archive.journal.close()
-        self.archive.close()
+        if self.archive.journal is None or self.archive.journal.close():
+            self.archive.close()
         self.database.close()
 
 

@@ -64,6 +64,7 @@ class Database:
 
     def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = path
+        self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
         self._turns = Turns(path.with_name("catalog.lock"), lock_wait_s)
         self._guard = threading.Lock()
         self._waiting: deque[_Piece] = deque()
@@ -71,6 +72,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
         self._idle_readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue(maxsize=READERS_KEPT)
         self._durable = True  # how the writing connection stands
+        self._behind = False  # transactions were committed that no sync followed
         self._tidier: sqlite3.Connection | None = None
         self._tidy_turns = Turns(path.with_name("catalog.lock"), lock_wait_s)  # its thread's own
         self._keeper: threading.Thread | None = None
@@ -126,8 +128,7 @@ class Database:
         failure: BaseException | None = StorageError("the thread that wrote was ended")
         try:
             self._connection = self._connection or self._connect(readonly=False)
-            self._set_durable(self._connection, any(piece.durable for piece in batch))
-            self._commit(self._connection, batch)
+            self._commit_as_asked(self._connection, batch)
             failure = None
         except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
             failure = _mapped(exc)
@@ -142,6 +143,22 @@ class Database:
                 if self._waiting:
                     self._writer = _SOMEBODY  # until that thread has woken
                     self._waiting[0].turn.release()
+
+    def _commit_as_asked(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
+        durable = any(piece.durable for piece in batch)
+        self._set_durable(connection, durable)
+        before = connection.total_changes
+        self._commit(connection, batch)
+        if not durable:
+            self._behind = True
+        elif self._behind:
+            # nothing changed, nothing written, nothing synced; what was found must be durable all the same
+            if connection.total_changes == before or any(piece.error for piece in batch):
+                try:
+                    self.sync()
+                except OSError as exc:
+                    raise StorageError(f"the catalog cannot be synced: {exc.strerror}") from exc
+            self._behind = False
 
     def _set_durable(self, connection: sqlite3.Connection, durable: bool) -> None:
         if durable is not self._durable:
@@ -165,7 +182,7 @@ class Database:
     def sync(self) -> None:
         """Make every transaction durable that `write` has returned from. Raises OSError."""
         try:
-            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(self._wal, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:  # all of it is in the database itself, which SQLite synced
             return
         try:
@@ -180,7 +197,7 @@ class Database:
         CatalogBusy.
         """
         try:
-            size = os.stat(f"{self.path}-wal").st_size
+            size = os.stat(self._wal).st_size
         except OSError:
             return
         if size < WAL_SMALL:

@@ -21,8 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from blake3 import blake3
-
+from dicom_node.digests import digest_text, new_digest, old_digest_of
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
 from dicom_node.model import ArchivedFile, JournalPlace, Receipt, StoredInstance
@@ -45,7 +44,7 @@ class FolderArchive:
         self, root: Path, *, fs: FileSystem | None = None, reserve_bytes: int = 0, reserve_ratio: float = 0.0
     ) -> None:
         """`root` is made if need be (StorageError if it cannot be); free space below the larger reserve is not used."""
-        self._root = root
+        self._root = root.absolute()
         self._fs: FileSystem = fs or RealFileSystem()
         self._reserve_bytes = reserve_bytes
         self._reserve_ratio = reserve_ratio
@@ -140,18 +139,15 @@ class FolderArchive:
 
     # --- the intake journal
 
-    def settled(self, file: ArchivedFile) -> None:
+    def settled(self, file: ArchivedFile, *, kept: bool = True) -> None:
         """See `interfaces.Archive.settled`."""
-        if file.journal is not None:
-            self.given_up(file.journal)
-
-    def given_up(self, place: JournalPlace) -> None:
-        """The journal need not wait for this record."""
-        if self.journal is not None:
-            self.journal.settled(place)
+        if self.journal is not None and file.journal is not None:
+            self.journal.settled(file.journal, kept=kept)
 
     def watch_writes(self) -> None:
         """From now on `sync` tells of every write that failed. Raises StorageError."""
+        if self._syncing_fd >= 0:
+            return
         try:
             self._syncing_fd = self._fs.open_folder(self._root)
         except OSError as exc:
@@ -163,27 +159,45 @@ class FolderArchive:
 
     def location_of(self, record: JournaledObject) -> str:
         """Where the file of a journal record belongs."""
-        return _location(record.transfer_syntax_uid, record.digest.hex())
+        return _location(record.transfer_syntax_uid, digest_text(record.digest))
 
-    def put_back(self, record: JournaledObject, *, anew: bool = False) -> ArchivedFile | None:
-        """See that the file of a journal record is there with its bytes; `sync` makes it durable.
+    def put_back(self, record: JournaledObject, *, durable: bool = False) -> ArchivedFile | None:
+        """Write the file of a journal record anew, even where it seems to be: after a failed sync the system's memory
+        may show bytes that are not on disk, also to the next process.
 
-        `anew`: write it even if it seems to be there, durable by itself. None for a record that was never whole.
-        Raises StorageError.
+        `sync` makes it durable, or `durable` does by itself. None for a record that was never whole. A file meta that
+        is there already stays, for rows say how long it is. Raises StorageError.
         """
-        spool = self._spool(record.read(0, record.meta_length), record.transfer_syntax_uid)
         try:
-            offset = record.meta_length
-            while piece := record.read(offset, PIECE):
+            piece = record.read(0, PIECE)  # the file meta, and of a small object all
+        except OSError as exc:
+            raise _storage_error("the intake journal cannot be read", exc) from exc
+        meta = self._meta_to_keep(record, piece[: record.meta_length])
+        spool = self._spool(meta, record.transfer_syntax_uid)
+        try:
+            spool.write(memoryview(piece)[record.meta_length :])
+            offset = len(piece)
+            while offset < record.length and (piece := record.read(offset, PIECE)):
                 spool.write(piece)
                 offset += len(piece)
-            if spool.sha256 != record.digest.hex():
+            if spool.sha256 != digest_text(record.digest):
                 return None
-            return spool.put_back(record.place, anew=anew)
+            return spool.put_back(record.place, durable=durable)
         except OSError as exc:
             raise _storage_error("the intake journal cannot be read", exc) from exc
         finally:
             spool.discard()
+
+    def _meta_to_keep(self, record: JournaledObject, own: bytes) -> bytes:
+        """File meta of the same object as it stands in the archive, of another sender maybe, or else the record's."""
+        try:
+            with open(self.path(self.location_of(record)), "rb", buffering=0) as file:
+                start = file.read(PIECE)
+            there, ours = parse_file_meta(memoryview(start)), parse_file_meta(memoryview(own))
+        except (OSError, InvalidInstance):
+            return own
+        same = (there.sop_instance_uid, there.transfer_syntax_uid) == (ours.sop_instance_uid, ours.transfer_syntax_uid)
+        return start[: there.data_set_offset] if same else own
 
     def close(self) -> None:
         """Give descriptors back. Idempotent."""
@@ -235,7 +249,7 @@ class FolderArchive:
                     data_set_length=len(data_set),
                     sha256=sha256,
                 ),
-                named_rightly=_location(meta.transfer_syntax_uid, sha256) == location,
+                named_rightly=_is_named_rightly(location, meta.transfer_syntax_uid, sha256, data_set),
                 written_at=datetime.fromtimestamp(info.st_mtime, UTC),
                 data_set=data_set,
             )
@@ -254,6 +268,23 @@ class FolderArchive:
 class FolderSpool:
     """`interfaces.Spool`: one data set on its way in. Not for two threads at a time."""
 
+    __slots__ = (
+        *(
+            "_archive",
+            "_before",
+            "_buffer",
+            "_bytes",
+            "_created",
+            "_digest",
+            "_fd",
+            "_filled",
+            "_fs",
+            "_hashed",
+            "_map",
+        ),
+        *("_meta_length", "_offset", "_root", "_temporary", "_transfer_syntax_uid", "_view", "_written"),
+    )
+
     def __init__(
         self,
         archive: FolderArchive,
@@ -271,13 +302,14 @@ class FolderSpool:
         self._meta_length = len(meta)
         self._transfer_syntax_uid = transfer_syntax_uid
         self._archive = archive
+        self._faults = archive.journal.faults if archive.journal is not None else 0
         self._buffer: RecordBuffer | None = archive.buffers.take()
         self._bytes = self._buffer.file  # of the file: all of it while it fits, then the last part
         self._bytes[: len(meta)] = meta
         self._filled = len(meta)
         self._written = 0  # of what is filled
         self._before = 0  # bytes of the file that are no longer in the buffer
-        self._digest = blake3()
+        self._digest = new_digest()
         self._hashed = len(meta)  # of what is filled; the meta information is not of the data set
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -293,7 +325,7 @@ class FolderSpool:
     def sha256(self) -> str:
         """Of the data set bytes so far."""
         self._hash(self._filled)
-        return self._digest.hexdigest()
+        return digest_text(self._digest.digest())
 
     @property
     def created(self) -> bool:
@@ -349,7 +381,7 @@ class FolderSpool:
         try:
             self._flush(self._filled)
             digest = self._digest.digest()
-            location = _location(self._transfer_syntax_uid, digest.hex())
+            location = _location(self._transfer_syntax_uid, digest_text(digest))
             place = None if receipt is None else self._journal(receipt, digest)
             try:
                 if place is None:
@@ -358,14 +390,14 @@ class FolderSpool:
                 else:
                     self._name_for_now(location)
             except OSError as exc:
-                if place is not None:
-                    self._archive.given_up(place)
+                if place is not None and self._archive.journal is not None:
+                    self._archive.journal.settled(place, kept=False)
                 raise _storage_error("a received object cannot be made durable", exc) from exc
             return ArchivedFile(
                 location=location,
                 data_set_offset=self._offset,
                 data_set_length=self.length,
-                sha256=digest.hex(),
+                sha256=digest_text(digest),
                 journal=place,
             )
         finally:
@@ -383,38 +415,33 @@ class FolderSpool:
             transfer_syntax_uid=self._transfer_syntax_uid,
             digest=digest,
             source_fd=self._fd if self._before else None,
+            faults=self._faults,
         )
 
-    def _name_for_now(self, location: str) -> None:
+    def _name_for_now(self, location: str, *, anew: bool = False) -> None:
         """Give the file its name; the journal makes file and name durable, and holds all of it until then."""
-        target = self._root / location
-        if self._temporary is not None:
-            shard, name = location.split("/")
-            folder_fd = self._fs.open_folder(self._root / shard)
+        if self._temporary is None:
             try:
-                self._place(name, folder_fd, target, durable=False)
-            finally:
-                self._fs.close(folder_fd)
-            return
-        try:
-            self._fs.link_path(self._fd, target)
-            self._created = True
-        except FileExistsError:
-            if not self._same_bytes(target, durable=False):
-                self._name(location)
+                self._fs.link_path(self._fd, self._archive.path(location))
+                self._created = True
+                return
+            except FileExistsError:
+                if not anew and self._same_bytes(self._root / location, durable=False):
+                    return
+        self._name(location, durable=False, anew=anew)
 
-    def put_back(self, place: JournalPlace, *, anew: bool) -> ArchivedFile:
+    def put_back(self, place: JournalPlace, *, durable: bool) -> ArchivedFile:
         """See `FolderArchive.put_back`; the journal holds all of it already. The spool is closed afterwards."""
         try:
             self._flush(self._filled)
-            digest = self._digest.hexdigest()
+            digest = digest_text(self._digest.digest())
             location = _location(self._transfer_syntax_uid, digest)
             try:
-                if anew:
+                if durable:
                     self._fs.fsync(self._fd)
                     self._name(location, anew=True)
                 else:
-                    self._name_for_now(location)
+                    self._name_for_now(location, anew=True)
             except OSError as exc:
                 raise _storage_error("an object of the intake journal cannot be put in its place", exc) from exc
             return ArchivedFile(
@@ -427,13 +454,14 @@ class FolderSpool:
         finally:
             self.discard()
 
-    def _name(self, location: str, *, anew: bool = False) -> None:
+    def _name(self, location: str, *, durable: bool = True, anew: bool = False) -> None:
         shard, name = location.split("/")
         folder_fd = self._fs.open_folder(self._root / shard)
         try:
-            self._place(name, folder_fd, self._root / location, durable=True, anew=anew)
+            self._place(name, folder_fd, self._root / location, durable=durable, anew=anew)
             try:
-                self._fs.fsync_dir(folder_fd)
+                if durable:
+                    self._fs.fsync_dir(folder_fd)
             except OSError:
                 if self._created:
                     with suppress(OSError):
@@ -522,6 +550,13 @@ class FolderSpool:
             self._archive.buffers.give_back(buffer)
 
 
+def _is_named_rightly(location: str, transfer_syntax_uid: str, digest: str, data_set: memoryview) -> bool:
+    """Whether these bytes belong under that name; files of before BLAKE3 keep theirs."""
+    if location == _location(transfer_syntax_uid, digest):
+        return True
+    return location == _location(transfer_syntax_uid, old_digest_of(data_set))
+
+
 def _location(transfer_syntax_uid: str, digest: str) -> str:
     # hashing the digest instead of the bytes a second time; the transfer syntax is part of what the bytes mean
     name = hashlib.sha256(f"{transfer_syntax_uid} {digest}".encode()).hexdigest()
@@ -529,11 +564,11 @@ def _location(transfer_syntax_uid: str, digest: str) -> str:
 
 
 def _hash_from(fd: int, offset: int) -> str:
-    digest = blake3()
+    digest = new_digest()
     while piece := os.pread(fd, 16 * PIECE, offset):
         digest.update(piece)
         offset += len(piece)
-    return digest.hexdigest()
+    return digest_text(digest.digest())
 
 
 def _temporary(folder: Path) -> Path:

@@ -54,7 +54,7 @@ class FileSystem(Protocol):
         """Give the open file a name. Raises FileExistsError, never replaces."""
         ...
 
-    def link_path(self, fd: int, path: Path) -> None:
+    def link_path(self, fd: int, path: str) -> None:
         """As `link`, without a descriptor of the folder: for names that are made durable later, all at once."""
         ...
 
@@ -132,7 +132,7 @@ class RealFileSystem:
         """
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
 
-    def link_path(self, fd: int, path: Path) -> None:
+    def link_path(self, fd: int, path: str) -> None:
         """Name an open file through /proc; `path` is absolute, so the folder given is looked at by Python only."""
         os.link(f"/proc/self/fd/{fd}", path, dst_dir_fd=fd, follow_symlinks=True)
 

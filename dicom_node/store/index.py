@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from dicom_node.digests import digest_of, is_old, old_digest_of
 from dicom_node.errors import InvalidIdentifier, StorageError
 from dicom_node.interfaces import Clock, KnownFile
 from dicom_node.model import (
@@ -28,7 +29,7 @@ from dicom_node.model import (
     StoreOutcome,
 )
 from dicom_node.store.database import Database
-from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, restore_instance
+from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, renew_digest, restore_instance
 from dicom_node.store.query import Plan, plan, supported
 from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
@@ -92,13 +93,41 @@ class SqliteIndex:
         same_pixels: Callable[[StoredInstance], bool],
     ) -> StoreOutcome:
         """See `interfaces.InstanceIndex.add_instance`. Raises StorageError when the archived file is gone."""
-        durable = record.file.journal is None
+
+        def write(same: bool | None) -> StoreOutcome:
+            return self._database.write(
+                lambda connection: self._add(connection, record, policy, same), durable=record.file.journal is None
+            )
+
         try:
-            return self._database.write(lambda connection: self._add(connection, record, policy, None), durable=durable)
+            return write(None)
         except FirstMustBeRead:
             first = self.instance(record.header.sop_instance_uid)
-        same = first is not None and same_pixels(first)
-        return self._database.write(lambda connection: self._add(connection, record, policy, same), durable=durable)
+        renewed = first is not None and self._renew_digest(first)
+        if first is not None and renewed:
+            try:
+                outcome = write(None)
+            except FirstMustBeRead:
+                return write(same_pixels(first))
+            # the same bytes lie under their new name too, unless the old one is still spoken of
+            self.if_unreferenced("/".join(first.path.split("/")[-2:]), lambda: os.unlink(first.path))
+            return outcome
+        return write(first is not None and same_pixels(first))
+
+    def _renew_digest(self, first: StoredInstance) -> bool:
+        """Give an instance of before BLAKE3 its new digest, if its file is as it was. Whether it was given one."""
+        if not is_old(first.sha256):
+            return False
+        try:
+            with open(first.path, "rb") as file:
+                data = memoryview(file.read())[first.data_set_offset :]
+        except OSError:
+            return False
+        if old_digest_of(data) != first.sha256:
+            return False
+        new = digest_of(data)
+        self._database.write(lambda connection: renew_digest(connection, first.sop_instance_uid, first.sha256, new))
+        return True
 
     def _add(
         self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None
@@ -131,6 +160,26 @@ class SqliteIndex:
     def journaled(self, segment: bytes) -> frozenset[int]:
         """Offsets of the records of this life of a segment that were indexed, or refused."""
         return frozenset(row[0] for row in self._fetch("SELECT place FROM journaled WHERE segment = ?", (segment,)))
+
+    def data_set_offset(self, location: str) -> int | None:
+        """Where its row says that the data set of this file begins, None when no row refers to it."""
+        rows = self._fetch(
+            "SELECT data_set_offset FROM instance WHERE location = :at UNION ALL "
+            "SELECT data_set_offset FROM variant WHERE location = :at LIMIT 1",
+            {"at": location},
+        )
+        return rows[0][0] if rows else None
+
+    def moved(self, file: ArchivedFile) -> None:
+        """The file was written anew and its data set begins elsewhere now."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            for table in ("instance", "variant"):
+                connection.execute(
+                    f"UPDATE {table} SET data_set_offset = ? WHERE location = ?", (file.data_set_offset, file.location)
+                )
+
+        self._database.write(write)
 
     def received_at(self, sop_instance_uid: str) -> datetime | None:
         """When the instance came that is kept under this UID, None for none."""

@@ -12,6 +12,7 @@ import json
 import sqlite3
 from collections.abc import Mapping
 
+from dicom_node.digests import is_old
 from dicom_node.headers import INDEXED, is_image
 from dicom_node.model import (
     ConflictPolicy,
@@ -34,11 +35,22 @@ from dicom_node.store.plain import insert_plain, write_instance
 from dicom_node.store.returned import about_study, note_return
 from dicom_node.store.rows import json_text, source_text, utc_text
 
-__all__ = ["FirstMustBeRead", "insert_instance", "mark_instance", "restore_instance"]
+__all__ = ["FirstMustBeRead", "insert_instance", "mark_instance", "renew_digest", "restore_instance"]
 
 
 class FirstMustBeRead(Exception):
-    """What kind of variant this is depends on the bytes of the instance known first: read them, and come again."""
+    """What this is depends on the bytes of the instance known first: read them, and come again.
+
+    Either its digest is of an older kind (`renew_digest`), or what kind of variant it is depends on its pixels.
+    """
+
+
+def renew_digest(connection: sqlite3.Connection, sop_instance_uid: str, old: str, new: str) -> None:
+    """The same bytes have another kind of digest now, wherever they are spoken of."""
+    for table in ("instance", "variant", "returned", "job_input", "delivery_item"):
+        connection.execute(
+            f"UPDATE {table} SET sha256 = ? WHERE sop_instance_uid = ? AND sha256 = ?", (new, sop_instance_uid, old)
+        )
 
 
 def insert_instance(
@@ -152,6 +164,8 @@ def _insert_known(
 ) -> StoreOutcome:
     header, file = record.header, record.file
     same_syntax = known["transfer_syntax_uid"] == header.transfer_syntax_uid
+    if same_syntax and same_pixels is None and is_old(known["sha256"]) and not is_old(file.sha256):
+        raise FirstMustBeRead
     if same_syntax and known["sha256"] == file.sha256:
         _write_place(connection, "instance", record)
         if known["state"] != "present":  # it was gone or damaged; here it is again

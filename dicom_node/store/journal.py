@@ -44,6 +44,7 @@ WAIT_S = 2.0  # for a segment to become free: the disk is busy, and syncing each
 IDLE_S = 5.0  # records of a segment that nobody appends to are brought to disk after this long
 CLOSE_S = 30.0
 RETRY_S = 30.0  # after a failure
+_NO_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 
 
 class _State(Enum):
@@ -62,7 +63,7 @@ class _Segment:
     state: _State = _State.FREE
     end: int = BLOCK
     unsettled: int = 0
-    doubtful: bool = False  # a sync failed: its files are not known to be on disk
+    doubtful: bool = False  # a sync failed while it was in use: its files are not known to be on disk
     touched: float = 0.0  # monotonic
 
 
@@ -104,7 +105,10 @@ class Journal:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._failed_at = float("-inf")
+        self._writing = 0  # threads that use a segment's descriptor
         self.refused = 0  # appends that found no room or a failing disk
+        self.faults = 0  # syncs that failed; of a write that failed the system tells only once
+        self._lock_fd = -1
         try:
             fs.mkdir(folder.parent)
             fs.mkdir(folder)
@@ -114,6 +118,8 @@ class Journal:
             os.close(self._lock_fd)
             raise StorageError("the intake journal is in use by another process") from None
         except OSError as exc:
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
             raise StorageError(f"the intake journal cannot be opened: {exc.strerror}") from exc
 
     # --- after a crash
@@ -178,13 +184,15 @@ class Journal:
         transfer_syntax_uid: str,
         digest: bytes,
         source_fd: int | None,
+        faults: int,
     ) -> JournalPlace | None:
         """Make one Part-10 file of `length` bytes durable. None: not here, and nothing was promised.
 
-        The file is in `buffer.file`, or where `source_fd` is given to be read from there.
+        The file is in `buffer.file`, or where `source_fd` is given to be read from there. `faults`: this journal's
+        before the file was begun; it is refused when a sync failed since, which may have been over its own bytes.
         """
         need = BLOCK + blocks(length)
-        reserved = self._reserve(need) if need <= self._size - BLOCK else None
+        reserved = self._reserve(need, faults) if need <= self._size - BLOCK else None
         if reserved is None:
             self.refused += 1
             return None
@@ -216,19 +224,22 @@ class Journal:
             self.refused += 1
             self._settle(segment, retire=True)
             return None
+        finally:
+            self._written()
         return place
 
-    def _reserve(self, need: int) -> tuple[_Segment, int, int] | None:
+    def _reserve(self, need: int, faults: int) -> tuple[_Segment, int, int] | None:
         """A place of its own in the active segment, or in the next one; None when none gets free in time."""
         deadline = None
         with self._changed:
-            while self._thread is not None and not self._closing:
+            while self._thread is not None and not self._closing and faults == self.faults:
                 active = self._active
                 if active is not None and active.end + need <= active.size:
                     offset, active.end = active.end, active.end + need
                     active.unsettled += 1
                     active.touched = time.monotonic()
                     self._sequence += 1
+                    self._writing += 1
                     return active, offset, self._sequence
                 if active is not None:
                     active.state, self._active = _State.FULL, None
@@ -262,11 +273,30 @@ class Journal:
             self._put(fd, buffer.file[: blocks(count)], offset + done)
             done += count
 
-    def settled(self, place: JournalPlace) -> None:
-        """The index has noted this record, or it will never be indexed: its segment need not wait for it."""
+    def _written(self) -> None:
+        with self._changed:
+            self._writing -= 1
+            self._changed.notify_all()
+
+    def settled(self, place: JournalPlace, *, kept: bool = True) -> None:
+        """The index has noted this record, or it will never be indexed: its segment need not wait for it.
+
+        Not `kept`: nor shall it be found after a crash, as far as the disk allows.
+        """
         with self._changed:
             segment = next((one for one in self._segments if one.name == place.segment), None)
-        if segment is not None:
+            if segment is None:
+                return
+            withdrawn = not kept and not self._closing
+            self._writing += withdrawn
+        try:
+            if withdrawn:
+                self._put_block(segment.fd, bytes(BLOCK), place.offset)
+        except OSError as exc:
+            self._failed("a record of the intake journal could not be withdrawn", exc)
+        finally:
+            if withdrawn:
+                self._written()
             self._settle(segment)
 
     def _settle(self, segment: _Segment, *, retire: bool = False) -> None:
@@ -280,18 +310,23 @@ class Journal:
     # --- bringing it to disk
 
     def _run(self) -> None:
-        while not self._closing:
-            self._wants.wait(IDLE_S if self._active else None)
-            self._wants.clear()
-            self._pause_after_failure()
-            try:
-                self._retire_idle()
-                self._mend_doubtful()
-                self._recycle()
-                self._make_ready()
-            except (OSError, NodeError) as exc:
-                self._failed("the intake journal could not be brought to disk", exc)
-                self._wants.set()
+        try:
+            while not self._closing:
+                self._wants.wait(IDLE_S if self._active else None)
+                self._wants.clear()
+                self._pause_after_failure()
+                try:
+                    self._retire_idle()
+                    self._mend_doubtful()
+                    self._recycle()
+                    self._make_ready()
+                except (OSError, NodeError) as exc:
+                    self._failed("the intake journal could not be brought to disk", exc)
+                    self._wants.set()
+        finally:
+            with self._changed:  # by what nobody foresaw, maybe: then nobody shall wait for a segment
+                self._closing = True
+                self._changed.notify_all()
 
     def _pause_after_failure(self) -> None:
         until = self._failed_at + RETRY_S
@@ -313,8 +348,12 @@ class Journal:
         try:
             self._sync()
         except (OSError, NodeError):
-            for segment in done:  # what the system could not write it forgets: a second sync would say all is well
-                segment.doubtful = True
+            with self._changed:
+                # what the system could not write it forgets, whichever segment it is of, and objects on their way too:
+                # a second sync would say that all is well
+                self.faults += 1
+                for segment in self._segments:
+                    segment.doubtful = segment.state is not _State.FREE
             raise
         for segment in done:
             self._reset(segment)
@@ -340,17 +379,17 @@ class Journal:
     def _reset(self, segment: _Segment) -> None:
         """A new life under a new name, durable before anything is appended; only then the old notes may go."""
         old, name = segment.name, secrets.token_bytes(NAME_BYTES)
-        self._put_block(segment.fd, pack_segment(name, segment.size))
+        self._put_block(segment.fd, pack_segment(name, segment.size), 0)
         self._forget(old)
         with self._changed:
             segment.name, segment.end, segment.state = name, BLOCK, _State.FREE
             self._changed.notify_all()
 
-    def _put_block(self, fd: int, block: bytes) -> None:
+    def _put_block(self, fd: int, block: bytes, offset: int) -> None:
         buffer = self._buffers.take()
         try:
             buffer.memory[:BLOCK] = block
-            self._put(fd, buffer.memory[:BLOCK], 0)
+            self._put(fd, buffer.memory[:BLOCK], offset)
             self._fs.fdatasync(fd)
         finally:
             self._buffers.give_back(buffer)
@@ -368,12 +407,11 @@ class Journal:
             segment.fd = self._fs.open_direct(path, create=True)
             self._prepare(segment)
         except OSError as exc:
-            opened = segment.fd >= 0
-            if opened:
+            if segment.fd >= 0:
                 self._fs.close(segment.fd)
             with suppress(OSError):
                 self._fs.unlink(path)
-            if opened or exc.errno != errno.EINVAL:
+            if exc.errno not in _NO_DIRECT:  # the latter also where it wants larger blocks than ours
                 raise
             self._max = 0
             log.warning("no O_DIRECT here: every received object is synced by itself", extra={"action": "journal_off"})
@@ -387,7 +425,7 @@ class Journal:
         zeros = memoryview(mmap.mmap(-1, BUFFER))
         for offset in range(0, segment.size, BUFFER):
             self._put(segment.fd, zeros[: min(BUFFER, segment.size - offset)], offset)
-        self._put_block(segment.fd, pack_segment(segment.name, segment.size))
+        self._put_block(segment.fd, pack_segment(segment.name, segment.size), 0)
         self._fs.fsync(segment.fd)
         _sync_folders(self._fs, self._folder)
 
@@ -408,24 +446,33 @@ class Journal:
         with self._changed:
             return sum(one.end - BLOCK for one in self._segments if one.state is not _State.FREE)
 
-    def close(self) -> None:
-        """Bring everything to disk, as far as it goes; the rest is replayed at the next start. Idempotent."""
+    def close(self) -> bool:
+        """Bring everything to disk, as far as it goes; the rest is replayed at the next start. Idempotent.
+
+        False: something hangs at the disk. Its descriptors must stay as they are until the process ends, for what is
+        written to a number that was given away ends in another file.
+        """
         if self._lock_fd < 0:
-            return
-        thread = self._thread
+            return True
+        deadline = time.monotonic() + CLOSE_S
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+            ended = self._changed.wait_for(lambda: not self._writing, CLOSE_S)
         self._wants.set()
-        if thread is not None:
-            thread.join(CLOSE_S)
-            if not thread.is_alive():
-                self._finish()
+        if self._thread is not None:
+            self._thread.join(max(deadline - time.monotonic(), 0.0))
+            ended = ended and not self._thread.is_alive()
+        if not ended:
+            log.error("the intake journal is left as it is: the disk hangs", extra={"action": "journal_left"})
+            return False
+        self._finish()
         for segment in self._segments:
             with suppress(OSError):
                 self._fs.close(segment.fd)
         os.close(self._lock_fd)
         self._lock_fd = -1
+        return True
 
     def _finish(self) -> None:
         with self._changed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dicom_node.errors import InvalidInstance
 from dicom_node.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -34,18 +35,26 @@ def build_file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_synta
 
     An empty `source_ae` leaves (0002,0016) out. The length depends on the arguments only.
     """
-    elements = [
+    before, after = _around(sop_class_uid, transfer_syntax_uid, source_ae.strip()[:16])
+    group = b"".join((before, _text(0x0003, b"UI", sop_instance_uid), after))
+    return _PREFIX + _GROUP_LENGTH.pack(0x0002, 0x0000, b"UL", 4, len(group)) + group
+
+
+@lru_cache(maxsize=256)
+def _around(sop_class_uid: str, transfer_syntax_uid: str, source_ae: str) -> tuple[bytes, bytes]:
+    """The elements before and after the SOP Instance UID: the same for all that one sender sends of a kind."""
+    before = (
         struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01",
         _text(0x0002, b"UI", sop_class_uid),
-        _text(0x0003, b"UI", sop_instance_uid),
+    )
+    after = [
         _text(0x0010, b"UI", transfer_syntax_uid),
         _text(0x0012, b"UI", IMPLEMENTATION_CLASS_UID),
         _text(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME),
     ]
-    if source_ae.strip():
-        elements.append(_text(0x0016, b"AE", source_ae.strip()[:16]))
-    group = b"".join(elements)
-    return _PREFIX + _GROUP_LENGTH.pack(0x0002, 0x0000, b"UL", 4, len(group)) + group
+    if source_ae:
+        after.append(_text(0x0016, b"AE", source_ae))
+    return b"".join(before), b"".join(after)
 
 
 def _text(element: int, vr: bytes, text: str) -> bytes:

@@ -26,6 +26,7 @@ from dicom_node.store.database import Database
 __all__ = ["CatalogPart", "QueueOptions", "input_digest", "stored_instance", "utc", "utc_text"]
 
 
+@lru_cache(maxsize=64)
 def utc_text(moment: datetime) -> str:
     """A moment as the catalog keeps it: one form, so that text order is time order."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")
@@ -36,9 +37,12 @@ def utc(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
+
 def json_text(value: Any) -> str:
     """Compact JSON; what JSON does not know is kept as its text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    return _encode(value)
 
 
 @lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ _SEGMENT_MAGIC = b"DCMNSEG1"
 _HEAD = struct.Struct("<8s16sQQII32s")
 _MAGIC = b"DCMNREC1"
 _CRC = struct.Struct("<I")
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _LOOK = 256 * BLOCK  # bytes looked through at once
 
 
@@ -130,14 +131,13 @@ def _unpack_head(block: bytes) -> Head | None:
 def _pack_facts(head: Head) -> bytes:
     receipt = head.receipt
     source = receipt.source
-    return json.dumps(
+    return _encode(
         (
             head.transfer_syntax_uid,
             (source.calling_ae_title, source.called_ae_title, source.address, source.association_id),
             *(receipt.origin.value, receipt.conflict_policy.value, receipt.received_at.isoformat()),
             (receipt.received_boot.boot_id, receipt.received_boot.seconds),
-        ),
-        separators=(",", ":"),
+        )
     ).encode()
 
 

@@ -104,7 +104,7 @@ class Bench:
         """Index instances as received."""
         for uid in uids:
             record = self.record(uid, **fields)  # type: ignore[arg-type]
-            self.database.write(lambda connection, record=record: insert_instance(connection, record, policy))
+            self.database.write(lambda connection, record=record: insert_instance(connection, record, policy, False))
 
     def plan(self, rule: str = "organs", series: str = SERIES, **changes: object) -> PlannedJob:
         plan = PlannedJob(

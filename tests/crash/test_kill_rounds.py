@@ -121,7 +121,7 @@ def _temporaries(data_dir: Path) -> list[str]:
     """Files that are neither the node's own nor an archived object; the run folder is emptied at each start."""
     known = {"catalog.db", "catalog.lock", "node.lock", "children.lock", "rules_in_force.json"}
     files = [path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file()]
-    strange = [path for path in files if path.parts[0] not in {"run", *known}]
+    strange = [path for path in files if path.parts[0] not in {"run", "journal", *known}]
     return [
         str(path)
         for path in strange

@@ -107,7 +107,7 @@ def data_set_bytes(instance: StoredInstance) -> bytes:
     raw = Path(instance.path).read_bytes()
     body = raw[instance.data_set_offset :]
     assert len(body) == instance.data_set_length
-    assert blake3(body).hexdigest() == instance.sha256
+    assert "blake3:" + blake3(body).hexdigest() == instance.sha256
     return body
 
 

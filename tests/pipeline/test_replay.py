@@ -1,5 +1,6 @@
 """The intake journal after a crash: every acknowledged object is in its place and indexed, and nothing twice."""
 
+import hashlib
 import io
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, StorageSettings
-from dicom_node.model import BootTime, ConflictPolicy, Origin, Source, StoreOutcome
+from dicom_node.model import ArchivedFile, BootTime, ConflictPolicy, Origin, Receipt, Source, StoreOutcome
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.store.catalog import Catalog
@@ -61,7 +62,11 @@ class Node:
     def begin(self) -> "Node":
         """Replay, then receive with a journal."""
         replay_journals(self.catalog, self.config)
-        start_journal(self.catalog, self.config, 0)
+        return self.open_door(0)
+
+    def open_door(self, number: int) -> "Node":
+        """Receive with the journal of that number."""
+        start_journal(self.catalog, self.config, number)
         journal = self.catalog.archive.journal
         assert journal is not None
         deadline = time.monotonic() + 10
@@ -84,6 +89,22 @@ class Node:
         return self.ingest.accept(
             sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, fragments=pieces, source=SENDER
         ).outcome
+
+    def archived(self, uid: str, body: bytes, source_ae: str = "CT1") -> ArchivedFile:
+        """Received as far as the archive goes; without a row."""
+        spool = self.catalog.archive.begin(
+            sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, source_ae=source_ae
+        )
+        spool.write(body)
+        return spool.commit(
+            Receipt(
+                source=SENDER,
+                origin=Origin.RECEIVED,
+                conflict_policy=self.policy,
+                received_at=self.clock.wall(),
+                received_boot=self.clock.boot(),
+            )
+        )
 
     def kept(self, uid: str) -> bytes:
         found = self.catalog.index.instance(uid)
@@ -207,6 +228,7 @@ def test_a_record_without_a_row_does_not_replace_what_came_after_it(
     failed, later = image(uid), image(uid, PatientComments="later")
     with monkeypatch.context() as patched:
         patched.setattr(Database, "write", _full)
+        patched.setattr(type(before.catalog.archive), "settled", lambda *_, **__: None)  # no more than a crash allows
         assert before.send(uid, failed) is None, "its sender was told that it failed"
     assert before.send(uid, later) is StoreOutcome.NEW
     power_cut(before, before.folder.with_name("b"), wal_bytes=None, lost=whole)
@@ -276,3 +298,125 @@ def test_a_clean_end_leaves_nothing_to_replay(node: Callable[[str], Node]) -> No
     journal.close()
     with sqlite3.connect(before.folder / "catalog.db") as connection:
         assert connection.execute("SELECT count(*) FROM journaled").fetchone() == (0,)
+
+
+def test_what_was_indexed_before_the_digests_changed_is_known_again(node: Callable[[str], Node]) -> None:
+    one = node("a").begin()
+    uid, other = "1.2.3.1", "1.2.3.2"
+    body, damaged = image(uid), image(other)
+    one.send(uid, body)
+    one.send(other, damaged)
+    for known, data in ((uid, body), (other, damaged)):  # as a catalog of before has them
+        as_before(one, known, hashlib.sha256(data).hexdigest())
+    one.check()
+    assert one.send(uid, body) is StoreOutcome.DUPLICATE
+    assert one.send(uid, body) is StoreOutcome.DUPLICATE
+    assert one.catalog.index.variants(uid) == ()
+    assert one.send(uid, image(uid)) is StoreOutcome.VARIANT
+    one.check()
+    found = one.catalog.index.instance(other)
+    assert found is not None
+    raw = bytearray(Path(found.path).read_bytes())
+    raw[-1] ^= 1
+    Path(found.path).write_bytes(raw)
+    report = fsck(one.catalog, rebuild=False, verify_hashes=True, clock=one.clock)
+    assert report.damaged == [other]
+
+
+def as_before(one: Node, uid: str, digest: str) -> None:
+    """Name and row of an instance as they were under SHA-256."""
+    found = one.catalog.index.instance(uid)
+    assert found is not None
+    name = hashlib.sha256(f"{EXPLICIT} {digest}".encode()).hexdigest()
+    location = f"{name[:2]}/{name}.dcm"
+    os.rename(found.path, one.catalog.archive.path(location))
+    one.catalog.database.write(
+        lambda connection: connection.execute(
+            "UPDATE instance SET sha256 = ?, location = ? WHERE sop_instance_uid = ?", (digest, location, uid)
+        )
+    )
+
+
+def test_under_the_policy_to_refuse_the_one_that_was_acknowledged_is_there(
+    node: Callable[[str], Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = node("a").begin()
+    before.policy = ConflictPolicy.REFUSE
+    uid = "1.2.3.1"
+    failed, accepted, refused = image(uid), image(uid), image(uid)
+    with monkeypatch.context() as patched:
+        patched.setattr(Database, "write", _full)
+        assert before.send(uid, failed) is None, "its sender was told that it failed"
+    assert before.send(uid, accepted) is StoreOutcome.NEW
+    assert before.send(uid, refused) is StoreOutcome.REFUSED
+    to = before.folder.with_name("b")
+    power_cut(before, to, wal_bytes=0, lost=whole)
+    for path in to.glob("archive/??/*.dcm"):
+        path.unlink()
+    after = node("b").begin()
+    assert after.kept(uid) == accepted
+    assert after.catalog.index.variants(uid) == ()
+    after.check()
+
+
+def test_a_record_replay_knows_nothing_of_is_never_dropped(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    uid = "1.2.3.1"
+    first, second = image(uid), image(uid)
+    assert before.send(uid, first) is StoreOutcome.NEW
+    before.policy = ConflictPolicy.REFUSE
+    place = before.archived(uid, second)  # the process ended before it was refused, or accepted: who knows
+    assert place.journal is not None
+    power_cut(before, before.folder.with_name("b"), wal_bytes=0, lost=lambda path: True)
+    after = node("b").begin()
+    assert after.kept(uid) == first
+    assert [variant.sha256 for variant in after.catalog.index.variants(uid)] == [place.sha256]
+    after.check()
+
+
+def test_rows_that_survived_fit_the_files_that_were_written_anew(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    uid, body = "1.2.3.1", image("1.2.3.1")
+    # two senders at once: the first in the journal is the last to name its file, and finds the other's there
+    first = before.archived(uid, body, "ANOTHER_SENDER")
+    os.unlink(before.catalog.archive.path(first.location))
+    assert before.send(uid, body) is StoreOutcome.NEW
+    place = first.journal
+    assert place is not None
+    before.catalog.database.write(
+        lambda connection: connection.execute("INSERT INTO journaled VALUES (?, ?)", (place.segment, place.offset))
+    )
+    to = before.folder.with_name("b")
+    power_cut(before, to, wal_bytes=None, lost=whole)
+    for path in to.glob("archive/??/*.dcm"):
+        path.unlink()
+    after = node("b").begin()
+    assert after.kept(uid) == body
+    after.check()
+
+
+def test_replay_does_not_believe_what_memory_shows_of_a_file(node: Callable[[str], Node]) -> None:
+    before = node("a").begin()
+    assert before.send("1.2.3.1", image("1.2.3.1")) is StoreOutcome.NEW
+    to = before.folder.with_name("b")
+    power_cut(before, to, wal_bytes=None, lost=whole)
+    (path,) = to.glob("archive/??/*.dcm")
+    looked_at = path.open("rb")  # it keeps the number of the old file from being used again
+    node("b").begin()
+    assert path.stat().st_ino != os.fstat(looked_at.fileno()).st_ino, "a sync of it may have failed before the end"
+    looked_at.close()
+
+
+def test_journals_of_several_receivers_are_replayed_in_the_order_in_which_they_received(
+    node: Callable[[str], Node],
+) -> None:
+    one, other = node("a").begin(), node("a")
+    other.open_door(1)
+    uid = "1.2.3.1"
+    first, second = image(uid), image(uid)
+    assert other.send(uid, first) is StoreOutcome.NEW
+    assert one.send(uid, second) is StoreOutcome.VARIANT
+    power_cut(one, one.folder.with_name("b"), wal_bytes=0, lost=lambda path: True)
+    after = node("b").begin()
+    assert after.kept(uid) == first
+    after.check()

@@ -280,3 +280,43 @@ def test_a_later_durable_write_needs_no_sync_of_its_own_from_the_caller(tmp_path
     database.checkpoint()
     database.close()
     database.sync()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were synced by other than SQLite."""
+    names: list[str] = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
+
+
+def test_a_durable_write_that_finds_nothing_to_change_makes_durable_what_it_found(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    database = make(tmp_path)
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('a')"), durable=False)
+    found = database.write(lambda connection: connection.execute("SELECT count(*) FROM t").fetchone()[0])
+    assert found == 1
+    assert synced == ["catalog.db-wal"], "its caller may answer that the row is safe"
+    database.write(lambda connection: connection.execute("SELECT 1"))
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('b')"))
+    database.write(lambda connection: connection.execute("SELECT 1"))
+    assert synced == ["catalog.db-wal"], "once is enough"
+    database.close()
+
+
+def test_the_log_of_a_catalog_behind_a_link_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/catalog.db").symlink_to(tmp_path / "fast/catalog.db")
+    database = make(tmp_path / "data")
+    database.write(lambda connection: connection.execute("INSERT INTO t (writer) VALUES ('a')"), durable=False)
+    database.sync()
+    assert synced == ["catalog.db-wal"]
+    database.close()

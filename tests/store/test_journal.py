@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,16 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
 from dicom_node.errors import StorageError
 from dicom_node.interfaces import JournaledObject
-from dicom_node.model import ArchivedFile, ConflictPolicy, JournalPlace, Origin, Receipt, Source
+from dicom_node.model import (
+    ArchivedFile,
+    ConflictPolicy,
+    InstanceHeader,
+    InstanceRecord,
+    JournalPlace,
+    Origin,
+    Receipt,
+    Source,
+)
 from dicom_node.store import journal as journal_module
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffers
 from dicom_node.store.catalog import Catalog, open_catalog
@@ -87,7 +96,7 @@ class Disk(RealFileSystem):
         self._may("fsync")
         super().fsync(fd)
 
-    def link_path(self, fd: int, path: Path) -> None:
+    def link_path(self, fd: int, path: str) -> None:
         self._may("link_path")
         super().link_path(fd, path)
 
@@ -131,14 +140,40 @@ def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def spooled(catalog: Catalog, body: bytes, uid: str = "1.2.3") -> FolderSpool:
-    spool = catalog.archive.begin(sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, source_ae="CT1")
+def spooled(catalog: Catalog, body: bytes, uid: str = "1.2.3", source_ae: str = "CT1") -> FolderSpool:
+    spool = catalog.archive.begin(
+        sop_class_uid=CT, sop_instance_uid=uid, transfer_syntax_uid=EXPLICIT, source_ae=source_ae
+    )
     spool.write(body)
     return spool
 
 
 def kept(catalog: Catalog, body: bytes, uid: str = "1.2.3") -> ArchivedFile:
     return spooled(catalog, body, uid).commit(RECEIPT)
+
+
+def received(catalog: Catalog, uid: str, body: bytes, source_ae: str = "CT1") -> ArchivedFile:
+    """Kept and indexed; its record is not settled yet."""
+    file = spooled(catalog, body, uid, source_ae).commit(RECEIPT)
+    header = InstanceHeader(
+        sop_class_uid=CT,
+        sop_instance_uid=uid,
+        study_instance_uid="1.2",
+        series_instance_uid="1.2.0",
+        transfer_syntax_uid=EXPLICIT,
+        attributes={},
+        pixel_data_offset=None,
+    )
+    record = InstanceRecord(
+        header=header,
+        file=file,
+        source=RECEIPT.source,
+        origin=RECEIPT.origin,
+        received_at=RECEIPT.received_at,
+        received_boot=RECEIPT.received_boot,
+    )
+    catalog.index.add_instance(record, ConflictPolicy.KEEP_FIRST, lambda first: False)
+    return file
 
 
 def crash(catalog: Catalog) -> None:
@@ -362,7 +397,7 @@ def test_after_a_failed_sync_every_file_is_written_anew_before_its_record_goes(
     monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
     catalog = opened()
     journal = begun(catalog)
-    file = kept(catalog, b"c" * 5000)
+    file = received(catalog, "1.2.3", b"c" * 5000)
     path = Path(catalog.archive.path(file.location))
     before = path.stat().st_ino
     disk.fails["syncfs"] = 1
@@ -455,3 +490,202 @@ def test_segments_left_behind_are_gone_once_they_are_cleared(opened: Callable[[]
     assert list((tmp_path / "data/journal/0").glob("segment-*")) == []
     journal.close()
     shutil.rmtree(tmp_path / "data/journal")
+
+
+def test_after_a_failed_sync_segments_still_in_use_are_not_trusted_either(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.1)
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    catalog = opened()
+    journal = begun(catalog)
+    waits = received(catalog, "1.2.1", b"w" * 5000)  # its row is still being written
+    fills = [received(catalog, f"1.3.{number}", os.urandom(300_000)) for number in range(7)]
+    assert fills[-1].journal is not None and waits.journal is not None
+    assert fills[-1].journal.segment != waits.journal.segment
+    disk.fails["syncfs"] = 1  # of which the system tells once, whosever file it was
+    for file in fills:
+        catalog.archive.settled(file)
+    until(lambda: disk.fails["syncfs"] == 0)
+    path = Path(catalog.archive.path(waits.location))
+    before = path.stat().st_ino
+    catalog.archive.settled(waits)
+    until(lambda: journal.bytes_waiting == 0)
+    assert path.stat().st_ino != before, "its bytes may be those that could not be written"
+
+
+def test_an_object_that_was_under_way_when_a_sync_failed_is_not_left_to_the_journal(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.1)
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    catalog = opened()
+    journal = begun(catalog)
+    under_way = spooled(catalog, os.urandom(200_000))
+    disk.fails["syncfs"] = 1
+    catalog.archive.settled(kept(catalog, b"x" * 100, "1.2.4"))
+    until(lambda: journal.bytes_waiting == 0)
+    disk.steps.clear()
+    assert under_way.commit(RECEIPT).journal is None
+    assert "fsync" in disk.steps, "only a sync of the file itself tells whether its bytes were among the lost"
+
+
+def test_what_was_refused_is_not_written_anew(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.1)
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    catalog = opened()
+    journal = begun(catalog)
+    file = kept(catalog, b"r" * 5000)
+    catalog.archive.settled(file)  # without a row
+    catalog.archive.remove(file.location)
+    disk.fails["syncfs"] = 1
+    until(lambda: journal.bytes_waiting == 0)
+    assert list(catalog.archive.locations()) == []
+
+
+def test_a_file_that_is_written_anew_keeps_the_envelope_its_row_counts_on(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "RETRY_S", 0.1)
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    catalog = opened()
+    journal = begun(catalog)
+    body = os.urandom(5000)
+    catalog.archive.settled(received(catalog, "1.2.3", body))
+    until(lambda: journal.bytes_waiting == 0)
+    again = received(catalog, "1.2.3", body, source_ae="ANOTHER_SENDER")  # the same object, of another file meta
+    disk.fails["syncfs"] = 1
+    catalog.archive.settled(again)
+    until(lambda: journal.bytes_waiting == 0)
+    row = catalog.index.instance("1.2.3")
+    assert row is not None
+    assert Path(row.path).read_bytes()[row.data_set_offset :] == body
+
+
+def test_an_end_while_an_object_is_appended_leaves_it_its_descriptor(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = opened()
+    journal = begun(catalog)
+    at_the_disk, go_on, outcome = threading.Event(), threading.Event(), []
+    pwrite = Disk.pwrite
+
+    def slow(self: Disk, fd: int, data: memoryview, offset: int) -> int:
+        if threading.current_thread().name == "sender":
+            at_the_disk.set()
+            assert go_on.wait(10)
+            outcome.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return pwrite(self, fd, data, offset)
+
+    monkeypatch.setattr(Disk, "pwrite", slow)
+    sender = threading.Thread(target=lambda: kept(catalog, b"s" * 100), name="sender")
+    sender.start()
+    assert at_the_disk.wait(10)
+    ending = threading.Thread(target=journal.close)
+    ending.start()
+    ending.join(0.3)
+    go_on.set()
+    sender.join(10)
+    ending.join(10)
+    assert outcome and all("/journal/0/segment-" in name for name in outcome), "it wrote into another file"
+    with found(opened()) as records:
+        assert len(records) == 1
+
+
+def test_what_hangs_at_the_end_keeps_its_descriptors(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "CLOSE_S", 0.1)
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    catalog = opened()
+    journal = begun(catalog)
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def stuck(fd: int) -> None:
+        hangs.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(disk, "syncfs", stuck)
+    catalog.archive.settled(kept(catalog, b"h" * 100))
+    assert hangs.wait(10)
+    fds = [segment.fd for segment in journal._segments]
+    catalog.close()
+    assert all("/journal/0/segment-" in os.readlink(f"/proc/self/fd/{fd}") for fd in fds)
+    go_on.set()
+    assert journal._thread is not None
+    journal._thread.join(10)
+    assert journal.close(), "it can end now"
+
+
+def test_without_its_thread_the_journal_refuses_at_once(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.1)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    catalog = opened()
+
+    def unforeseen(self: SqliteIndex, segment: bytes | None = None) -> None:
+        raise RuntimeError("no such thing was thought of")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqliteIndex, "forget_journaled", unforeseen)
+        journal = begun(catalog)
+    catalog.archive.settled(kept(catalog, b"u" * 100))
+    assert journal._thread is not None
+    journal._thread.join(10)
+    assert not journal._thread.is_alive()
+    journal._forget = catalog.index.forget_journaled
+    began = time.monotonic()
+    assert all(kept(catalog, os.urandom(300_000), f"1.2.{number}").journal is None for number in range(60))
+    assert time.monotonic() - began < 10
+
+
+def test_where_direct_io_wants_larger_blocks_every_object_is_synced_by_itself(
+    opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.EINVAL, "not aligned")
+
+    monkeypatch.setattr(disk, "pwrite", refuse)
+    catalog = opened()
+    journal = catalog.open_journal(0)
+    journal.begin()
+    catalog.archive.journal = journal
+    until(lambda: journal._max == 0)
+    assert kept(catalog, b"d" * 100).journal is None
+    assert list((tmp_path / "data/journal/0").glob("segment-*")) == []
+
+
+def test_a_record_that_cannot_be_read_is_told_as_such(opened: Callable[[], Catalog]) -> None:
+    catalog = opened()
+    begun(catalog)
+    kept(catalog, b"i" * 100)
+    crash(catalog)
+
+    def unreadable(at: int, count: int) -> bytes:
+        raise OSError(errno.EIO, "a bad sector")
+
+    with found(opened()) as records, pytest.raises(StorageError, match="EIO"):
+        catalog.archive.put_back(replace(records[0], read=unreadable))
+
+
+def test_opening_journals_one_after_the_other_takes_no_more_descriptors(opened: Callable[[], Catalog]) -> None:
+    catalog = opened()
+    catalog.open_journal(0).close()
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(5):
+        catalog.open_journal(number).close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_relative_data_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = StorageSettings(reserve_bytes=0, reserve_ratio=0, journal_bytes=8 * SEGMENT)
+    catalog = open_catalog(Path("data"), SystemClock(), storage)
+    try:
+        begun(catalog)
+        assert kept(catalog, b"k" * 100).journal is not None
+    finally:
+        catalog.close()

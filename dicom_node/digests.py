@@ -1,0 +1,46 @@
+"""Digests of data sets: BLAKE3, told as `blake3:` and 64 hex digits. Bare hex digits are SHA-256, of old catalogs.
+
+Both are kept under the name `sha256` in the catalog. What was indexed under SHA-256 is compared by its file with what
+comes again, once, and has the new digest from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from blake3 import blake3
+
+__all__ = ["DIGEST_BYTES", "digest_of", "digest_text", "is_digest_of", "is_old", "new_digest", "old_digest_of"]
+
+PREFIX = "blake3:"
+DIGEST_BYTES = 32
+
+
+def new_digest() -> blake3:
+    """A running digest; `digest()` gives `DIGEST_BYTES` bytes."""
+    return blake3()
+
+
+def digest_text(digest: bytes) -> str:
+    """As the catalog keeps it."""
+    return PREFIX + digest.hex()
+
+
+def digest_of(data: memoryview) -> str:
+    """Of a whole data set."""
+    return digest_text(blake3(data).digest())
+
+
+def is_old(text: str) -> bool:
+    """Whether this is a digest of before BLAKE3."""
+    return not text.startswith(PREFIX)
+
+
+def is_digest_of(text: str, data: memoryview, digest: str) -> bool:
+    """Whether `text`, of whatever kind, is the digest of `data`, whose own is `digest`."""
+    return text == (old_digest_of(data) if is_old(text) else digest)
+
+
+def old_digest_of(data: memoryview) -> str:
+    """The same as it was made before."""
+    return hashlib.sha256(data).hexdigest()
