@@ -1,5 +1,6 @@
 """Storage commitment: deliveries that are done when their destination committed, and requests of peers."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -304,6 +305,23 @@ def test_of_many_objects_exactly_those_that_changed_on_disk_are_not_committed_to
     ((_, report),) = reporter.told
     assert len(report.committed) == 90
     assert [(one.sop_instance_uid, reason) for one, reason in report.failed] == [(uid, 0x0110) for uid in uids[::10]]
+
+
+def test_an_object_of_a_catalog_of_old_is_checked_by_its_sha_256(bench: Any) -> None:
+    bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
+    for uid, end in (("1.2.3.1.1", b""), ("1.2.3.1.2", b"other bytes")):
+        kept = bench.catalog.index.instance(uid)
+        digest = hashlib.sha256(Path(kept.path).read_bytes()[kept.data_set_offset :] + end).hexdigest()
+        bench.database.write(
+            lambda connection, row=(digest, uid): connection.execute(
+                "UPDATE instance SET sha256 = ? WHERE sop_instance_uid = ?", row
+            )
+        )
+    reporter = _Reporter()
+    committer = bench.committer(reporter)
+    _ask(bench, "1.2.3.1.1", "1.2.3.1.2")
+    assert committer.run_once("CT1") and committer.run_once("CT1")
+    assert [reason for _, reason in reporter.told[0][1].failed] == [0x0110]
 
 
 def test_a_peer_that_is_down_holds_up_no_other(bench: Any) -> None:
