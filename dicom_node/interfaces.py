@@ -262,7 +262,8 @@ class InstanceSink(Protocol):
 class JournaledObject:
     """One object the intake journal holds: `length` bytes of a Part-10 file, of which `meta_length` precede its data.
 
-    `digest` is of the data set; `read(offset, count)` gives bytes of the file, fewer at its end (OSError).
+    `digest` is of the data set; `read(offset, count)` gives bytes of the file, fewer at its end (OSError). `doubtful`:
+    a sync of its file has failed, so that the file may be other on disk than in the system's memory.
     """
 
     place: JournalPlace
@@ -271,6 +272,7 @@ class JournaledObject:
     length: int
     meta_length: int
     digest: bytes
+    doubtful: bool
     read: Callable[[int, int], bytes]
 
 

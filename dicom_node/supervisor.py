@@ -323,17 +323,25 @@ class _Supervisor:
         if child.process is not None and (status := child.process.poll()) is not None:
             child.process = None
             child.failures = 0 if now - child.started > STEADY_S else child.failures + 1
-            pause = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(child.failures, 10))
-            child.start_at = now + pause
+            pause = _pause_before(child)
             log.error("a process ended", extra={"role": child.role, "status": status, "restart_in_s": pause})
             if child.receiver >= 0:
                 self._receiver_died(child)
         if child.process is None and now >= child.start_at:
-            child.restarts += 1
-            self._spawn(child)
-            self._beat("ready")
+            self._restart(child)
         elif child.process is not None:
             self._feel_pulse(child, child.process, observed_s)
+
+    def _restart(self, child: _Child) -> None:
+        child.restarts += 1
+        try:
+            self._spawn(child)
+        except OSError as exc:  # no memory, no process left: the others go on, and there may be later
+            child.failures += 1
+            pause = _pause_before(child)
+            extra = {"role": child.role, "error": exc.strerror, "restart_in_s": pause}
+            log.error("a process could not be started", extra=extra)
+        self._beat("ready")
 
     def _feel_pulse(self, child: _Child, process: subprocess.Popen[bytes], observed_s: float) -> None:
         """Kill a child that lives but is stuck or stays unwell; what it had under way is repeated by the next one."""
@@ -407,3 +415,10 @@ class _Supervisor:
             self._beat("stopped")
         for fd in (*self._bells, *((self._places_fd,) if self._places_fd >= 0 else ())):
             os.close(fd)
+
+
+def _pause_before(child: _Child) -> float:
+    """Seconds until it is to be started again: longer after each failure."""
+    pause: float = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** min(child.failures, 10))
+    child.start_at = time.monotonic() + pause
+    return pause

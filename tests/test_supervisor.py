@@ -1,11 +1,13 @@
 """Who is stuck is started again: the supervisor's look at its children, and the worker's look at itself."""
 
+import errno
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -116,6 +118,30 @@ def test_silence_counts_only_while_pulses_can_be_written(
     watched.node.watch()
     stop.join()
     assert (watched.process.poll() is None) == full
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may have no memory or no process left just when one has died, often for the same reason."""
+    watched.process.kill()
+    watched.process.wait()
+    node, child, tries = watched.node, watched.child, []
+
+    def have_no_memory(*_: object, **__: object) -> None:
+        tries.append(child.role)
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", have_no_memory)
+        for _ in range(2):  # the death is seen, then a new one is tried
+            node._look_after(child, 0.0)
+            before, child.start_at = child.start_at, 0.0
+        assert tries == ["work"] and child.process is None
+        assert before > time.monotonic(), "not at once again"
+    monkeypatch.setattr(node, "_spawn", lambda child: tries.append("started"))
+    node._look_after(child, 0.0)
+    assert tries == ["work", "started"]
 
 
 class MovedClock(SystemClock):

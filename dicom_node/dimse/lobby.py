@@ -131,7 +131,7 @@ class Lobby:
             self._parked.clear()
             self._called.clear()
         for visit in left:
-            self._drop(visit)
+            self._work(self._drop, visit)
         if not any(thread.is_alive() for thread in threads):  # or a descriptor of another's would be waited for
             self._poll.close()
             os.close(self._bell)
@@ -149,7 +149,8 @@ class Lobby:
     @property
     def connections(self) -> int:
         """How many are in hand."""
-        return len(self._silent) + len(self._parked) + len(self._threads) - self._waiting
+        with self._guard:  # of numbers of two moments the sum could be less than none
+            return len(self._silent) + len(self._parked) + len(self._threads) - self._waiting
 
     @property
     def silent(self) -> int:
@@ -161,11 +162,12 @@ class Lobby:
     def keep(self, visit: Visit, deadline: float) -> None:
         """Have it served when it speaks, or at `deadline`. From here on it may be with another thread."""
         visit.deadline = deadline
-        with self._guard:
+        with self._guard:  # whoever is in the lobby is waited for: both, or neither
             (self._parked if visit.is_parked else self._silent)[visit.number] = visit
-        self._poll.modify(visit.number, ONCE)
+            self._poll.modify(visit.number, ONCE)
 
     def _taken(self, number: int) -> Visit | None:
+        """Who waits at this descriptor; if the one that was heard was closed meanwhile, another: no harm is done."""
         with self._guard:
             return self._silent.pop(number, None) or self._parked.pop(number, None)
 
@@ -209,26 +211,26 @@ class Lobby:
             return
         visit, oldest = Visit(client, str(address[0]), time.monotonic()), None
         with self._guard:
+            self._poll.register(visit.number, ONCE)
             if len(self._silent) >= MAX_SILENT:
                 oldest = self._silent.pop(next(iter(self._silent)))
             self._silent[visit.number] = visit
         self._is_busier(self.connections)  # for the others to know
-        if oldest is not None:
-            self._drop(oldest)
-        self._poll.register(visit.number, ONCE)
         if not self._is_open:  # it was closed before this one was there
             self._call(math.inf)
+        if oldest is not None:
+            self._drop(oldest)
 
     # --- threads
 
     def _start_one(self) -> bool:
         """One more thread, `_guard` held; False when there may be no more."""
-        if len(self._threads) >= self._most:
+        if len(self._threads) >= self._most or self._ended.is_set():
             return False
-        thread = threading.Thread(target=self._run, name=f"dicom-{next(self._numbers)}", daemon=True)
         try:
+            thread = threading.Thread(target=self._run, name=f"dicom-{next(self._numbers)}", daemon=True)
             thread.start()
-        except RuntimeError:  # a limit of the system's: one connection is turned away, the node goes on
+        except (RuntimeError, MemoryError):  # a limit of the system's: one connection is turned away, the node goes on
             log.exception("thread could not be started")
             return False
         self._threads.add(thread)

@@ -6,9 +6,10 @@ import socket
 from collections.abc import Sequence
 
 from dicom_node.config import DeliverySettings
-from dicom_node.dimse.association import Association, Buffers
+from dicom_node.dimse.association import Association
 from dicom_node.dimse.contexts import ProposedContext
 from dicom_node.dimse.link import AgreedContext, AssociationLost
+from dicom_node.dimse.transport import Buffers
 from dicom_node.dimse.upper_layer import pdus
 from dicom_node.dimse.upper_layer.connection import Associated, AssociationRefused, Connection, Limits, Side
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable

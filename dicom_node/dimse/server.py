@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 
 from dicom_node.config import NodeConfig
-from dicom_node.dimse.association import Association, Buffers, prepare
+from dicom_node.dimse.association import Association
 from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
 from dicom_node.dimse.lobby import Lobby, Visit
 from dicom_node.dimse.negotiation import Agreement, answer_request
@@ -22,6 +22,7 @@ from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.dimse.transport import Buffers, prepare
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
 from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink

@@ -20,7 +20,6 @@ from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requests import Requests
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import OpenLink
-from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.model import AssociationEnd, Source
 from dicom_node.services.find import FindOptions, FindService
@@ -196,6 +195,5 @@ class Serving:
 def _record(write: Callable[[], object]) -> None:
     try:
         write()
-    except NodeError:
-        # completion then waits longer than it had to: no instance depends on it
+    except Exception:  # the SCP edge: completion waits longer than it had to, and the next one is recorded again
         log.exception("association could not be recorded")

@@ -65,6 +65,7 @@ class Database:
     def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
         self.path = path
         self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
+        self._lock_wait_s = lock_wait_s
         self._turns = Turns(path.with_name("catalog.lock"), lock_wait_s)
         self._guard = threading.Lock()
         self._waiting: deque[_Piece] = deque()
@@ -226,7 +227,16 @@ class Database:
 
     def checkpoint(self) -> None:
         """Write all transactions into the database file, synced. Raises StorageError, CatalogBusy."""
-        with self._tidy_turns.taken():
+        turns = Turns(self.path.with_name("catalog.lock"), self._lock_wait_s)
+        try:
+            busy = self._checkpointed(turns)
+        finally:
+            turns.close()
+        if busy:
+            raise CatalogBusy("a reader keeps the catalog from being written back")
+
+    def _checkpointed(self, turns: Turns) -> bool:
+        with turns.taken():
             connection = self._connect(readonly=False)
             try:
                 busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -234,8 +244,7 @@ class Database:
                 raise _mapped(exc) from exc
             finally:
                 connection.close()
-        if busy:
-            raise CatalogBusy("a reader keeps the catalog from being written back")
+        return bool(busy)
 
     # --- reading
 

@@ -163,16 +163,19 @@ class FolderArchive:
         return _location(record.transfer_syntax_uid, digest_text(record.digest))
 
     def put_back(self, record: JournaledObject, *, durable: bool = False) -> ArchivedFile | None:
-        """Write the file of a journal record anew, even where it seems to be: after a failed sync the system's memory
-        may show bytes that are not on disk, also to the next process.
+        """See that the file of a journal record is in its place with its bytes.
 
-        `sync` makes it durable, or `durable` does by itself. None for a record that was never whole. A file meta that
-        is there already stays, for rows say how long it is. Raises StorageError.
+        One that is `doubtful` is written anew, even where it seems to be: after a failed sync the system's memory may
+        show bytes that are not on disk, also to the next process. `sync` makes it durable, or `durable` does by itself.
+        None for a record that was never whole. A file meta that is there already stays, for rows say how long it is.
+        Raises StorageError.
         """
         try:
             piece = record.read(0, PIECE)  # the file meta, and of a small object all
         except OSError as exc:
             raise _storage_error("the intake journal cannot be read", exc) from exc
+        if not record.doubtful and not durable and (there := self._as_it_was(record, piece)) is not None:
+            return there
         meta = self._meta_to_keep(record, piece[: record.meta_length])
         spool = self._spool(meta, record.transfer_syntax_uid)
         try:
@@ -188,6 +191,31 @@ class FolderArchive:
             raise _storage_error("the intake journal cannot be read", exc) from exc
         finally:
             spool.discard()
+
+    def _as_it_was(self, record: JournaledObject, beginning: bytes) -> ArchivedFile | None:
+        """The file that is there, if it ends in the very bytes of the record's data set; None otherwise."""
+        location, length = self.location_of(record), record.length - record.meta_length
+        try:
+            with open(self.path(location), "rb", buffering=0) as file:
+                start = os.fstat(file.fileno()).st_size - length
+                head = file.read(min(start, PIECE)) if start > 0 else b""
+                if parse_file_meta(memoryview(head)).data_set_offset != start:
+                    return None
+                wanted, offset = beginning[record.meta_length :], record.meta_length
+                while wanted:
+                    if file.read(len(wanted)) != wanted:
+                        return None
+                    offset += len(wanted)
+                    wanted = record.read(offset, PIECE)
+        except (OSError, InvalidInstance):
+            return None
+        return ArchivedFile(
+            location=location,
+            data_set_offset=start,
+            data_set_length=length,
+            sha256=digest_text(record.digest),
+            journal=record.place,
+        )
 
     def _meta_to_keep(self, record: JournaledObject, own: bytes) -> bytes:
         """File meta of the same object as it stands in the archive, of another sender maybe, or else the record's."""
@@ -268,23 +296,6 @@ class FolderArchive:
 
 class FolderSpool:
     """`interfaces.Spool`: one data set on its way in. Not for two threads at a time."""
-
-    __slots__ = (
-        *(
-            "_archive",
-            "_before",
-            "_buffer",
-            "_bytes",
-            "_created",
-            "_digest",
-            "_fd",
-            "_filled",
-            "_fs",
-            "_hashed",
-            "_map",
-        ),
-        *("_meta_length", "_offset", "_root", "_temporary", "_transfer_syntax_uid", "_view", "_written"),
-    )
 
     def __init__(
         self,

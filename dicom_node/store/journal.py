@@ -8,6 +8,7 @@ again. What a crash leaves in the segments is replayed at the next start, before
     <data>/journal/<number>/   one folder for each receiver process, locked by it
         lock
         segment-<n>
+        doubt                  a sync has failed: what memory shows of files is not to be believed
 
 Bounds: `max_segments` of `segment_bytes`; where there is no room in time, `append` says so, and the caller makes the
 object durable by itself. Every failure of the disk ends in that path too, and never in an acknowledgement.
@@ -109,6 +110,7 @@ class Journal:
         self.refused = 0  # appends that found no room or a failing disk
         self.faults = 0  # syncs that failed; of a write that failed the system tells only once
         self._lock_fd = -1
+        self._doubt = folder / "doubt"
         try:
             fs.mkdir(folder.parent)
             fs.mkdir(folder)
@@ -131,10 +133,11 @@ class Journal:
         """
         found: list[tuple[int, JournaledObject]] = []
         fds: list[int] = []
+        doubtful = self._doubt.exists()
         try:
             for path in sorted(self._folder.glob("segment-*")):
                 fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                found += _records(fds[-1])
+                found += _records(fds[-1], doubtful=doubtful)
             found.sort(key=lambda one: one[0])
             self._sequence = max((sequence for sequence, _ in found), default=0)
             for _, record in found:
@@ -157,9 +160,10 @@ class Journal:
             return
         try:
             names = [known[0] for path in paths if (known := _segment_of(path)) is not None]
-            self._sync()
+            self._sync_or_doubt()
             for path in paths:
                 self._fs.unlink(path)
+            self._doubt.unlink(missing_ok=True)
             _sync_folders(self._fs, self._folder)
         except OSError as exc:
             raise StorageError(f"the intake journal cannot be cleared: {exc.strerror}; mend the disk first") from exc
@@ -346,7 +350,7 @@ class Journal:
         if not done:
             return
         try:
-            self._sync()
+            self._sync_or_doubt()
         except (OSError, NodeError):
             with self._changed:
                 # what the system could not write it forgets, whichever segment it is of, and objects on their way too:
@@ -358,11 +362,23 @@ class Journal:
         for segment in done:
             self._reset(segment)
 
+    def _sync_or_doubt(self) -> None:
+        """Sync; where that fails leave a sign for the next process, for the system tells of it only once.
+
+        Until the machine starts anew its memory shows bytes that are not on disk; the sign need not live longer.
+        """
+        try:
+            self._sync()
+        except (OSError, NodeError):
+            with suppress(OSError):
+                self._doubt.touch(mode=0o600)
+            raise
+
     def _mend_doubtful(self) -> None:
         for segment in self._settled_segments(doubtful=True):
             fd = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self._mend(record for _, record in _records(fd))
+                self._mend(record for _, record in _records(fd, doubtful=True))
             finally:
                 os.close(fd)
             segment.doubtful = False
@@ -504,7 +520,7 @@ def _segment_of(path: Path) -> tuple[bytes, int] | None:
         os.close(fd)
 
 
-def _records(fd: int) -> list[tuple[int, JournaledObject]]:
+def _records(fd: int, *, doubtful: bool) -> list[tuple[int, JournaledObject]]:
     known = read_segment(fd)
     if known is None:
         return []
@@ -519,6 +535,7 @@ def _records(fd: int) -> list[tuple[int, JournaledObject]]:
                 length=head.length,
                 meta_length=head.meta_length,
                 digest=head.digest,
+                doubtful=doubtful,
                 read=_reader(fd, offset, head),
             ),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dicom_node.dimse import lobby
 from dicom_node.places import Places, new_places
 
 VERIFICATION = (1, "1.2.840.10008.1.1", ["1.2.840.10008.1.2.1"])
@@ -67,9 +68,33 @@ def test_one_limit_holds_for_all_receivers(beside: Callable[..., list[Any]], raw
 
 
 @pytest.mark.parametrize("wire", ["own"])
-def test_connections_are_shared_out(beside: Callable[..., list[Any]], raw_peer: Any) -> None:
-    servers = beside(3)
-    peers = [raw_peer(servers[0].port) for _ in range(12)]
-    assert all(peer.associate([VERIFICATION])[0] == 2 for peer in peers)
-    shares = [one.server.active_associations for one in servers]
-    assert sum(shares) == 12 and min(shares) > 0, shares
+def test_who_has_more_leaves_a_connection_to_the_others_for_a_moment(
+    serve: Callable[..., Any],
+    places: Callable[[int], list[Places]],
+    raw_peer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A moment that is long enough for any machine: the test is the other receiver."""
+    monkeypatch.setattr(lobby, "GIVE_WAY_S", 1.5)
+    row, other = places(2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = serve(sock=listener.dup(), neighbours=row)
+        assert raw_peer(server.port).associate([VERIFICATION])[0] == 2
+        assert not other.is_busier(0)
+        peer = raw_peer(server.port)
+        peer.socket.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            peer.associate([VERIFICATION])
+        taken, _ = listener.accept()
+        with taken:
+            assert taken.getpeername() == peer.socket.getsockname()
+
+
+@pytest.mark.parametrize("wire", ["own"])
+def test_one_that_is_stuck_and_has_fewest_keeps_nothing_from_the_others(
+    serve: Callable[..., Any], places: Callable[[int], list[Places]], raw_peer: Any
+) -> None:
+    row, stuck = places(2)
+    assert not stuck.is_busier(0)
+    server = serve(neighbours=row)
+    assert [raw_peer(server.port).associate([VERIFICATION])[0] for _ in range(12)] == [2] * 12

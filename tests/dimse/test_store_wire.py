@@ -425,7 +425,7 @@ def accepted_contexts(body: bytes) -> dict[int, tuple[int, str]]:
 def test_a_peer_that_does_not_finish_its_request_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, first: bytes
 ) -> None:
-    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "association"):
+    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "lobby", "transport"):
         monkeypatch.setattr(f"dicom_node.dimse.{module}.FIRST_PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)
@@ -437,7 +437,7 @@ def test_a_peer_that_does_not_finish_its_request_is_closed(
 def test_a_peer_that_stops_inside_a_pdu_is_closed(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pynetdicom_link", "association"):
+    for module in ("pynetdicom_link", "transport"):
         monkeypatch.setattr(f"dicom_node.dimse.{module}.PDU_S", 0.3)
     node = serve()
     peer = raw_peer(node.port)

@@ -15,9 +15,10 @@ from pydicom import dcmread
 
 from dicom_node.dimse import lobby as lobby_module
 from dicom_node.dimse import server as server_module
-from dicom_node.dimse.association import Association, Buffers
+from dicom_node.dimse.association import Association
 from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
 from dicom_node.dimse.lobby import KEPT_THREADS, Lobby, Visit
+from dicom_node.dimse.transport import Buffers
 from dicom_node.dimse.upper_layer.connection import Connection, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRQ, ProposedContext, UserInformation, encode_pdu
 from dicom_node.model import StoreOutcome, StoreResult
@@ -191,8 +192,8 @@ def test_a_peer_in_the_middle_of_an_object_is_told_when_the_node_ends_it(
     ended = threading.Event()
 
     def stream() -> None:
-        while not ended.is_set():
-            peer.send_fragment(1, 0, bytes(16384))
+        while not ended.wait(0.005):  # a peer that hears nothing for half a MiB more is not waited for
+            peer.send_fragment(1, 0, bytes(1024))
 
     streaming = threading.Thread(target=stream)
     streaming.start()
@@ -222,7 +223,7 @@ class Stalled:
 def test_a_pdu_is_not_late_because_the_disk_was(
     serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dicom_node.dimse.association.PDU_S", 0.6)
+    monkeypatch.setattr("dicom_node.dimse.transport.PDU_S", 0.6)
     sink = Stalled()
     peer = raw_peer(serve(sink=sink).port)
     peer.associate([(1, CT, [EXPLICIT])])

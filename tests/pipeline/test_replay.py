@@ -402,7 +402,9 @@ def test_replay_does_not_believe_what_memory_shows_of_a_file(node: Callable[[str
     power_cut(before, to, wal_bytes=None, lost=whole)
     (path,) = to.glob("archive/??/*.dcm")
     looked_at = path.open("rb")  # it keeps the number of the old file from being used again
+    (to / "journal/0/doubt").touch()
     node("b").begin()
+    assert not (to / "journal/0/doubt").exists()
     assert path.stat().st_ino != os.fstat(looked_at.fileno()).st_ino, "a sync of it may have failed before the end"
     looked_at.close()
 

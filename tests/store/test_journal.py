@@ -213,6 +213,7 @@ def _read_all(records: Iterator[JournaledObject]) -> Iterator[JournaledObject]:
             length=record.length,
             meta_length=record.meta_length,
             digest=record.digest,
+            doubtful=record.doubtful,
             read=lambda at, count, whole=whole: whole[at : at + count],  # type: ignore[misc]
         )
 
