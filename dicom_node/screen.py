@@ -96,10 +96,11 @@ def _counts(snapshot: Mapping[str, Any]) -> list[str]:
     lines.append("jobs        " + _states(snapshot["jobs"]))
     for destination, states in sorted(snapshot["deliveries"].items()):
         lines.append(f"to {destination:<9}" + _states(states))
-    if any((asked := snapshot["commitments"]).values()):
-        counted = ", ".join(f"{count} {state}" for state, count in asked.items() if count)
-        lines.append(f"commitment  requests of peers: {counted}")
-    lines.append(f"associations open: {snapshot['associations']['open']}")
+    asked = ", ".join(f"{count} {state}" for state, count in snapshot["commitments"].items() if count)
+    lines.append(
+        f"associations open: {snapshot['associations']['open']}"
+        + (f"; peers' requests for storage commitment: {asked}" if asked else "")
+    )
     return [line[:WIDTH] for line in lines]
 
 

@@ -125,6 +125,10 @@ def test_a_long_reason_is_told_to_its_end() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_what_peers_ask_to_be_committed_to_is_counted() -> None:
+    assert "associations open: 1; peers' requests for storage commitment: 1 asked, 2 judged" in screen()
+
+
 def test_a_thousand_stuck_things_still_fit_a_screen() -> None:
     text = screen([stuck("job", number, None) for number in range(1000)])
     assert "and 988 more" in text
