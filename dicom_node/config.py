@@ -19,9 +19,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from dicom_node.errors import ConfigError
-from dicom_node.model import ConflictPolicy, Destination, TlsClient
+from dicom_node.model import CommitmentTimes, ConflictPolicy, Destination, TlsClient
 
 __all__ = [
+    "CommitmentSettings",
     "CompletionOverride",
     "CompletionSettings",
     "DeliverySettings",
@@ -158,6 +159,29 @@ class PeerSettings(_Settings):
     conflict_policy: ConflictPolicy | None = None
     certificates: tuple[Fingerprint, ...] = ()
     """SHA-256 fingerprints of its certificates: it must come over TLS with one of them; empty = any, or none."""
+    storage_commitment: bool = False
+    """It may ask the node to commit to keeping objects (Storage Commitment Push Model)."""
+    report_host: str = ""
+    report_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where it is told what was committed to, when its own association is over. Needed with `storage_commitment`."""
+
+    @model_validator(mode="after")
+    def _can_be_told(self) -> PeerSettings:
+        if self.storage_commitment and not (self.report_host and self.report_port):
+            raise ValueError(
+                "storage_commitment: its reports need an address; set report_host and report_port to where "
+                f"{self.ae_title!r} takes associations"
+            )
+        return self
+
+
+class CommitmentSettings(_Settings):
+    """How a destination is asked for storage commitment."""
+
+    timeout_s: Seconds = 3600.0
+    """A destination that has not reported after this is asked again; then after twice that, and so on."""
+    wait_s: Annotated[float, Field(ge=0, le=60)] = 2.0
+    """How long its report is waited for on the association of the question; it may also come later on its own."""
 
 
 class DestinationSettings(_Settings):
@@ -171,6 +195,15 @@ class DestinationSettings(_Settings):
     """Only these kinds of result are sent here (`seg`: label maps too); null = all a rule asks for."""
     tls: bool | TlsClientSettings = False
     """true: over TLS, with the certificate and the authorities of the node's own `tls`."""
+    storage_commitment: bool | CommitmentSettings = False
+    """Deliveries are done only when it committed to keeping what was sent; `true` or the times of the asking."""
+
+    def commitment(self) -> CommitmentTimes | None:
+        """How it is asked, None when it is not."""
+        settings = self.storage_commitment
+        if settings is True:
+            settings = CommitmentSettings()
+        return CommitmentTimes(wait_s=settings.wait_s, timeout_s=settings.timeout_s) if settings else None
 
 
 class EngineSettings(_Settings):
@@ -389,7 +422,24 @@ class NodeConfig(_Settings):
             port=found.port,
             calling_ae_title=found.calling_ae_title or self.ae_titles[0],
             tls=self.client_tls(found.tls),
+            commitment=found.commitment(),
         )
+
+    def committed_to(self) -> Mapping[str, Destination]:
+        """The peers that may ask for storage commitment, by AE title: where each takes its reports."""
+        return {
+            peer.ae_title: Destination(name=name, ae_title=peer.ae_title, host=peer.report_host, port=peer.report_port)
+            for name, peer in self.peers.items()
+            if peer.storage_commitment
+        }
+
+    def asked_to_commit(self) -> Mapping[str, frozenset[str]]:
+        """The names of the destinations that are asked for storage commitment, by their AE title."""
+        found: dict[str, frozenset[str]] = {}
+        for name, destination in self.destinations.items():
+            if destination.storage_commitment:
+                found[destination.ae_title] = found.get(destination.ae_title, frozenset()) | {name}
+        return found
 
     def resolved_rules_dir(self) -> Path:
         """The folder rules are read from. Raises ConfigError when it is missing."""

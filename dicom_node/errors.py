@@ -20,7 +20,11 @@
      ├─ EncodingError               a result cannot be written as DICOM
      ├─ DeliveryError               a destination did not take an object
      │   ├─ DeliveryUnavailable     ... but may later                               retryable
-     │   └─ DeliveryRefused         ... and will not
+     │   ├─ DeliveryRefused         ... and will not
+     │   └─ CommitmentNotTaken      ... will not be asked for storage commitment    retryable
+     ├─ CommitmentRefused           a request for storage commitment is not taken
+     │   ├─ TransactionUidTaken     ... its Transaction UID stands for others       0x0131
+     │   └─ TooManyCommitments      ... at the moment                               0x0213, retryable
      ├─ IllegalTransition           a state machine was asked for a move it does not have
      └─ LeaseLost                   another worker owns this job or delivery now
 
@@ -159,6 +163,29 @@ class DeliveryUnavailable(DeliveryError):
 
 class DeliveryRefused(DeliveryError):
     """The destination said no for good (RJ(1,*,*), A9xx, Cxxx, 0x0122, context refused)."""
+
+
+class CommitmentNotTaken(DeliveryError):
+    """The destination can be reached, and does not take the request for storage commitment."""
+
+    retryable = True
+
+
+class CommitmentRefused(NodeError):
+    """A peer's request for storage commitment is not taken; nothing of it was kept."""
+
+
+class TransactionUidTaken(CommitmentRefused):
+    """The same peer gave the same Transaction UID to other references (PS3.3 C.14.1.1, 0131H)."""
+
+    dimse_status = 0x0131
+
+
+class TooManyCommitments(CommitmentRefused):
+    """The peer asks for more than is kept for one peer at a time (PS3.7 Annex C, resource limitation)."""
+
+    retryable = True
+    dimse_status = 0x0213
 
 
 class IllegalTransition(NodeError):

@@ -44,6 +44,8 @@ def catalog_readings(snapshot: Mapping[str, Any], config: NodeConfig, rules: Col
     yield from _by_engine("engine_cancellations", ("pending", "failed"), snapshot["cancellations"], config)
     for state, count in snapshot["returned"].items():
         yield "returned_objects", (state,), count
+    for state, count in snapshot["commitments"].items():
+        yield "commitment_requests", (state,), count
     for rule in rules:
         yield "rule_last_match_timestamp_seconds", (rule,), snapshot["last_match"].get(rule, 0.0)
     yield from _deliveries(snapshot["deliveries"], config)

@@ -17,8 +17,11 @@ from dicom_node.model import (
     BootTime,
     Cancellation,
     CloseTrigger,
+    CommitmentReport,
+    CommitmentRequest,
     ConflictPolicy,
     Delivery,
+    DeliveryState,
     Destination,
     EngineTask,
     InstanceRecord,
@@ -26,6 +29,7 @@ from dicom_node.model import (
     JournalPlace,
     Level,
     Match,
+    ObjectReference,
     Origin,
     PlannedJob,
     Priority,
@@ -318,6 +322,10 @@ class CheckedArchive(Protocol):
         """Read it back. Raises NotFound, InvalidInstance (it has not the archive's form), StorageError (unreadable)."""
         ...
 
+    def is_whole(self, instance: StoredInstance) -> bool:
+        """Whether its file is there, exactly as long as it should be, and still has the bytes that were stored."""
+        ...
+
 
 class CheckedIndex(Protocol):
     """The index as fsck sees it."""
@@ -589,7 +597,17 @@ class WorkQueue(JobQueue, EngineLedger, Protocol):
     """What a worker needs of the catalog."""
 
 
-class Outbox(Protocol):
+class ReportBook(Protocol):
+    """What destinations say of objects they were asked to commit to."""
+
+    def note_report(self, report: CommitmentReport, destinations: Collection[str]) -> None:
+        """Durable when it returns; once more changes nothing. Raises NotFound when none of these destinations was asked
+        under that Transaction UID.
+        """
+        ...
+
+
+class Outbox(ReportBook, Protocol):
     """Deliveries, leased with fencing tokens; at most one delivery per destination is leased at a time."""
 
     def lease_delivery(self, worker: str, lease_s: float, destination: str) -> Delivery | None:
@@ -600,8 +618,8 @@ class Outbox(Protocol):
         """Heartbeat. Raises LeaseLost."""
         ...
 
-    def item_sent(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int) -> None:
-        """Durable: this one need not be sent again. Raises LeaseLost."""
+    def item_sent(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int, sha256: str = "") -> None:
+        """Durable: this one, of that digest, need not be sent again. Raises LeaseLost."""
         ...
 
     def item_failed(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int | None, error: str) -> None:
@@ -610,6 +628,27 @@ class Outbox(Protocol):
 
     def finish_delivery(self, delivery: Delivery) -> None:
         """DONE when every item was sent, FAILED when some were refused. Raises LeaseLost."""
+        ...
+
+    def uncommitted(self, delivery: Delivery) -> Sequence[StoredInstance]:
+        """What of it was sent and its destination did not commit to, in sending order."""
+        ...
+
+    def begin_commitment(self, delivery: Delivery, transaction_uid: str, sop_instance_uids: Sequence[str]) -> None:
+        """Durable: the destination is about to be asked to commit to these. Raises LeaseLost."""
+        ...
+
+    def commitment_is_open(self, delivery: Delivery) -> bool:
+        """Whether the destination was asked about any object of it and has not answered."""
+        ...
+
+    def settle_delivery(self, delivery: Delivery, *, await_s: float, resend_s: float) -> DeliveryState:
+        """As `finish_delivery`, of a destination that is asked for storage commitment; the state it has now.
+
+        DONE when every item is committed to; COMMITTING, runnable again when the report came or after `await_s` (longer
+        with each question), when some are not yet; PENDING, after `resend_s`, when some are to be sent again; else
+        FAILED. Raises LeaseLost.
+        """
         ...
 
     def retry_delivery_later(self, delivery: Delivery, error: str, delay_s: float) -> None:
@@ -631,6 +670,63 @@ class Outbox(Protocol):
     def deliveries(self, *, study_instance_uid: str | None = None, limit: int = 100) -> Sequence[Delivery]:
         """Newest first."""
         ...
+
+
+class CommitmentBook(Protocol):
+    """What peers ask the node to commit to. Every write is durable when the call returns."""
+
+    def ask_commitment(
+        self,
+        calling_ae_title: str,
+        called_ae_title: str,
+        transaction_uid: str,
+        references: Sequence[ObjectReference],
+        hold_s: float,
+    ) -> CommitmentRequest:
+        """Keep a request, to be checked and reported; its report is not sent elsewhere for `hold_s`.
+
+        The same Transaction UID of the same peer with the same references is the same request: reported again when it
+        was. Raises TransactionUidTaken for other references, TooManyCommitments, StorageError.
+        """
+        ...
+
+    def judged_commitment(self, request: CommitmentRequest) -> CommitmentRequest | None:
+        """The request with its reasons, None before it is checked and after it ended."""
+        ...
+
+    def claim_commitment(self, request: CommitmentRequest, for_s: float, *, here: bool) -> bool:
+        """Whether the caller may report it now; nobody else does so for `for_s`. `here`: on the peer's own association,
+        which is for the first report only.
+        """
+        ...
+
+    def let_go_of_commitment(self, request: CommitmentRequest) -> None:
+        """It will not be reported on the peer's own association, unless it was already."""
+        ...
+
+    def end_commitment(self, request: CommitmentRequest, error: str = "") -> None:
+        """The peer took the report; or, with `error`, it is not tried any more."""
+        ...
+
+    def retry_commitment_later(self, request: CommitmentRequest, error: str, delay_s: float) -> None:
+        """The report failed."""
+        ...
+
+    def next_commitment(self, calling_ae_title: str) -> CommitmentRequest | None:
+        """The peer's first request that is to be checked, else the first whose report is due, or None."""
+        ...
+
+    def judge_commitment(self, request: CommitmentRequest, reasons: Sequence[int]) -> None:
+        """Keep the outcome of the check: one FailureReason for each reference, 0 for what is committed to."""
+        ...
+
+    def forget_commitments(self, older_than_s: float) -> int:
+        """Remove requests that ended so long ago, a bounded number at a time; how many."""
+        ...
+
+
+class Commitments(CommitmentBook, ReportBook, Protocol):
+    """Both sides of storage commitment, as the receiver needs them."""
 
 
 class Status(Protocol):
@@ -721,6 +817,35 @@ class ResultEncoder(Protocol):
         `sources` are headers (no pixel data) of the images the engine saw; `already` are the data sets encoded
         before for this job (an SR refers to the SEG in it). Encoders run in the order of `plugins.encoder_kinds`.
         Deterministic: equal arguments give equal bytes. Raises EncodingError.
+        """
+        ...
+
+
+class CommitmentAsker(Protocol):
+    """Asks destinations to commit to keeping objects (PS3.4 annex J, as SCU)."""
+
+    def ask(
+        self,
+        destination: Destination,
+        questions: Mapping[str, Sequence[ObjectReference]],
+        on_report: Callable[[CommitmentReport], None],
+        is_open: Callable[[], bool],
+        heartbeat: Heartbeat,
+    ) -> None:
+        """Ask about the references of each Transaction UID; then wait, for the destination's `wait_s` at most and while
+        `is_open`, for its reports. `on_report` must have kept one when it returns, and raises NotFound for one that
+        was not asked for. Raises CommitmentNotTaken when it would not be asked, DeliveryUnavailable or DeliveryRefused
+        when the association could not be had.
+        """
+        ...
+
+
+class CommitmentReporter(Protocol):
+    """Tells peers what the node committed to (PS3.4 annex J, as SCP)."""
+
+    def report(self, peer: Destination, request: CommitmentRequest) -> None:
+        """Over an association of the node's own; returns when the peer took it. Raises DeliveryUnavailable or
+        DeliveryRefused.
         """
         ...
 

@@ -41,7 +41,7 @@ OTHER = "other"
 
 # PS3.3 C.7.3.1.1.1, the ones a node meets; any other is counted as `other`
 MODALITIES = ("CR", "CT", "DX", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "RF", "SEG", "SR", "US", "XA")
-SERVICES = ("echo", "store", "find", "get", "move")
+SERVICES = ("echo", "store", "find", "get", "move", "commit", "commit_report")
 STATUS_CLASSES = ("success", "pending", "warning", "cancel", "failure")
 OUTCOMES = (*(outcome.value for outcome in StoreOutcome), "invalid", "failed")
 DURABLE_BY = ("journal", "file")
@@ -404,6 +404,10 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "engine_queue_jobs": ("Jobs not done, by engine; waiting: parked at the engine.", ("engine", "state")),
     "engine_cancellations": ("Work at engines that is to be stopped: pending, or given up.", ("engine", "state")),
     "returned_objects": ("Objects engines stored in the node: results of a job, or of none so far.", ("state",)),
+    "commitment_requests": (
+        "Peers' requests for storage commitment; asked: not checked, judged: not told.",
+        ("state",),
+    ),
     "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dicom_node.errors import IllegalTransition
 
@@ -454,19 +454,24 @@ class DeliveryState(Enum):
 
     PENDING = "pending"
     LEASED = "leased"
-    DONE = "done"
+    COMMITTING = "committing"  # all is sent; the destination was asked to commit to it and has not answered yet
+    DONE = "done"  # ... and committed to, where the destination offers storage commitment
     FAILED = "failed"  # dead letter; the instances stay in the archive
     CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryItem:
-    """One instance of a delivery with its last DIMSE status (None = not tried)."""
+    """One instance of a delivery with its last DIMSE status (None = not tried).
+
+    `committed`: its destination committed to keeping it.
+    """
 
     instance: StoredInstance
     sent: bool
     dimse_status: int | None = None
     error: str = ""
+    committed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -500,6 +505,16 @@ class TlsClient:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CommitmentTimes:
+    """How a destination is asked for storage commitment: how long its report is waited for on the association of the
+    question, and how long in all before it is asked again.
+    """
+
+    wait_s: float
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
     """A DICOM AE results and images are sent to, by its name in the configuration."""
 
@@ -509,6 +524,64 @@ class Destination:
     port: int
     calling_ae_title: str = ""  # '' = the node's first AE title
     tls: TlsClient | None = None  # None: not encrypted
+    commitment: CommitmentTimes | None = None  # None: it is not asked for storage commitment
+
+
+class ObjectReference(NamedTuple):
+    """One object as storage commitment names it (PS3.4 table J.3-1)."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+
+
+class FailureReason(IntEnum):
+    """Why an object is not committed to (PS3.3 C.14.1.1)."""
+
+    COMMITTED = 0x0000  # it is
+    PROCESSING_FAILURE = 0x0110
+    NO_SUCH_OBJECT_INSTANCE = 0x0112
+    CLASS_INSTANCE_CONFLICT = 0x0119
+    REFERENCED_SOP_CLASS_NOT_SUPPORTED = 0x0122
+    DUPLICATE_TRANSACTION_UID = 0x0131
+    RESOURCE_LIMITATION = 0x0213
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitmentRequest:
+    """A peer's request for storage commitment as the catalog keeps it.
+
+    `round` counts how often the peer asked anew; `reasons`, one for each reference (0: committed), is None before they
+    were checked. `attempts`: reports tried.
+    """
+
+    id: int
+    round: int
+    calling_ae_title: str
+    called_ae_title: str
+    transaction_uid: str
+    references: tuple[ObjectReference, ...]
+    reasons: tuple[int, ...] | None
+    attempts: int = 0
+    error: str = ""
+    age_s: float = 0.0
+
+    def report(self) -> CommitmentReport:
+        """What the peer is to be told; every reference is in exactly one of its parts. Only once they were checked."""
+        judged = list(zip(self.references, self.reasons or (), strict=True))
+        return CommitmentReport(
+            transaction_uid=self.transaction_uid,
+            committed=tuple(reference for reference, reason in judged if not reason),
+            failed=tuple((reference, reason) for reference, reason in judged if reason),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitmentReport:
+    """What an N-EVENT-REPORT of storage commitment says (PS3.4 tables J.3-2, J.3-3)."""
+
+    transaction_uid: str
+    committed: tuple[ObjectReference, ...]
+    failed: tuple[tuple[ObjectReference, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ class Receiver:
             index=self._catalog.index,
             associations=self._catalog.index,
             observe=metrics,
+            commitments=self._catalog.queue,
             sock=adopted(orders),
             tls_sock=socket.socket(fileno=orders.tls_listen_fd) if orders.tls_listen_fd >= 0 else None,
             neighbours=Places(orders.places_fd, orders.receiver_number) if orders.places_fd >= 0 else None,

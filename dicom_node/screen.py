@@ -96,7 +96,11 @@ def _counts(snapshot: Mapping[str, Any]) -> list[str]:
     lines.append("jobs        " + _states(snapshot["jobs"]))
     for destination, states in sorted(snapshot["deliveries"].items()):
         lines.append(f"to {destination:<9}" + _states(states))
-    lines.append(f"associations open: {snapshot['associations']['open']}")
+    asked = ", ".join(f"{count} {state}" for state, count in snapshot["commitments"].items() if count)
+    lines.append(
+        f"associations open: {snapshot['associations']['open']}"
+        + (f"; peers' requests for storage commitment: {asked}" if asked else "")
+    )
     return [line[:WIDTH] for line in lines]
 
 
@@ -142,6 +146,7 @@ def _next(one: Stuck) -> str:
         "delivery": f"dicom-node deliveries retry {one.id}",
         "conflict": f"dicom-node release {study}",
         "series": f"dicom-node route {study}",
+        "commitment": "let the peer ask again",
     }.get(one.kind)
     return f"needs a person: {remedy}" if remedy else "waits"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
+from dicom_node.dimse.committing import DimseCommitment
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.wires import open_link
 from dicom_node.errors import NodeError, RuleError
@@ -17,6 +18,7 @@ from dicom_node.http.health import Check, HealthServer, Mount, ReadyCheck
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Gauges, Metrics, Reading, render
 from dicom_node.node import Timers
+from dicom_node.pipeline.commit import Committer
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
@@ -47,6 +49,7 @@ class Service:
         self._reloads = 0
         self._catalog = node_catalog(config, clock)
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
+        commitment = DimseCommitment(config.delivery, config.ae_titles[0], open_link(config.wire))
         self._courier = Courier(
             self._catalog.queue,
             DimseSender(config.delivery, config.ae_titles[0], open_link(config.wire)),
@@ -54,6 +57,17 @@ class Service:
             settings=config.delivery,
             clock=clock,
             observer=self._metrics,
+            asker=commitment,
+        )
+        self._committer = Committer(
+            self._catalog.queue,
+            self._catalog.index,
+            self._catalog.archive,
+            commitment,
+            config.committed_to(),
+            config.ae_titles,
+            settings=config.delivery,
+            clock=clock,
         )
         self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
@@ -63,6 +77,7 @@ class Service:
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
+        self._committer.start()
         self._bell.answer(self._courier.wake)
         self._http.start()
 
@@ -219,4 +234,5 @@ class Service:
         self._bell.stop()
         self._http.stop()
         self._courier.stop()
+        self._committer.stop()
         self._catalog.close()

@@ -139,3 +139,28 @@ def test_a_destination_takes_from_the_node_what_it_does_not_set() -> None:
     assert of({"ca": "other.pem", "certificate": "c.pem", "key": "k.pem"}) == TlsClient(
         ca="other.pem", certificate="c.pem", key="k.pem"
     )
+
+
+def test_a_peer_that_may_ask_for_storage_commitment_needs_an_address_for_its_reports() -> None:
+    with pytest.raises(ValueError, match=r"set report_host and report_port to where 'CT1' takes associations"):
+        NodeConfig.model_validate({"peers": {"ct": {"ae_title": "CT1", "storage_commitment": True}}})
+    address = {"report_host": "10.1.2.3", "report_port": 104}
+    peers = {"ct": {"ae_title": "CT1", "storage_commitment": True, **address}, "pacs": {"ae_title": "PACS"}}
+    (peer,) = NodeConfig.model_validate({"peers": peers}).committed_to().values()
+    assert (peer.ae_title, peer.host, peer.port) == ("CT1", "10.1.2.3", 104)
+
+
+def test_a_destination_is_asked_for_storage_commitment_by_a_word_or_by_times() -> None:
+    address = {"ae_title": "PACS", "host": "h", "port": 104}
+    destinations = {
+        "silent": address,
+        "asked": {**address, "storage_commitment": True},
+        "slow": {**address, "ae_title": "SLOW", "storage_commitment": {"timeout_s": 60}},
+    }
+    config = NodeConfig.model_validate({"destinations": destinations})
+    again = NodeConfig.model_validate(config.model_dump(mode="json"))  # as the processes of a node are told
+    for one in (config, again):
+        times = {name: one.destination(name).commitment for name in destinations}
+        assert times["silent"] is None and times["asked"] is not None and times["slow"] is not None
+        assert (times["asked"].timeout_s, times["slow"].timeout_s) == (3600.0, 60.0)
+        assert one.asked_to_commit() == {"PACS": {"asked"}, "SLOW": {"slow"}}

@@ -16,6 +16,7 @@ SNAPSHOT: dict[str, Any] = {
     "deliveries": {"PACS": {"failed": {"count": 1, "oldest_age_s": 7200.0}}},
     "variants": {"variant": 2},
     "returned": {"taken": 3, "untaken": 1},
+    "commitments": {"asked": 1, "judged": 2, "reported": 0, "failed": 0},
     "associations": {"open": 1, "by_calling_ae": {"CT1": 1}},
 }
 
@@ -122,6 +123,10 @@ def test_a_long_reason_is_told_to_its_end() -> None:
     text = screen([replace(stuck("job", 6, None), why=why)])
     assert "ends with the remedy" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_what_peers_ask_to_be_committed_to_is_counted() -> None:
+    assert "associations open: 1; peers' requests for storage commitment: 1 asked, 2 judged" in screen()
 
 
 def test_a_thousand_stuck_things_still_fit_a_screen() -> None:

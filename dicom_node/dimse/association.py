@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from dicom_node.dimse.commands import CommandField
 from dicom_node.dimse.link import MAX_WAITING_MESSAGES, AssociationLost, Fragments, Message, answers, cut
@@ -80,6 +81,31 @@ class Association(Transport):
                 self._held = self._message_of(event)
         if self._over or self._interrupted:
             raise AssociationLost("the association ended")
+
+    @property
+    def is_leaving(self) -> bool:
+        """See `link.Link`."""
+        return self._release_asked
+
+    def stays_quiet(self, timeout_s: float) -> bool:
+        """See `link.Link`."""
+        self.check_alive()
+        if self._held is not None or self._release_asked:
+            return False
+        if not self._readable(timeout_s):
+            return True
+        self.check_alive()
+        return False
+
+    def release(self) -> None:
+        """See `link.Link`. Where the peer has asked for it already, this is the answer."""
+        if self._release_asked and not self._over:
+            with suppress(UpperLayerMisuse):
+                self._connection.answer_release()
+                self.released = True
+            self._finish()
+        else:
+            super().release()
 
     def next_message(self, timeout_s: float) -> Message | None:
         """See `link.Link`."""

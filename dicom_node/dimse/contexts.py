@@ -18,6 +18,7 @@ __all__ = [
     "PATIENT_ROOT_FIND",
     "PATIENT_ROOT_GET",
     "PATIENT_ROOT_MOVE",
+    "STORAGE_COMMITMENT",
     "STORAGE_SOP_CLASSES",
     "STUDY_ROOT_FIND",
     "STUDY_ROOT_GET",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 VERIFICATION = "1.2.840.10008.1.1"
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"  # Push Model
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"
 PATIENT_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.1.2"
 PATIENT_ROOT_GET = "1.2.840.10008.5.1.4.1.2.1.3"
@@ -122,7 +124,7 @@ def choose_transfer_syntax(offered: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposedContext:
-    """One context to propose; `as_scp`: the node wants to be SCP in it (C-GET)."""
+    """One context to propose; `as_scp`: the node wants to be SCP in it (C-GET, reports of storage commitment)."""
 
     abstract_syntax: str
     transfer_syntaxes: tuple[str, ...]
@@ -167,10 +169,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance:
-    """Which abstract syntaxes the node takes: the Standard's, these more, or (by configuration) unknown ones too."""
+    """Which abstract syntaxes the node takes: the Standard's, these more, or (by configuration) unknown ones too.
+
+    `commits`: storage commitment may be asked of the node, `is_told`: it may be reported to the node, by this peer.
+    """
 
     extra_sop_classes: Collection[str] = ()
     unknown_sop_classes: bool = False
+    commits: bool = False
+    is_told: bool = False
 
     def stores(self, abstract_syntax: str) -> bool:
         """Whether the node stores instances of this SOP class."""
@@ -187,7 +194,8 @@ def answer_contexts(proposals: Sequence[Proposal], acceptance: Acceptance) -> li
 def _answer(proposal: Proposal, acceptance: Acceptance) -> Answer:
     first = proposal.transfer_syntaxes[0] if proposal.transfer_syntaxes else IMPLICIT_LE
     storage = acceptance.stores(proposal.abstract_syntax)
-    if not storage and proposal.abstract_syntax not in _SERVICE_SOP_CLASSES:
+    commitment = proposal.abstract_syntax == STORAGE_COMMITMENT and (acceptance.commits or acceptance.is_told)
+    if not storage and not commitment and proposal.abstract_syntax not in _SERVICE_SOP_CLASSES:
         return Answer(proposal=proposal, result=ABSTRACT_SYNTAX_NOT_SUPPORTED, transfer_syntax=first)
     offered = proposal.transfer_syntaxes
     if not storage:
@@ -198,8 +206,11 @@ def _answer(proposal: Proposal, acceptance: Acceptance) -> Answer:
         return Answer(proposal=proposal, result=TRANSFER_SYNTAXES_NOT_SUPPORTED, transfer_syntax=first)
     if proposal.scu is None and proposal.scp is None:
         return Answer(proposal=proposal, result=ACCEPTED, transfer_syntax=chosen)
-    # PS3.7 D.3.3.4: a role may be turned down, never offered; the node sends to a requestor only stored instances
-    scu, scp = proposal.scu is not False, bool(proposal.scp) and storage
+    # PS3.7 D.3.3.4: a role may be turned down, never offered; the node sends to a requestor only stored instances, and
+    # is told only by those it asks for storage commitment (PS3.4 J.3.3.1.3)
+    scu, scp = proposal.scu is not False, bool(proposal.scp) and (storage or commitment)
+    if commitment:
+        scu, scp = scu and acceptance.commits, scp and acceptance.is_told
     return Answer(
         proposal=proposal,
         result=ACCEPTED if scu or scp else USER_REJECTION,

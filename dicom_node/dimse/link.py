@@ -82,6 +82,15 @@ class Link(Protocol):
         """Nothing, while the association is there."""
         ...
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the peer has asked to release it, as far as that was looked at. Raises nothing."""
+        ...
+
+    def stays_quiet(self, timeout_s: float) -> bool:
+        """Whether the peer says nothing for so long: neither a message nor that it leaves."""
+        ...
+
     def is_cancelled(self, message_id: int) -> bool:
         """Whether a C-CANCEL for this request of the peer came."""
         ...

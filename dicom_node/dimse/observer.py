@@ -23,7 +23,7 @@ class WireObserver(Protocol):
         ...
 
     def request_answered(self, service: str, status: int, seconds: float) -> None:
-        """`service`: echo, store, find, get or move; the final status."""
+        """`service`: echo, store, find, get, move, commit or commit_report; the final status."""
         ...
 
 

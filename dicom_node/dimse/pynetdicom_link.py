@@ -66,6 +66,7 @@ QUEUED_PDUS = 16
 QUIET_S = 0.5  # an association without traffic for this long ...
 IDLE_WAIT_S = 0.025  # ... is waited for in pieces of this; what arrives wakes it at once
 _POLL_S = 0.0005
+_LOOK_S = 0.01
 
 
 def quiet_libraries() -> None:
@@ -434,6 +435,22 @@ class PynetdicomLink(Association):
         """Raises AssociationLost when the peer or the connection is gone."""
         if not self.is_established or not self.dul.is_alive() or self.acse.is_aborted() or self._kill:
             raise AssociationLost("the association ended")
+
+    @property
+    def is_leaving(self) -> bool:
+        """See `link.Link`."""
+        return isinstance(self.dul.peek_next_pdu(), A_RELEASE)
+
+    def stays_quiet(self, timeout_s: float) -> bool:
+        """See `link.Link`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self.check_alive()
+            if not self.dimse.msg_queue.empty() or self.dul.peek_next_pdu() is not None:
+                return False
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(_LOOK_S)
 
     def send_message(
         self, context_id: int, command: bytes, data_set: Fragments | None = None, *, more: bool = False

@@ -28,7 +28,7 @@ from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
 from dicom_node.errors import ConfigError
-from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
 
 __all__ = ["PynetdicomServer"]
@@ -41,11 +41,12 @@ SPARE_CONNECTIONS = 64  # beyond `max_associations`: TCP connections that have n
 
 
 class PynetdicomServer:
-    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
+    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE, storage commitment.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. Raises ConfigError for peers that cannot be understood, and for TLS, which is not spoken here.
+    them together. Without `commitments` there is no storage commitment. Raises ConfigError for peers that cannot be
+    understood, and for TLS, which is not spoken here.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class PynetdicomServer:
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
         tls_sock: socket.socket | None = None,
+        commitments: Commitments | None = None,
     ) -> None:
         if config.tls is not None or tls_sock is not None:
             raise ConfigError("tls: pynetdicom's wire carries no TLS; set `wire: own`")
@@ -67,7 +69,13 @@ class PynetdicomServer:
         config = config.model_copy(update={"max_associations": most})
         self._config = config
         self._serving = Serving(
-            config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
+            config,
+            sink=sink,
+            index=index,
+            associations=associations,
+            observe=observe,
+            open_link=open_link,
+            commitments=commitments,
         )
         self._entity = ApplicationEntity(ae_title=config.ae_titles[0])
         name_implementation(self._entity)
@@ -202,7 +210,7 @@ class PynetdicomServer:
             link.acse.send_ap_abort(0x06)
             link.kill()
             return
-        answers = answer_contexts(proposals, self._serving.acceptance)
+        answers = answer_contexts(proposals, self._serving.acceptance_for(calling))
         peer = self._serving.accepted(
             fields,
             calling=calling,

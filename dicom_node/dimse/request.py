@@ -5,8 +5,8 @@ Identifiers are decoded here, within bounds; data sets never are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from typing import NamedTuple
@@ -32,13 +32,23 @@ from dicom_node.dimse.contexts import (
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
 )
-from dicom_node.dimse.link import Link, Message, gathered
-from dicom_node.model import Source
+from dicom_node.dimse.link import Fragments, Link, Message, gathered
+from dicom_node.model import CommitmentRequest, Source
 from dicom_node.services.find import Answers, FindOptions
 from dicom_node.services.identifier import BadIdentifier, Identifier, InformationModel, identifier_of
 from dicom_node.services.scanner import scan_identifier
 
-__all__ = ["Peer", "Request", "encode_answers", "encode_identifier", "read_identifier", "read_query", "respond_bad"]
+__all__ = [
+    "Peer",
+    "Request",
+    "encode_answers",
+    "encode_identifier",
+    "read_encoded",
+    "read_identifier",
+    "read_information",
+    "read_query",
+    "respond_bad",
+]
 
 MAX_IDENTIFIER_BYTES = 1024 * 1024
 
@@ -47,11 +57,23 @@ _PATIENT_ROOT = frozenset({PATIENT_ROOT_FIND, PATIENT_ROOT_GET, PATIENT_ROOT_MOV
 
 @dataclass(slots=True)
 class Peer:
-    """One association's other side, as the requests need it. `recorded`: it is in the association log."""
+    """One association's other side, as the requests need it. `recorded`: it is in the association log.
+
+    `asked`: storage commitment that was just asked for, and its context. `awaited`: what is to be done with the status
+    of a request of ours that nobody waits for, by its Message ID.
+    """
 
     source: Source
     find_options: Mapping[str, FindOptions]
     recorded: bool = False
+    asked: tuple[CommitmentRequest, int] | None = None
+    awaited: dict[int, Callable[[int], None]] = field(default_factory=dict)
+    last_message_id: int = 0
+
+    def next_message_id(self) -> int:
+        """A Message ID for a request of ours."""
+        self.last_message_id = self.last_message_id % 0xFFFF + 1
+        return self.last_message_id
 
 
 class Request(NamedTuple):
@@ -150,6 +172,22 @@ def _identifier_bytes(request: Request) -> bytes:
     if encoded is None:
         raise BadIdentifier("the request has no identifier", 0x00000800)
     return encoded
+
+
+def read_information(request: Request, most: int) -> Dataset:
+    """The request's data set, of at most `most` bytes. Raises BadIdentifier as `read_identifier` does."""
+    return read_encoded(request.message.data_set, request.transfer_syntax, most)
+
+
+def read_encoded(data_set: Fragments | None, syntax: str, most: int) -> Dataset:
+    """A data set as it comes. Raises BadIdentifier when there is none, it is longer than `most`, or cannot be read."""
+    try:
+        encoded = gathered(data_set, most)
+    except ValueError:
+        raise BadIdentifier("the data set is too long", 0x00000800) from None
+    if encoded is None:
+        raise BadIdentifier("there is no data set", 0x00000800)
+    return _read_data_set(encoded, syntax)
 
 
 def _read_data_set(encoded: bytes, syntax: str) -> Dataset:

@@ -10,7 +10,14 @@ import time
 from collections.abc import Callable
 
 from dicom_node.dimse.commands import NO_DATA_SET, CommandField, CommandValue, encode_command, error_comment
-from dicom_node.dimse.contexts import FIND_SOP_CLASSES, GET_SOP_CLASSES, MOVE_SOP_CLASSES, VERIFICATION
+from dicom_node.dimse.commitment import CommitmentService
+from dicom_node.dimse.contexts import (
+    FIND_SOP_CLASSES,
+    GET_SOP_CLASSES,
+    MOVE_SOP_CLASSES,
+    STORAGE_COMMITMENT,
+    VERIFICATION,
+)
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
@@ -33,7 +40,7 @@ UNRECOGNIZED_OPERATION = 0x0211
 _KNOWN = frozenset(
     {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
 )
-_SERVICES = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION}
+_SERVICES = FIND_SOP_CLASSES | GET_SOP_CLASSES | MOVE_SOP_CLASSES | {VERIFICATION, STORAGE_COMMITMENT}
 # a C-ECHO-RSP before and after its Message ID Being Responded To: it is asked for more often than anything else
 _ECHOED = encode_command(
     {
@@ -59,14 +66,18 @@ class Requests:
         store: StoreService,
         find: FindService,
         retrievals: Retrievals,
+        commitment: CommitmentService,
         associations: AssociationLog,
         observe: WireObserver,
     ) -> None:
         self._store, self._find, self._retrievals = store, find, retrievals
+        self._commitment = commitment
         self._associations, self._observe = associations, observe
 
     def serve(self, link: Link, peer: Peer, message: Message) -> None:
         """Answer one request, or abort the association when that is the only answer there is."""
+        if peer.awaited and self._is_awaited(link, peer, message):
+            return
         request = self._request(link, peer, message)
         if request is None:
             log.warning("message that cannot be answered", extra=dict(link.log_fields))
@@ -85,6 +96,32 @@ class Requests:
             self._last_words(request, status)
         if name:
             self._observe.request_answered(name, status, time.monotonic() - started)
+        if peer.asked is not None:
+            self._follow(link, peer)
+
+    def _follow(self, link: Link, peer: Peer) -> None:
+        try:
+            self._commitment.follow(link, peer)
+        except NodeError:  # what was kept is checked and reported all the same
+            log.exception("storage commitment could not be followed", extra=dict(link.log_fields))
+
+    @staticmethod
+    def _is_awaited(link: Link, peer: Peer, message: Message) -> bool:
+        """Whether it is the response to a request of ours that nobody waits for."""
+        try:
+            answered = message.command.responded_to
+            status = message.command.status
+            is_response = message.command.field & CommandField.RESPONSE
+        except BadMessage:
+            return False
+        take = peer.awaited.pop(answered, None) if answered is not None and is_response else None
+        if take is None:
+            return False
+        try:
+            take(PROCESSING_FAILURE if status is None else status)
+        except NodeError:  # the request is made again
+            log.exception("a response could not be kept", extra=dict(link.log_fields))
+        return True
 
     @staticmethod
     def _request(link: Link, peer: Peer, message: Message) -> Request | None:
@@ -111,6 +148,10 @@ class Requests:
             return self._retrievals.get, "get"
         if kind == CommandField.C_MOVE and context in MOVE_SOP_CLASSES:
             return self._retrievals.move, "move"
+        if kind == CommandField.N_ACTION and context == STORAGE_COMMITMENT:
+            return self._commitment.action, "commit"
+        if kind == CommandField.N_EVENT_REPORT and context == STORAGE_COMMITMENT:
+            return self._commitment.event, "commit_report"
         known = kind in _KNOWN
         return (self._wrong_class if known else self._unknown_operation), ""
 

@@ -27,7 +27,7 @@ from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.transport import Buffers, prepare
 from dicom_node.dimse.upper_layer.connection import AssociationRequested, Connection, Limits, Side
 from dicom_node.dimse.upper_layer.pdus import AssociateRJ, AssociateRQ, encode_pdu
-from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 
 __all__ = ["DicomServer"]
 
@@ -44,12 +44,13 @@ MAX_AGREEMENTS = 128
 
 
 class DicomServer:
-    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE.
+    """A DICOM SCP: C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE, storage commitment.
 
     `sock` is a bound socket to listen on (from a supervisor); without it `start` binds `config.host` and
     `config.dicom_port`. `neighbours` are other processes that listen on it too: `max_associations` holds for all of
-    them together. `tls_sock` is such a socket for `config.tls.port`, where TLS has a port of its own. Raises
-    ConfigError for peers that cannot be understood, and for certificates and keys that cannot be used.
+    them together. `tls_sock` is such a socket for `config.tls.port`, where TLS has a port of its own. Without
+    `commitments` there is no storage commitment. Raises ConfigError for peers that cannot be understood, and for
+    certificates and keys that cannot be used.
     """
 
     def __init__(
@@ -63,11 +64,18 @@ class DicomServer:
         sock: socket.socket | None = None,
         neighbours: Neighbours | None = None,
         tls_sock: socket.socket | None = None,
+        commitments: Commitments | None = None,
     ) -> None:
         self._config = config
         self._tls = for_listener(config.tls) if config.tls is not None else None
         self._serving = Serving(
-            config, sink=sink, index=index, associations=associations, observe=observe, open_link=open_link
+            config,
+            sink=sink,
+            index=index,
+            associations=associations,
+            observe=observe,
+            open_link=open_link,
+            commitments=commitments,
         )
         self._listener, self._tls_listener = sock, tls_sock
         self._neighbours = neighbours or Alone()
@@ -346,7 +354,8 @@ class DicomServer:
         known = self._agreements.get(request)
         if known is not None:
             return known
-        agreement = answer_request(request, self._serving.acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
+        acceptance = self._serving.acceptance_for(request.calling_ae_title)
+        agreement = answer_request(request, acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
         if agreement is not None and request.user.identity is None:
             if len(self._agreements) >= MAX_AGREEMENTS:
                 self._agreements.clear()

@@ -6,10 +6,12 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Admission, Rejection
+from dicom_node.dimse.commitment import CommitmentService
 from dicom_node.dimse.contexts import Acceptance, Answer
 from dicom_node.dimse.link import Link, Message
 from dicom_node.dimse.negotiation import refusal_kind
@@ -18,7 +20,7 @@ from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requests import Requests
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import OpenLink
-from dicom_node.interfaces import AssociationLog, InstanceIndex, InstanceSink
+from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.model import AssociationEnd, Source
 from dicom_node.services.find import FindOptions, FindService
 from dicom_node.services.retrieve import RetrieveService
@@ -83,12 +85,14 @@ class Serving:
         associations: AssociationLog,
         observe: WireObserver | None,
         open_link: OpenLink,
+        commitments: Commitments | None = None,
     ) -> None:
         self.config = config
         self.observe = observe or SilentObserver()
         self.acceptance = Acceptance(
             extra_sop_classes=frozenset(config.extra_sop_classes), unknown_sop_classes=config.unknown_sop_classes
         )
+        self._commitment = CommitmentService(config, commitments)
         self._admission = Admission(config)
         self._associations = associations
         destinations = {item.ae_title: config.destination(name) for name, item in config.destinations.items()}
@@ -97,11 +101,17 @@ class Serving:
             store=StoreService(sink),
             find=FindService(index, config.ae_titles[0], config.find),
             retrievals=Retrievals(retrieve, config.delivery, config.ae_titles[0], open_link),
+            commitment=self._commitment,
             associations=associations,
             observe=self.observe,
         )
 
     # --- negotiation
+
+    def acceptance_for(self, calling: str) -> Acceptance:
+        """What is accepted of that peer."""
+        commits, is_told = self._commitment.may_ask(calling), self._commitment.may_report(calling)
+        return replace(self.acceptance, commits=commits, is_told=is_told) if commits or is_told else self.acceptance
 
     def judge(
         self,

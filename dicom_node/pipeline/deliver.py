@@ -11,13 +11,21 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dicom_node.config import DeliverySettings
-from dicom_node.errors import DeliveryUnavailable, LeaseLost, NodeError
-from dicom_node.interfaces import Clock, Outbox, Sender
-from dicom_node.model import Delivery, Destination, StoredInstance
+from dicom_node.errors import CommitmentNotTaken, DeliveryUnavailable, LeaseLost, NodeError
+from dicom_node.interfaces import Clock, CommitmentAsker, Outbox, Sender
+from dicom_node.model import (
+    CommitmentReport,
+    Delivery,
+    DeliveryState,
+    Destination,
+    ObjectReference,
+    StoredInstance,
+)
 from dicom_node.nudge import Nudge
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.observe import Observer
@@ -27,6 +35,7 @@ __all__ = ["Breaker", "Courier", "is_sent", "is_transient"]
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.5  # how often an empty lane looks again
+ASKED_AT_ONCE = 2000  # objects that one request for storage commitment names
 SEND_BOUND_S = 4 * 3600.0  # one association, however large the study; then the lease is let go
 
 
@@ -80,10 +89,15 @@ class Courier:
         settings: DeliverySettings,
         clock: Clock,
         observer: Observer,
+        asker: CommitmentAsker | None = None,
         name: str = "courier",
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """Deliveries for a destination that is not in `destinations` stay where they are, reported by `status`."""
+        """Deliveries for a destination that is not in `destinations` stay where they are, reported by `status`.
+
+        `asker` asks those that offer storage commitment; without it none is asked.
+        """
+        self._asker = asker
         self._outbox = outbox
         self._sender = sender
         self._destinations = destinations
@@ -159,16 +173,22 @@ class Courier:
     # --- one delivery
 
     def _attempt(self, delivery: Delivery, breaker: Breaker) -> None:
-        if delivery.attempts > 1 and self._too_old(delivery):
-            self._give_up(delivery, "deadline", f"not delivered in {delivery.attempts - 1} tries; {delivery.error}")
+        is_committed_to = all(item.committed for item in delivery.items)  # however late its report came
+        if delivery.attempts > 1 and self._too_old(delivery) and not is_committed_to:
+            lacks = "committed to" if all(item.sent for item in delivery.items) else "delivered"
+            self._give_up(delivery, "deadline", f"not {lacks} in {delivery.attempts - 1} tries; {delivery.error}")
             return
         began_s = self._clock.boot().seconds
         try:
             refused = self._send(delivery)
+            self._ask_to_commit(delivery)
         except LeaseLost:
             raise
         except _Stopped:
             self._outbox.retry_delivery_later(delivery, "interrupted: the node was stopped", 0.0)
+        except CommitmentNotTaken as exc:  # it takes objects: those of other deliveries need not wait
+            breaker.tried(self._clock.boot().seconds, ok=True)
+            self._failed(delivery, str(exc), exc)
         except NodeError as exc:
             breaker.tried(self._clock.boot().seconds, ok=False)
             self._failed(delivery, str(exc), exc)
@@ -188,6 +208,20 @@ class Courier:
         # refused ones are not offered again before a person says so
         left = [item.instance for item in delivery.items if not item.sent and not item.error]
         refused = sum(1 for item in delivery.items if item.error)
+        keeper, heartbeat = self._kept(delivery)
+
+        def on_result(instance: StoredInstance, dimse_status: int | None, error: str) -> None:
+            nonlocal refused
+            refused += self._noted(delivery, instance, dimse_status, error) == "refused"
+            heartbeat()
+
+        if left:
+            with keeper:
+                self._sender.send(self._destinations[delivery.destination], left, on_result, heartbeat)
+        return refused
+
+    def _kept(self, delivery: Delivery) -> tuple[LeaseKeeper, Callable[[], None]]:
+        """What keeps its lease, and what long work is to call."""
         keeper = LeaseKeeper(
             lambda: self._outbox.extend_delivery(delivery, self._settings.lease_s),
             lease_s=self._settings.lease_s,
@@ -200,15 +234,40 @@ class Courier:
                 raise _Stopped
             keeper()
 
-        def on_result(instance: StoredInstance, dimse_status: int | None, error: str) -> None:
-            nonlocal refused
-            refused += self._noted(delivery, instance, dimse_status, error) == "refused"
-            heartbeat()
+        return keeper, heartbeat
 
-        if left:
-            with keeper:
-                self._sender.send(self._destinations[delivery.destination], left, on_result, heartbeat)
-        return refused
+    def _asks(self, destination: Destination) -> bool:
+        return self._asker is not None and destination.commitment is not None
+
+    def _ask_to_commit(self, delivery: Delivery) -> None:
+        """Ask the destination to commit to what it has of the delivery and has not yet committed to (PS3.4 annex J).
+
+        Each question has a Transaction UID of its own; reports on earlier ones are understood all the same.
+        """
+        destination = self._destinations[delivery.destination]
+        if self._asker is None or not self._asks(destination):
+            return
+        objects = self._outbox.uncommitted(delivery)
+        questions: dict[str, list[ObjectReference]] = {}
+        for start in range(0, len(objects), ASKED_AT_ONCE):
+            asked = [
+                ObjectReference(item.sop_class_uid, item.sop_instance_uid)
+                for item in objects[start : start + ASKED_AT_ONCE]
+            ]
+            questions[f"2.25.{uuid.uuid4().int}"] = asked
+        if not questions:
+            return
+        for transaction_uid, asked in questions.items():
+            self._outbox.begin_commitment(delivery, transaction_uid, [uid for _, uid in asked])
+
+        def on_report(report: CommitmentReport) -> None:
+            self._outbox.note_report(report, {destination.name})
+
+        keeper, heartbeat = self._kept(delivery)
+        with keeper:
+            self._asker.ask(
+                destination, questions, on_report, lambda: self._outbox.commitment_is_open(delivery), heartbeat
+            )
 
     def _noted(self, delivery: Delivery, instance: StoredInstance, dimse_status: int | None, error: str) -> str:
         """Keep what the peer said of one object; returns sent or refused.
@@ -219,7 +278,7 @@ class Courier:
         uid = instance.sop_instance_uid
         outcome = "refused"
         if dimse_status is not None and is_sent(dimse_status):
-            self._outbox.item_sent(delivery, uid, dimse_status)
+            self._outbox.item_sent(delivery, uid, dimse_status, instance.sha256)
             outcome = "sent"
         elif dimse_status is not None and is_transient(dimse_status):
             outcome = "retry"
@@ -235,10 +294,20 @@ class Courier:
         return outcome
 
     def _finish(self, delivery: Delivery, refused: int, seconds: float) -> None:
-        self._outbox.finish_delivery(delivery)
+        destination = self._destinations[delivery.destination]
+        if self._asks(destination) and destination.commitment is not None:
+            settings = self._settings
+            resend_s = backoff_s(delivery.attempts, settings.backoff_s, settings.backoff_max_s, self._jitter())
+            state = self._outbox.settle_delivery(delivery, await_s=destination.commitment.timeout_s, resend_s=resend_s)
+            if state in (DeliveryState.COMMITTING, DeliveryState.PENDING):
+                log.info("delivery waits for storage commitment", extra=_fields(delivery) | {"state": state.value})
+                return
+            refused = int(state is DeliveryState.FAILED)
+        else:
+            self._outbox.finish_delivery(delivery)
         if refused:
             self._observer.dead_letter("delivery", "error")
-            log.error("delivery ended with refused objects", extra=_fields(delivery) | {"refused": refused})
+            log.error("delivery ended with refused objects", extra=_fields(delivery))
         else:
             self._observer.delivery_finished(delivery.destination, seconds)
             log.info("delivery done", extra=_fields(delivery))

@@ -20,16 +20,19 @@ from dicom_node.model import (
 )
 from dicom_node.store.rows import CatalogPart, QueueOptions, check_lease, insert, update, utc
 
-__all__ = ["Deliveries", "queue_results", "queue_source"]
+__all__ = ["Deliveries", "move", "queue_results", "queue_source"]
 
 _MOVES: Mapping[tuple[DeliveryState, str], DeliveryState] = {
     (DeliveryState.PENDING, "lease"): DeliveryState.LEASED,
     (DeliveryState.LEASED, "expire"): DeliveryState.PENDING,
+    (DeliveryState.COMMITTING, "lease"): DeliveryState.LEASED,
     (DeliveryState.LEASED, "finish"): DeliveryState.DONE,
+    (DeliveryState.LEASED, "await"): DeliveryState.COMMITTING,
     (DeliveryState.LEASED, "retry_later"): DeliveryState.PENDING,
     (DeliveryState.LEASED, "give_up"): DeliveryState.FAILED,
     (DeliveryState.LEASED, "cancel"): DeliveryState.CANCELLED,
     (DeliveryState.PENDING, "cancel"): DeliveryState.CANCELLED,
+    (DeliveryState.COMMITTING, "cancel"): DeliveryState.CANCELLED,
     (DeliveryState.FAILED, "retry"): DeliveryState.PENDING,
     (DeliveryState.CANCELLED, "retry"): DeliveryState.PENDING,
 }
@@ -37,7 +40,7 @@ _MOVES: Mapping[tuple[DeliveryState, str], DeliveryState] = {
 # One lane: while a living lease is held on the destination nothing of it is runnable.
 _RUNNABLE = """
 SELECT * FROM delivery INDEXED BY delivery_runnable
-WHERE destination = :destination AND state IN ('pending', 'leased')
+WHERE destination = :destination AND state IN ('pending', 'leased', 'committing')
   AND CASE state
         WHEN 'leased' THEN lease_boot_id IS NOT :boot OR lease_until_s <= :now
         ELSE not_before_boot_id IS NOT :boot OR not_before_s <= :now END
@@ -93,21 +96,23 @@ class Deliveries(CatalogPart):
 
         self.database.write(write)
 
-    def item_sent(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int) -> None:
-        """Durable: this one need not be sent again. Raises LeaseLost."""
-        self._item(delivery, sop_instance_uid, "sent", dimse_status, "")
+    def item_sent(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int, sha256: str = "") -> None:
+        """Durable: this one, of that digest, need not be sent again. Raises LeaseLost."""
+        self._item(delivery, sop_instance_uid, "sent", dimse_status, "", sha256)
 
     def item_failed(self, delivery: Delivery, sop_instance_uid: str, dimse_status: int | None, error: str) -> None:
         """This object was refused for good; others go on. Raises LeaseLost."""
         self._item(delivery, sop_instance_uid, "refused", dimse_status, error)
 
-    def _item(self, delivery: Delivery, uid: str, state: str, dimse_status: int | None, error: str) -> None:
+    def _item(
+        self, delivery: Delivery, uid: str, state: str, dimse_status: int | None, error: str, sha256: str = ""
+    ) -> None:
         def write(connection: sqlite3.Connection) -> None:
             check_lease(connection, "delivery", delivery.id, delivery.token)
             connection.execute(
-                "UPDATE delivery_item SET state = ?, dimse_status = ?, error = ? "
+                "UPDATE delivery_item SET state = ?, dimse_status = ?, error = ?, sent_sha256 = ?, commitment = '' "
                 "WHERE delivery = ? AND sop_instance_uid = ?",
-                (state, dimse_status, error, delivery.id, uid),
+                (state, dimse_status, error, sha256, delivery.id, uid),
             )
 
         self.database.write(write)
@@ -122,9 +127,9 @@ class Deliveries(CatalogPart):
                 (delivery.id,),
             ).fetchone()
             if unsent:
-                _move(connection, delivery.id, "give_up", error=f"{unsent} of {total} objects were not taken")
+                move(connection, delivery.id, "give_up", error=f"{unsent} of {total} objects were not taken")
             else:
-                _move(connection, delivery.id, "finish", error="")
+                move(connection, delivery.id, "finish", error="")
 
         self.database.write(write)
 
@@ -139,10 +144,10 @@ class Deliveries(CatalogPart):
         """FAILED: dead letter; the objects stay in the archive. Raises LeaseLost."""
         self._end_delivery_lease(delivery, "give_up", error=error)
 
-    def _end_delivery_lease(self, delivery: Delivery, move: str, **columns: Any) -> None:
+    def _end_delivery_lease(self, delivery: Delivery, verb: str, **columns: Any) -> None:
         def write(connection: sqlite3.Connection) -> None:
             check_lease(connection, "delivery", delivery.id, delivery.token)
-            _move(connection, delivery.id, move, **columns)
+            move(connection, delivery.id, verb, **columns)
 
         self.database.write(write)
 
@@ -153,9 +158,10 @@ class Deliveries(CatalogPart):
         changes = {"attempts": 0, "error": "", "not_before_boot_id": None, **self._now_columns()}
 
         def write(connection: sqlite3.Connection) -> None:
-            _move(connection, delivery_id, "retry", **changes)
+            move(connection, delivery_id, "retry", **changes)
             connection.execute(
-                "UPDATE delivery_item SET state = 'waiting', error = '' WHERE delivery = ? AND state = 'refused'",
+                "UPDATE delivery_item SET state = 'waiting', error = '', resent = 0 "
+                "WHERE delivery = ? AND state = 'refused'",
                 (delivery_id,),
             )
 
@@ -163,7 +169,11 @@ class Deliveries(CatalogPart):
 
     def cancel_delivery(self, delivery_id: int) -> None:
         """Raises NotFound, IllegalTransition."""
-        self.database.write(lambda connection: _move(connection, delivery_id, "cancel", error="cancelled by a person"))
+
+        def write(connection: sqlite3.Connection) -> None:
+            move(connection, delivery_id, "cancel", error="cancelled by a person")
+
+        self.database.write(write)
 
     # --- reading
 
@@ -179,7 +189,8 @@ class Deliveries(CatalogPart):
 
     def _delivery(self, connection: sqlite3.Connection, row: sqlite3.Row | dict[str, Any]) -> Delivery:
         items = connection.execute(
-            "SELECT instance.*, item.state AS item_state, item.dimse_status, item.error AS item_error "
+            "SELECT instance.*, item.state AS item_state, item.dimse_status, item.error AS item_error, "
+            "commitment = 'committed' AS committed "
             "FROM delivery_item AS item JOIN instance USING (sop_instance_uid) WHERE delivery = ? ORDER BY position",
             (row["id"],),
         ).fetchall()
@@ -204,6 +215,7 @@ class Deliveries(CatalogPart):
             sent=row["item_state"] == "sent",
             dimse_status=row["dimse_status"],
             error=row["item_error"],
+            committed=bool(row["committed"]),
         )
 
 
@@ -214,13 +226,15 @@ def _next(state: DeliveryState, move: str) -> DeliveryState:
         raise IllegalTransition(f"a delivery that is {state.value!r} cannot {move!r}") from None
 
 
-def _move(connection: sqlite3.Connection, delivery_id: int, move: str, **columns: Any) -> None:
+def move(connection: sqlite3.Connection, delivery_id: int, verb: str, **columns: Any) -> DeliveryState:
+    """Make one move of a delivery and change these columns; its state now. Raises NotFound, IllegalTransition."""
     row = connection.execute("SELECT state FROM delivery WHERE id = ?", (delivery_id,)).fetchone()
     if row is None:
         raise NotFound(f"there is no delivery {delivery_id}")
-    state = _next(DeliveryState(row["state"]), move)
+    state = _next(DeliveryState(row["state"]), verb)
     lease_gone = {"lease_until_s": None, "lease_boot_id": None}
     update(connection, "delivery", delivery_id, {"state": state.value, **lease_gone, **columns})
+    return state
 
 
 # --- queueing, inside the transaction of whoever decides it ----------------------------------------------------------

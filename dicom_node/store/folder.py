@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from dicom_node.digests import digest_text, new_digest, old_digest_of
+from dicom_node.digests import digest_text, is_old, new_digest, old_digest_of
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
-from dicom_node.model import ArchivedFile, JournalPlace, Receipt
+from dicom_node.model import ArchivedFile, JournalPlace, Receipt, StoredInstance
 from dicom_node.store.buffers import RecordBuffer, RecordBuffers
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.journal import Journal
@@ -281,6 +282,16 @@ class FolderArchive:
                 written_at=datetime.fromtimestamp(info.st_mtime, UTC),
                 data_set=data_set,
             )
+
+    def is_whole(self, instance: StoredInstance) -> bool:
+        """See `interfaces.CheckedArchive.is_whole`."""
+        offset, length = instance.data_set_offset, instance.data_set_length
+        try:
+            with open(instance.path, "rb") as file:
+                is_as_long = os.fstat(file.fileno()).st_size == offset + length
+                return is_as_long and _hash_from(file.fileno(), offset, old=is_old(instance.sha256)) == instance.sha256
+        except OSError:
+            return False
 
 
 class FolderSpool:
@@ -564,12 +575,12 @@ def _location(transfer_syntax_uid: str, digest: str) -> str:
     return f"{name[:2]}/{name}.dcm"
 
 
-def _hash_from(fd: int, offset: int) -> str:
-    digest = new_digest()
+def _hash_from(fd: int, offset: int, *, old: bool = False) -> str:
+    digest: Any = hashlib.sha256() if old else new_digest()
     while piece := os.pread(fd, 16 * PIECE, offset):
         digest.update(piece)
         offset += len(piece)
-    return digest_text(digest.digest())
+    return str(digest.hexdigest()) if old else digest_text(digest.digest())
 
 
 def _temporary(folder: Path) -> Path:

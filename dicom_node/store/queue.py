@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from dicom_node.model import StudyActivity, TimelineEvent
 from dicom_node.store import status
+from dicom_node.store.commitments import CommitmentRequests
+from dicom_node.store.committed import Committed
 from dicom_node.store.deliveries import Deliveries
 from dicom_node.store.external import External
 from dicom_node.store.jobs import Jobs
@@ -57,8 +59,8 @@ class _Paced(Generic[T]):
             return self._value
 
 
-class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned):
-    """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger`, `Returns` and `Status` on SQLite."""
+class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentRequests, Committed):
+    """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger`, `Returns`, `CommitmentBook`, `ReportBook` and `Status`."""
 
     def snapshot(self) -> Mapping[str, Any]:
         """Counts for metrics and readiness; the keys are those of `store.status.snapshot`.

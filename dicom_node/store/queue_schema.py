@@ -171,6 +171,14 @@ def receipts(db: Database) -> None:
             db.execute(statement)
 
 
+@queue_migrations()
+def storage_commitment(db: Database) -> None:
+    """What peers ask the node to commit to, what destinations committed to, and deliveries that wait for it."""
+    for statement in _COMMITMENT_TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
 _RECEIPT_TABLES = """
 CREATE TABLE receipt (                           -- one row for each series that was received; see store.receipts
     study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,
@@ -183,6 +191,53 @@ CREATE INDEX instance_missing ON instance (study_instance_uid, series_instance_u
 INSERT INTO receipt SELECT study_instance_uid, series_instance_uid, substr(min(received_at), 1, 13),
     coalesce(json_extract(source, '$.calling_ae_title'), '')
 FROM instance WHERE origin = 'received' GROUP BY study_instance_uid, series_instance_uid
+"""
+
+_COMMITMENT_TABLES = """
+CREATE TABLE commitment_request (                -- N-ACTIONs of peers; gone some time after they ended
+    id INTEGER PRIMARY KEY,
+    calling_ae_title TEXT NOT NULL, called_ae_title TEXT NOT NULL,
+    transaction_uid TEXT NOT NULL,
+    digest TEXT NOT NULL,                        -- of its references, in any order
+    state TEXT NOT NULL,                         -- asked | judged | reported | failed
+    round INTEGER NOT NULL DEFAULT 1,            -- counts up when the peer asks the same anew
+    attempts INTEGER NOT NULL, error TEXT NOT NULL,
+    not_before_s REAL, not_before_boot_id TEXT,  -- of the next report
+    asked_at TEXT NOT NULL, ended_at TEXT,
+    since_s REAL NOT NULL, since_boot_id TEXT NOT NULL, since_at TEXT NOT NULL,
+    UNIQUE (calling_ae_title, transaction_uid)
+);
+CREATE INDEX commitment_request_open ON commitment_request (calling_ae_title, state)
+    WHERE state IN ('asked', 'judged');
+CREATE INDEX commitment_request_ended ON commitment_request (ended_at) WHERE ended_at IS NOT NULL;
+CREATE TABLE commitment_reference (
+    request INTEGER NOT NULL REFERENCES commitment_request (id), position INTEGER NOT NULL,
+    sop_class_uid TEXT NOT NULL, sop_instance_uid TEXT NOT NULL,
+    reason INTEGER,                              -- 0: committed to; a Failure Reason (0008,1197); NULL: not checked
+    PRIMARY KEY (request, position)
+) WITHOUT ROWID;
+CREATE INDEX commitment_reference_instance ON commitment_reference (sop_instance_uid);
+CREATE TABLE commitment_question (               -- N-ACTIONs of the node to destinations; never removed
+    id INTEGER PRIMARY KEY,
+    transaction_uid TEXT NOT NULL UNIQUE,
+    delivery INTEGER NOT NULL REFERENCES delivery (id), destination TEXT NOT NULL,
+    asked_at TEXT NOT NULL, answered_at TEXT
+);
+CREATE INDEX commitment_question_delivery ON commitment_question (delivery);
+CREATE TABLE commitment_object (                 -- what a destination said of one object as it was sent
+    question INTEGER NOT NULL REFERENCES commitment_question (id),
+    sop_instance_uid TEXT NOT NULL, sha256 TEXT NOT NULL,
+    reason INTEGER,                              -- 0: committed to; a Failure Reason; NULL: not answered
+    at TEXT,
+    PRIMARY KEY (question, sop_instance_uid)
+) WITHOUT ROWID;
+CREATE INDEX commitment_object_instance ON commitment_object (sop_instance_uid, sha256);
+ALTER TABLE delivery_item ADD COLUMN sent_sha256 TEXT NOT NULL DEFAULT '';
+ALTER TABLE delivery_item ADD COLUMN commitment TEXT NOT NULL DEFAULT '';
+ALTER TABLE delivery_item ADD COLUMN question INTEGER;
+ALTER TABLE delivery_item ADD COLUMN resent INTEGER NOT NULL DEFAULT 0;
+DROP INDEX delivery_runnable;
+CREATE INDEX delivery_runnable ON delivery (destination, rank, id) WHERE state IN ('pending', 'leased', 'committing')
 """
 
 _RETURNED_TABLES = """

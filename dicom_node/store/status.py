@@ -40,15 +40,16 @@ SELECT last.rule, routed_at FROM routed_series
 JOIN (SELECT rule, max(routed) AS routed FROM verdict WHERE matched = 1 GROUP BY rule) AS last ON last.routed = id
 """
 UNFINISHED = ("pending", "leased", "waiting", "failed")
-_UNFINISHED = str(UNFINISHED)
+_UNFINISHED = str((*UNFINISHED, DeliveryState.COMMITTING.value))
+COMMITMENT_STATES = ("asked", "judged", "reported", "failed")  # failed: the peer never took the report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stuck:
     """One thing that waits or failed. `why` and `name` carry no patient data.
 
-    `kind`: study, conflict, series, job or delivery. `next_s`: seconds until something happens by itself, None if a
-    person is needed.
+    `kind`: study, conflict, series, job, delivery or commitment (a report its peer did not take). `next_s`: seconds
+    until something happens by itself, None if a person is needed.
     """
 
     kind: str
@@ -73,6 +74,7 @@ def snapshot(part: CatalogPart, ledger: Mapping[str, Any]) -> Mapping[str, Any]:
     * `deliveries`: destination -> state -> the same.
     * `dead_letters`: jobs, deliveries. `variants`: kind -> count. `associations`: open, by_calling_ae.
     * `returned`: what engines stored here: taken (results of a job), untaken (kept; of no job so far).
+    * `commitments`: state -> count of peers' requests for storage commitment that are kept.
     * `undelivered_bytes`: of data sets not yet at a destination. `last_match`: rule -> Unix time it last matched.
     """
     with part.database.read() as connection:
@@ -91,6 +93,7 @@ def snapshot(part: CatalogPart, ledger: Mapping[str, Any]) -> Mapping[str, Any]:
             "variants": dict(connection.execute("SELECT kind, count(*) FROM variant GROUP BY kind").fetchall()),
             "associations": _associations(connection),
             "returned": _returned(connection),
+            "commitments": _commitments(connection),
             "undelivered_bytes": connection.execute(_UNDELIVERED_BYTES).fetchone()[0],
             "last_match": {
                 row["rule"]: utc(row["routed_at"]).timestamp() for row in connection.execute(_LAST_MATCH).fetchall()
@@ -101,6 +104,11 @@ def snapshot(part: CatalogPart, ledger: Mapping[str, Any]) -> Mapping[str, Any]:
 def _returned(connection: sqlite3.Connection) -> dict[str, int]:
     row = connection.execute("SELECT count(job) AS taken, count(*) - count(job) AS untaken FROM returned").fetchone()
     return {"taken": row["taken"], "untaken": row["untaken"]}
+
+
+def _commitments(connection: sqlite3.Connection) -> dict[str, int]:
+    rows = connection.execute("SELECT state, count(*) FROM commitment_request GROUP BY state").fetchall()
+    return dict.fromkeys(COMMITMENT_STATES, 0) | dict(rows)
 
 
 def _count(connection: sqlite3.Connection, table_where: str) -> int:
@@ -211,6 +219,7 @@ def stuck(
             *_failed_series(ledger, connection),
             *_stuck_jobs(ledger, connection),
             *_stuck_deliveries(ledger, connection, destinations),
+            *_stuck_reports(ledger, connection),
         ]
 
 
@@ -302,18 +311,25 @@ def _stuck_jobs(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck
     ]
 
 
+_DELIVERY_WAITS = {
+    "pending": "in the queue",
+    "committing": "sent; the destination has not yet committed to keeping it",
+    "failed": "given up",
+}
+
+
 def _stuck_deliveries(
     part: CatalogPart, connection: sqlite3.Connection, destinations: Collection[str] | None
 ) -> list[Stuck]:
     rows = connection.execute(
         "SELECT *, (SELECT error FROM delivery_item WHERE delivery = delivery.id AND error <> '' LIMIT 1) "
-        "AS item_error FROM delivery WHERE state IN ('pending', 'failed') ORDER BY id LIMIT ?",
+        "AS item_error FROM delivery WHERE state IN ('pending', 'committing', 'failed') ORDER BY id LIMIT ?",
         (STUCK_MAX,),
     ).fetchall()
     found = []
     for row in rows:
         gone = destinations is not None and row["destination"] not in destinations
-        error = ": ".join(text for text in (row["error"], row["item_error"]) if text) or "in the queue"
+        error = ": ".join(text for text in (row["error"], row["item_error"]) if text) or _DELIVERY_WAITS[row["state"]]
         found.append(
             Stuck(
                 kind="delivery",
@@ -327,6 +343,29 @@ def _stuck_deliveries(
             )
         )
     return found
+
+
+def _stuck_reports(part: CatalogPart, connection: sqlite3.Connection) -> list[Stuck]:
+    """Reports of storage commitment that their peers have not taken."""
+    rows = connection.execute(
+        "SELECT *, (SELECT study_instance_uid FROM commitment_reference JOIN instance USING (sop_instance_uid) "
+        "WHERE request = commitment_request.id LIMIT 1) AS study FROM commitment_request "
+        "WHERE state = 'failed' OR (state = 'judged' AND error <> '') ORDER BY id LIMIT ?",
+        (STUCK_MAX,),
+    ).fetchall()
+    return [
+        Stuck(
+            kind="commitment",
+            id=row["id"],
+            study_instance_uid=row["study"] or "",
+            name=f"report to {row['calling_ae_title']}",
+            state=row["state"],
+            why=row["error"],
+            age_s=part.age_s(row["since_s"], row["since_boot_id"], row["since_at"]),
+            next_s=None if row["state"] == "failed" else _wait_s(part, row),
+        )
+        for row in rows
+    ]
 
 
 def _wait_s(part: CatalogPart, row: sqlite3.Row) -> float:

@@ -73,6 +73,7 @@ def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEve
             *_sendings(connection, study_instance_uid),
             *_cancellations(connection, study_instance_uid),
             *_returned(connection, study_instance_uid),
+            *_commitments(connection, study_instance_uid),
         ]
     return sorted(events, key=lambda event: event.at)
 
@@ -168,18 +169,46 @@ def _stages(text: str) -> str:
 def _deliveries(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
     rows = connection.execute(
         "SELECT history.*, delivery.destination, (SELECT count(*) FROM delivery_item WHERE delivery = ref "
-        "AND state = 'sent') AS sent FROM history JOIN delivery ON delivery.id = ref "
+        "AND state = 'sent') AS sent, (SELECT count(*) FROM delivery_item WHERE delivery = ref "
+        "AND commitment = 'committed') AS committed FROM history JOIN delivery ON delivery.id = ref "
         "WHERE kind = 'delivery' AND history.study_instance_uid = ? ORDER BY history.id",
         (study,),
     ).fetchall()
+    before: dict[int, str] = {}
     for row in rows:
+        earlier, before[row["ref"]] = before.get(row["ref"]), row["state"]
         if row["state"] == "done":
             text = f"delivered to {row['destination']}: {row['sent']} objects"
+            if row["committed"]:
+                text += f", it committed to {row['committed']}"
+        elif row["state"] == "committing":
+            text = f"sent to {row['destination']}, asked to commit to keeping it"
+        elif row["state"] == "leased" and earlier == "committing":
+            continue  # a look at the report, or another question: what follows says it
         elif row["state"] == "leased":
             text = f"sending to {row['destination']}"
         else:
             text = _state(f"delivery to {row['destination']}", row)
         yield TimelineEvent(at=utc(row["at"]), text=text)
+
+
+_COMMITMENTS = """
+SELECT asked.*, count(*) AS objects, count(*) FILTER (WHERE reason = 0) AS kept
+FROM commitment_request AS asked JOIN commitment_reference ON request = asked.id JOIN instance USING (sop_instance_uid)
+WHERE study_instance_uid = ? GROUP BY asked.id ORDER BY asked.id
+"""
+
+
+def _commitments(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    for row in connection.execute(_COMMITMENTS, (study,)).fetchall():
+        peer = row["calling_ae_title"]
+        asked = f"{peer} asked the node to commit to {row['objects']} objects"
+        yield TimelineEvent(at=utc(row["asked_at"]), text=asked)
+        if row["state"] == "reported":
+            yield TimelineEvent(at=utc(row["ended_at"]), text=f"{peer} was told: committed to {row['kept']}")
+        elif row["state"] == "failed":
+            text = f"{peer} could not be told what was committed to: {row['error']}"
+            yield TimelineEvent(at=utc(row["ended_at"]), text=text)
 
 
 def _state(name: str, row: sqlite3.Row) -> str:

@@ -120,6 +120,7 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
                 index=catalog.index,
                 associations=associations or catalog.index,
                 observe=counted,
+                commitments=catalog.queue,
                 sock=sock,
                 neighbours=neighbours,
             )

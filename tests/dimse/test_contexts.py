@@ -113,6 +113,30 @@ def test_a_role_is_granted_where_the_node_can_play_the_other(
     assert (found[0], found[2]) == (result, reply)
 
 
+@pytest.mark.parametrize(
+    ("commits", "is_told", "roles", "result", "reply"),
+    [
+        (True, False, (None, None), 0, None),
+        (True, False, (True, True), 0, (True, False)),
+        (True, False, (False, True), 1, (False, False)),
+        (False, True, (False, True), 0, (False, True)),  # a destination that reports (PS3.4 J.3.3.1.3)
+        (False, True, (None, None), 0, None),
+        (True, True, (True, True), 0, (True, True)),
+        (False, False, (None, None), 3, None),
+    ],
+)
+def test_storage_commitment_is_for_those_it_is_enabled_for(
+    commits: bool,
+    is_told: bool,
+    roles: tuple[bool | None, bool | None],
+    result: int,
+    reply: tuple[bool, bool] | None,
+) -> None:
+    acceptance = Acceptance(commits=commits, is_told=is_told)
+    found = one(acceptance, abstract_syntax="1.2.840.10008.1.20.1", scu=roles[0], scp=roles[1])
+    assert (found[0], found[2]) == (result, reply)
+
+
 def test_every_proposal_gets_one_answer_in_order() -> None:
     proposals = [
         Proposal(context_id=number, abstract_syntax=CT, transfer_syntaxes=(EXPLICIT,)) for number in (255, 3, 1)

@@ -24,10 +24,14 @@ from dicom_node.interfaces import Heartbeat, RoutedSeries
 from dicom_node.model import (
     BootTime,
     CloseTrigger,
+    CommitmentReport,
+    CommitmentRequest,
+    CommitmentTimes,
     ConflictPolicy,
     Destination,
     EngineTask,
     LatePolicy,
+    ObjectReference,
     Origin,
     PlannedJob,
     Priority,
@@ -37,6 +41,7 @@ from dicom_node.model import (
     StoredInstance,
     Verdict,
 )
+from dicom_node.pipeline.commit import Committer
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.ingest import Ingest
@@ -249,6 +254,63 @@ class FolderPeer:
             self._die("noted")
 
 
+@dataclass
+class Asker:
+    """A destination that is asked for storage commitment. `answer` makes its report, None: it does not come here."""
+
+    answer: Callable[[str, Sequence[ObjectReference]], CommitmentReport | None] = lambda uid, references: None
+    failure: BaseException | None = None
+    die: Callable[[str], None] = lambda point: None
+    asked: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def ask(
+        self,
+        destination: Destination,
+        questions: Any,
+        on_report: Callable[[CommitmentReport], None],
+        is_open: Callable[[], bool],
+        heartbeat: Heartbeat,
+    ) -> None:
+        if self.failure is not None:
+            raise self.failure
+        for transaction_uid, references in questions.items():
+            heartbeat()
+            self.asked.append((transaction_uid, [uid for _, uid in references]))
+            self.die("asked")
+            report = self.answer(transaction_uid, references)
+            if report is not None:
+                on_report(report)
+            self.die("reported")
+
+
+def report_on(transaction_uid: str, references: Sequence[ObjectReference], **reasons: int) -> CommitmentReport:
+    """A report that commits to all but those whose UID ends like `_N` in `reasons`."""
+    failed = tuple(
+        (one, reason)
+        for one in references
+        for end, reason in reasons.items()
+        if one.sop_instance_uid.endswith(end.replace("_", "."))
+    )
+    lost = {one for one, _ in failed}
+    return CommitmentReport(
+        transaction_uid=transaction_uid, committed=tuple(one for one in references if one not in lost), failed=failed
+    )
+
+
+class FolderReporter:
+    """A peer in another process's eyes: what it was told lies in a folder."""
+
+    def __init__(self, folder: Path, die: Callable[[str], None]) -> None:
+        self._folder, self._die = folder, die
+        folder.mkdir(exist_ok=True)
+
+    def report(self, peer: Destination, request: CommitmentRequest) -> None:
+        report = request.report()
+        with (self._folder / "told").open("a") as log:
+            log.write(f"{report.transaction_uid} {len(report.committed)} {len(report.failed)}\n")
+        self._die("told")
+
+
 def _plan(**changes: Any) -> PlannedJob:
     fields: dict[str, Any] = {
         "rule": "organs",
@@ -356,9 +418,14 @@ class Bench:
             keep=self.catalog.quarantine.keep,
         )
 
-    def courier(self, *names: str, sender: Any = None, observer: Any = None, **settings: Any) -> Courier:
+    def courier(
+        self, *names: str, sender: Any = None, observer: Any = None, asker: Any = None, **settings: Any
+    ) -> Courier:
+        """With an `asker` every destination offers storage commitment."""
+        times = CommitmentTimes(wait_s=1.0, timeout_s=60.0) if asker is not None else None
         destinations = {
-            name: Destination(name=name, ae_title=name, host="127.0.0.1", port=104) for name in names or ("PACS",)
+            name: Destination(name=name, ae_title=name, host="127.0.0.1", port=104, commitment=times)
+            for name in names or ("PACS",)
         }
         return Courier(
             self.queue,
@@ -367,6 +434,21 @@ class Bench:
             settings=DeliverySettings(**settings),
             clock=self.clock,
             observer=observer or Unobserved(),
+            asker=asker,
+            jitter=lambda: 0.5,
+        )
+
+    def committer(self, reporter: Any, *names: str, **settings: Any) -> Committer:
+        """Reports for peers of these AE titles."""
+        return Committer(
+            self.queue,
+            self.catalog.index,
+            self.archive,
+            reporter,
+            {name: Destination(name=name, ae_title=name, host="127.0.0.1", port=104) for name in names or ("CT1",)},
+            ("NODE",),
+            settings=DeliverySettings(**settings),
+            clock=self.clock,
             jitter=lambda: 0.5,
         )
 
@@ -446,6 +528,20 @@ def die_at(folder: str, role: str, point: str) -> None:
         queue.finish_job = _after(die, "finished", _before(die, "staged", queue.finish_job))
         worker = bench.worker(_after(die, "first staged", bench.ingest.stage))
         while worker.run_once("child"):
+            pass
+    elif role == "commit":
+        queue.begin_commitment = _before(die, "sent", _after(die, "begun", queue.begin_commitment))
+        queue.settle_delivery = _after(die, "settled", queue.settle_delivery)
+        asker = Asker(report_on, die=die)
+        courier = bench.courier(sender=FolderPeer(Path(folder) / "peer", lambda here: None), asker=asker)
+        while courier.run_once("PACS"):
+            pass
+    elif role == "report":
+        queue.judge_commitment = _before(die, "checked", _after(die, "judged", queue.judge_commitment))
+        queue.claim_commitment = _after(die, "claimed", queue.claim_commitment)
+        queue.end_commitment = _after(die, "ended", queue.end_commitment)
+        committer = bench.committer(FolderReporter(Path(folder) / "peer", die))
+        while committer.run_once("CT1"):
             pass
     else:
         queue.lease_delivery = _after(die, "leased", queue.lease_delivery)
