@@ -28,8 +28,16 @@ class Counts:
         self.seen: list[tuple[str, str, str, bool]] = []
 
     def instance_received(
-        self, calling_ae_title: str, modality: str, outcome: str, length: int = 0, *, irregular_uids: bool = False
+        self,
+        calling_ae_title: str,
+        modality: str,
+        outcome: str,
+        length: int = 0,
+        *,
+        irregular_uids: bool = False,
+        durable_by: str = "",
     ) -> None:
+        assert durable_by == ("" if outcome in ("invalid", "failed") else "file"), "there is no journal here"
         self.seen.append((calling_ae_title, modality, outcome, irregular_uids))
 
 
