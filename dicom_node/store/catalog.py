@@ -27,7 +27,7 @@ from dicom_node.errors import ConfigError, StorageError
 from dicom_node.interfaces import Clock, JournaledObject
 from dicom_node.store.database import Database
 from dicom_node.store.folder import FolderArchive
-from dicom_node.store.fs import FileSystem, RealFileSystem
+from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
 from dicom_node.store.migrations import is_current, migrate
@@ -178,11 +178,7 @@ def _create_private(path: Path) -> None:
 
 def _sync_folder(fs: FileSystem, folder: Path) -> None:
     try:
-        fd = fs.open_folder(folder)
-        try:
-            fs.fsync_dir(fd)
-        finally:
-            fs.close(fd)
+        sync_folder(fs, folder)
     except OSError as exc:
         raise StorageError("the data folder cannot be synced") from exc
 

@@ -20,14 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from dicom_node.digests import digest_text, is_old, new_digest, old_digest_of
+from dicom_node.digests import digest_of_file, digest_text, is_old, new_digest, old_digest_of
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
 from dicom_node.model import ArchivedFile, JournalPlace, Receipt, StoredInstance
 from dicom_node.store.buffers import RecordBuffer, RecordBuffers
-from dicom_node.store.fs import FileSystem, RealFileSystem
+from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import build_file_meta, parse_file_meta
 
@@ -65,11 +64,7 @@ class FolderArchive:
         self._fs.mkdir(self._tmp)
         # a new folder is only durable with its parent's entry
         for folder in (self._root, self._root.parent):
-            fd = self._fs.open_folder(folder)
-            try:
-                self._fs.fsync_dir(fd)
-            finally:
-                self._fs.close(fd)
+            sync_folder(self._fs, folder)
 
     def begin(
         self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str
@@ -260,7 +255,7 @@ class FolderArchive:
                 info = os.fstat(file.fileno())
                 meta = parse_file_meta(memoryview(os.pread(file.fileno(), PIECE, 0)))
                 # read before it is mapped: a bad block is an error here and would be a SIGBUS there
-                sha256 = _hash_from(file.fileno(), meta.data_set_offset)
+                sha256 = digest_of_file(file.fileno(), meta.data_set_offset)
                 mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         except FileNotFoundError:
             raise NotFound("the archive has no such file") from None
@@ -289,7 +284,9 @@ class FolderArchive:
         try:
             with open(instance.path, "rb") as file:
                 is_as_long = os.fstat(file.fileno()).st_size == offset + length
-                return is_as_long and _hash_from(file.fileno(), offset, old=is_old(instance.sha256)) == instance.sha256
+                return (
+                    is_as_long and digest_of_file(file.fileno(), offset, old=is_old(instance.sha256)) == instance.sha256
+                )
         except OSError:
             return False
 
@@ -405,15 +402,18 @@ class FolderSpool:
                 if place is not None and self._archive.journal is not None:
                     self._archive.journal.settled(place, kept=False)
                 raise _storage_error("a received object cannot be made durable", exc) from exc
-            return ArchivedFile(
-                location=location,
-                data_set_offset=self._offset,
-                data_set_length=self.length,
-                sha256=digest_text(digest),
-                journal=place,
-            )
+            return self._archived(location, digest_text(digest), place)
         finally:
             self.discard()
+
+    def _archived(self, location: str, digest: str, place: JournalPlace | None) -> ArchivedFile:
+        return ArchivedFile(
+            location=location,
+            data_set_offset=self._offset,
+            data_set_length=self.length,
+            sha256=digest,
+            journal=place,
+        )
 
     def _journal(self, receipt: Receipt, digest: bytes) -> JournalPlace | None:
         journal = self._archive.journal
@@ -456,13 +456,7 @@ class FolderSpool:
                     self._name_for_now(location, anew=True)
             except OSError as exc:
                 raise _storage_error("an object of the intake journal cannot be put in its place", exc) from exc
-            return ArchivedFile(
-                location=location,
-                data_set_offset=self._offset,
-                data_set_length=self.length,
-                sha256=digest,
-                journal=place,
-            )
+            return self._archived(location, digest, place)
         finally:
             self.discard()
 
@@ -573,14 +567,6 @@ def _location(transfer_syntax_uid: str, digest: str) -> str:
     # hashing the digest instead of the bytes a second time; the transfer syntax is part of what the bytes mean
     name = hashlib.sha256(f"{transfer_syntax_uid} {digest}".encode()).hexdigest()
     return f"{name[:2]}/{name}.dcm"
-
-
-def _hash_from(fd: int, offset: int, *, old: bool = False) -> str:
-    digest: Any = hashlib.sha256() if old else new_digest()
-    while piece := os.pread(fd, 16 * PIECE, offset):
-        digest.update(piece)
-        offset += len(piece)
-    return str(digest.hexdigest()) if old else digest_text(digest.digest())
 
 
 def _temporary(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["FileSystem", "RealFileSystem"]
+__all__ = ["FileSystem", "RealFileSystem", "sync_folder"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -169,3 +169,12 @@ class RealFileSystem:
     def close(self, fd: int) -> None:
         """Close."""
         os.close(fd)
+
+
+def sync_folder(fs: FileSystem, folder: Path) -> None:
+    """Make the names in a folder survive a power cut. Raises OSError."""
+    fd = fs.open_folder(folder)
+    try:
+        fs.fsync_dir(fd)
+    finally:
+        fs.close(fd)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from dicom_node.digests import digest_of, is_old, old_digest_of
+from dicom_node.digests import digest_of_file, is_old
 from dicom_node.errors import InvalidIdentifier, StorageError
 from dicom_node.interfaces import Clock, KnownFile
 from dicom_node.model import (
@@ -120,12 +120,11 @@ class SqliteIndex:
             return False
         try:
             with open(first.path, "rb") as file:
-                data = memoryview(file.read())[first.data_set_offset :]
+                if digest_of_file(file.fileno(), first.data_set_offset, old=True) != first.sha256:
+                    return False
+                new = digest_of_file(file.fileno(), first.data_set_offset)
         except OSError:
             return False
-        if old_digest_of(data) != first.sha256:
-            return False
-        new = digest_of(data)
         self._database.write(lambda connection: renew_digest(connection, first.sop_instance_uid, first.sha256, new))
         return True
 

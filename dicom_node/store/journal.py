@@ -34,7 +34,7 @@ from dicom_node.errors import InvalidInstance, NodeError, StorageError
 from dicom_node.interfaces import JournaledObject
 from dicom_node.model import JournalPlace, Receipt
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffer, RecordBuffers, blocks
-from dicom_node.store.fs import FileSystem
+from dicom_node.store.fs import FileSystem, sync_folder
 from dicom_node.store.segments import NAME_BYTES, Head, pack_head, pack_segment, read_heads, read_segment
 
 __all__ = ["Journal"]
@@ -56,7 +56,6 @@ class _State(Enum):
 
 @dataclass(slots=True)
 class _Segment:
-    number: int
     path: Path
     fd: int  # O_DIRECT
     name: bytes
@@ -418,7 +417,7 @@ class Journal:
         if ready or number >= self._max or self._closing or not self._has_room(self._size):
             return
         path = self._folder / f"segment-{number}"
-        segment = _Segment(number, path, -1, secrets.token_bytes(NAME_BYTES), self._size)
+        segment = _Segment(path, -1, secrets.token_bytes(NAME_BYTES), self._size)
         try:
             segment.fd = self._fs.open_direct(path, create=True)
             self._prepare(segment)
@@ -505,11 +504,7 @@ class Journal:
 
 def _sync_folders(fs: FileSystem, folder: Path) -> None:
     for one in (folder, folder.parent, folder.parent.parent):
-        fd = fs.open_folder(one)
-        try:
-            fs.fsync_dir(fd)
-        finally:
-            fs.close(fd)
+        sync_folder(fs, one)
 
 
 def _segment_of(path: Path) -> tuple[bytes, int] | None:

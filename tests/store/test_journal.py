@@ -124,11 +124,17 @@ def opened(tmp_path: Path, disk: Disk) -> Iterator[Callable[[], Catalog]]:
         catalog.close()
 
 
-def begun(catalog: Catalog) -> Journal:
-    """The catalog's journal in use, with a segment to append to."""
+def in_use(catalog: Catalog) -> Journal:
+    """The catalog's journal in use; it may have no segment yet, and may never have."""
     journal = catalog.open_journal(0)
     journal.begin()
     catalog.archive.journal = journal
+    return journal
+
+
+def begun(catalog: Catalog) -> Journal:
+    """The catalog's journal in use, with a segment to append to."""
+    journal = in_use(catalog)
     until(lambda: any(one.state.value == "free" for one in journal._segments))
     return journal
 
@@ -416,9 +422,7 @@ def test_where_there_is_no_direct_io_every_object_is_synced_by_itself(
 
     monkeypatch.setattr(disk, "open_direct", refuse)
     catalog = opened()
-    journal = catalog.open_journal(0)
-    journal.begin()
-    catalog.archive.journal = journal
+    journal = in_use(catalog)
     until(lambda: journal._max == 0)
     assert kept(catalog, b"d" * 100).journal is None
 
@@ -651,9 +655,7 @@ def test_where_direct_io_wants_larger_blocks_every_object_is_synced_by_itself(
 
     monkeypatch.setattr(disk, "pwrite", refuse)
     catalog = opened()
-    journal = catalog.open_journal(0)
-    journal.begin()
-    catalog.archive.journal = journal
+    journal = in_use(catalog)
     until(lambda: journal._max == 0)
     assert kept(catalog, b"d" * 100).journal is None
     assert list((tmp_path / "data/journal/0").glob("segment-*")) == []
