@@ -83,7 +83,9 @@ def test_a_node_speaks_tls_and_nothing_else_and_takes_in_new_certificates(
     assert 39 < days_left(node) < 41
 
     certify(tool("openssl"), tmp_path, 5)
-    wait_for(lambda: days_left(node) < 6, 15.0, "the receivers to show the new certificate")
+    wait_for(lambda: days_left(node) < 6, 15.0, "the first receiver to show the new certificate")
+    in_force = '"changed TLS files are in force"'
+    wait_for(lambda: node.tail().count(in_force) == 2, 15.0, "the second receiver to show it")
     fetched = node.command("fetch", "1.2.3.4", "--from", where, "--tls", "--into", str(tmp_path / "got"))
     assert "1 files in" in fetched.stdout
     assert "a TLS certificate ends soon: replace its files" in node.tail()
