@@ -12,7 +12,8 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "logs", "metrics", "headers", "geometry", "pixels"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings"),
+    *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
     *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests"),

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dicom_node.config import AeTitle, EngineSettings, TlsClientSettings
+from dicom_node.config import EngineSettings, TlsClientSettings
 from dicom_node.engines._settings import Options, Seconds, parse_options
+from dicom_node.settings import AeTitle
 
 __all__ = ["DicomEngineOptions", "dicom_options"]
 
