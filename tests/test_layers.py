@@ -12,7 +12,7 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "settings"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "auditing"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),

@@ -1,0 +1,84 @@
+"""What the audit trail is told (PS3.15 A.5.3, IHE ATNA), and by whom: values and one call, no wire and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Protocol
+
+__all__ = ["AuditEvent", "AuditKind", "AuditOutcome", "AuditTrail", "NoAuditTrail", "Participant"]
+
+
+class AuditKind(StrEnum):
+    """What happened: the messages of PS3.15 A.5.3."""
+
+    APPLICATION_STARTED = "application-started"  # A.5.3.1 Application Activity
+    APPLICATION_STOPPED = "application-stopped"
+    AUDIT_LOG_USED = "audit-log-used"  # A.5.3.2
+    TRANSFER_BEGUN = "transfer-begun"  # A.5.3.3 Begin Transferring DICOM Instances
+    TRANSFERRED = "transferred"  # A.5.3.7 DICOM Instances Transferred
+    ACCESSED = "accessed"  # A.5.3.6 DICOM Instances Accessed: by an engine, a person, a change of place
+    STUDY_DELETED = "study-deleted"  # A.5.3.8 DICOM Study Deleted
+    EXPORTED = "exported"  # A.5.3.4 Data Export, A.5.3.5 Data Import: files of a person, an HTTP engine
+    QUERY = "query"  # A.5.3.10
+    SECURITY_ALERT = "security-alert"  # A.5.3.11: a peer refused, a certificate or configuration that changed
+    CONFIGURATION_CHANGED = "configuration-changed"  # A.5.3.11, Software Configuration or Security Configuration
+    USER_AUTHENTICATED = "user-authenticated"  # A.5.3.12
+
+
+class AuditOutcome(IntEnum):
+    """Event Outcome Indicator (PS3.15 A.5.2)."""
+
+    SUCCESS = 0
+    MINOR_FAILURE = 4
+    SERIOUS_FAILURE = 8
+    MAJOR_FAILURE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Participant:
+    """One who took part. `host` is an address or a name, never "host:port"; `user` an authenticated name."""
+
+    ae_title: str = ""
+    host: str = ""
+    user: str = ""
+    is_requestor: bool = False
+    is_this_node: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """One thing that happened, told when it is known how it ended. The trail sets date, time and this node's identity.
+
+    `patient_ids` may be told here and nowhere else: an audit trail is protected as the archive is.
+    """
+
+    kind: AuditKind
+    outcome: AuditOutcome = AuditOutcome.SUCCESS
+    participants: tuple[Participant, ...] = ()
+    study_instance_uids: tuple[str, ...] = ()
+    patient_ids: tuple[str, ...] = ()
+    instances: Mapping[str, int] = field(default_factory=dict)
+    """SOP Class UID to how many objects."""
+    detail: str = ""
+    """Why, or what exactly, in a few words: a rule, a refusal. No patient data."""
+    query: bytes = b""
+    """The identifier of a query as it came (A.5.3.10: base64 in the message)."""
+    sop_class_uid: str = ""
+    """Of the query."""
+
+
+class AuditTrail(Protocol):
+    """Takes events from any thread. Never raises and never waits for another machine."""
+
+    def record(self, event: AuditEvent) -> None:
+        """Keep it. Where it cannot be kept, that is counted and logged, and the node goes on."""
+        ...
+
+
+class NoAuditTrail:
+    """Nobody asked for one (`AuditTrail`)."""
+
+    def record(self, event: AuditEvent) -> None:
+        """Nothing is kept."""
