@@ -35,8 +35,8 @@ _MORE = (
     _JOB,
     "INSERT INTO job_input SELECT :id, sop_instance_uid, sha256 FROM instance WHERE study_instance_uid = :new",
     _DELIVERY,
-    "INSERT INTO delivery_item SELECT :id, 0, sop_instance_uid, sha256, 'sent', 0, '' FROM instance "
-    "WHERE study_instance_uid = :new LIMIT 1",
+    "INSERT INTO delivery_item (delivery, position, sop_instance_uid, sha256, state, dimse_status) "
+    "SELECT :id, 0, sop_instance_uid, sha256, 'sent', 0 FROM instance WHERE study_instance_uid = :new LIMIT 1",
     "INSERT INTO association SELECT :new, 'bench', 'BENCH', 'DICOM_NODE', '127.0.0.1', 'released', 0, last_boot_s, "
     "last_boot_id, last_received_at FROM study WHERE study_instance_uid = :new",
 )
