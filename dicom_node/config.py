@@ -173,6 +173,13 @@ class NodeConfig(Settings):
                     f"peers.{name}: it is to come for users, and nothing says how they prove who they are; "
                     "set `user_identity:` with a users_file or a jwt block"
                 )
+        asked = self.user_identity
+        in_clear = self.tls is None and not is_loopback(self.host)
+        if asked is not None and in_clear and not asked.allow_plain and set(asked.kinds) != {"username"}:
+            raise ValueError(
+                f"user_identity: on {self.host!r} without `tls:` passcodes and tokens cross the network in clear; "
+                "set `tls:`, or user_identity.allow_plain: true where the network itself is safe"
+            )
         return self
 
     @model_validator(mode="after")

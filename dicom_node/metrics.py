@@ -88,7 +88,7 @@ class Metrics:
         if os.environ.get(MULTIPROCESS_VARIABLE):
             values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._calling = _Labels(sorted(peer.ae_title for peer in config.peers.values()))
+        self._calling = _Labels(sorted({peer.ae_title for peer in config.peers.values()}))
         self._modality = _Labels(MODALITIES)
         self._destination = _Labels(sorted(config.destinations))
         self._engine = _Labels(sorted(config.engines))

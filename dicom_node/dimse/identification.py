@@ -36,8 +36,8 @@ __all__ = ["Identification", "Identified", "Unidentified", "check_users"]
 log = logging.getLogger(__name__)
 
 NOT_IDENTIFIED = Rejection(result=1, source=1, diagnostic=1, reason="user")
-MAX_WAITING = 4  # for the one passcode that is checked at a time
-WAIT_S = 5.0
+MAX_WAITING = 16  # for the one passcode that is checked at a time
+WAIT_S = 10.0
 MAX_REMEMBERED = 256
 _KINDS = {1: "username", 2: "passcode", 5: "jwt"}
 _FOREIGN = {3: "a Kerberos ticket", 4: "a SAML assertion"}
@@ -135,7 +135,7 @@ class Identification:
             return None
         if not self._attempts.of(address).takes():
             return Unidentified("too many attempts from this address", TOO_OFTEN)
-        right = self._checked(name, passcode)
+        right = self._checked(name, passcode, lambda: self._is_remembered(remembered, generation))
         if right is None:
             return Unidentified("too many passcodes are being checked", TOO_OFTEN)
         if not right:
@@ -144,8 +144,11 @@ class Identification:
         self._remember(remembered, generation)
         return None
 
-    def _checked(self, name: str, passcode: bytes) -> bool | None:
-        """One at a time in a process, so that a flood costs one core at most. None when others are before it."""
+    def _checked(self, name: str, passcode: bytes, is_remembered: Callable[[], bool]) -> bool | None:
+        """One at a time in a process, so that a flood costs one core at most. None when too many are before it.
+
+        Of associations that ask at once with the same passcode only the first pays for it.
+        """
         assert self._users is not None
         if not self._room.acquire(blocking=False):
             return None
@@ -153,7 +156,7 @@ class Identification:
             if not self._slot.acquire(timeout=WAIT_S):
                 return None
             try:
-                return self._users.check(name, passcode)
+                return is_remembered() or self._users.check(name, passcode)
             finally:
                 self._slot.release()
         finally:
