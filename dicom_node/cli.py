@@ -28,6 +28,8 @@ _MODULES = {
     "backup": "operations",
     "restore": "operations",
     "doctor": "doctor",
+    "users_hash": "user_commands",
+    "users_check": "user_commands",
 }
 
 _SETTINGS = argparse.ArgumentParser(add_help=False)
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     command("serve", "serve", "Run the node until SIGTERM or Ctrl-C.")
     _wire_commands(command)
     _study_commands(command)
+    _user_commands(command, group)
     _queue_commands(command, group)
     rules = group("rules", "The routing rules.")
     command("check", "rules_check", "Check the rules; say file, line and remedy of what is wrong.", rules)
@@ -138,6 +141,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _user_commands(command: Callable[..., argparse.ArgumentParser], group: Callable[[str, str], Any]) -> None:
+    users = group("users", "The users that associations may be for.")
+    for verb, text in (
+        ("hash", "Print a line for the users file; asks for the passcode, or reads it from standard input."),
+        ("check", "Whether a passcode is that user's; asks for it, or reads it from standard input."),
+    ):
+        action = command(verb, f"users_{verb}", text, users)
+        action.add_argument("name", metavar="NAME")
+
+
 TLS_HELP = "over TLS, with the certificate, key and authorities of `tls` in the configuration"
 
 
@@ -150,6 +163,11 @@ def _wire_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     fetch.add_argument("study", metavar="STUDY", help="Study Instance UID")
     fetch.add_argument("--from", required=True, metavar="HOST:PORT/AET", dest="origin")
     fetch.add_argument("--tls", action="store_true", help=TLS_HELP)
+    for asking in (send, fetch):
+        asking.add_argument("--user", metavar="NAME", help="come as this user (User Identity Negotiation)")
+        asking.add_argument("--passcode-env", metavar="VARIABLE", help="the variable that holds the user's passcode")
+        asking.add_argument("--jwt-file", metavar="FILE", help="come with the JSON Web Token in this file (mode 0600)")
+        asking.add_argument("--allow-plain", action="store_true", help="tell the secret without TLS, also elsewhere")
     fetch.add_argument("--into", metavar="DIR", help="folder for the files (default: one named like the study)")
 
 

@@ -85,6 +85,7 @@ def serve(arguments: argparse.Namespace) -> int:
     setup_logging(config.log_level, "supervisor")
     config.resolved_rules_dir()
     _check_tls(config)
+    _check_access(config)
     return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
 
 
@@ -94,6 +95,16 @@ def _check_tls(config: NodeConfig) -> None:
         from dicom_node.dimse.tls import check_tls
 
         check_tls(config)
+
+
+def _check_access(config: NodeConfig) -> None:
+    """Raises ConfigError for peers that cannot be understood, and for files of users and keys that cannot be used."""
+    if config.peers or config.user_identity is not None:
+        from dicom_node.dimse.identification import check_users
+        from dicom_node.dimse.policy import Policies
+
+        Policies(config)
+        check_users(config.user_identity)
 
 
 def _check_before_work(config: NodeConfig) -> None:
@@ -118,6 +129,7 @@ def config_check(arguments: argparse.Namespace) -> int:
 
     config = settings(arguments)
     _check_tls(config)
+    _check_access(config)
     rules = node_rules(config)
     for name, engine in engines(config).items():
         put_away(name, engine)

@@ -16,8 +16,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from dicom_node.access_settings import BoundSettings, JwtSettings, UserIdentitySettings
 from dicom_node.errors import ConfigError
-from dicom_node.model import ConflictPolicy, Destination, TlsClient
+from dicom_node.model import ConflictPolicy, Destination, TlsClient, UserCredentials
 from dicom_node.settings import (
     AeTitle,
     CommitmentSettings,
@@ -31,15 +32,18 @@ from dicom_node.settings import (
     Name,
     PeerSettings,
     Port,
+    RateSettings,
     Seconds,
     Settings,
     StorageSettings,
     TimeZone,
     TlsClientSettings,
     TlsSettings,
+    UserSettings,
 )
 
 __all__ = [
+    "BoundSettings",
     "CommitmentSettings",
     "CompletionOverride",
     "CompletionSettings",
@@ -48,11 +52,15 @@ __all__ = [
     "EngineSettings",
     "FindSettings",
     "JobSettings",
+    "JwtSettings",
     "NodeConfig",
     "PeerSettings",
+    "RateSettings",
     "StorageSettings",
     "TlsClientSettings",
     "TlsSettings",
+    "UserIdentitySettings",
+    "UserSettings",
     "is_loopback",
     "load_config",
     "packaged",
@@ -102,6 +110,9 @@ class NodeConfig(Settings):
     analyse_identity_conflicts: bool = False
     """Analyse studies that arrived under two patient identities without a person's release."""
     peers: Mapping[Name, PeerSettings] = Field(default_factory=dict)
+    user_identity: UserIdentitySettings | None = None
+    """null: whom an association says it is for is not looked at."""
+    bounds: BoundSettings = BoundSettings()
     destinations: Mapping[Name, DestinationSettings] = Field(default_factory=dict)
     engines: Mapping[Name, EngineSettings] = Field(
         default_factory=lambda: {
@@ -126,9 +137,49 @@ class NodeConfig(Settings):
             )
         if self.peers and self.allow_any_peer:
             raise ValueError("allow_any_peer: peers are configured, so only they may connect; remove one of the two")
-        titles = [peer.ae_title for peer in self.peers.values()]
-        if twice := sorted({title for title in titles if titles.count(title) > 1}):
-            raise ValueError(f"peers: AE title {twice[0]!r} is given to two peers; make one entry with both hosts")
+        return self
+
+    @model_validator(mode="after")
+    def _peers_can_be_told_apart(self) -> NodeConfig:
+        first: dict[str, tuple[str, PeerSettings]] = {}
+        for name, peer in self.peers.items():
+            known, other = first.setdefault(peer.ae_title, (name, peer))
+            if known == name:
+                continue
+            if not (peer.hosts and other.hosts):
+                raise ValueError(
+                    f"peers.{name}: AE title {peer.ae_title!r} is given to {known!r} too; "
+                    "name the hosts of both, or make one entry"
+                )
+            for key in _OF_A_TITLE:
+                if getattr(peer, key) != getattr(other, key):
+                    raise ValueError(
+                        f"peers.{name}.{key}: {known!r} has the same AE title {peer.ae_title!r} and another {key}; "
+                        "make them equal: it is looked up by the title alone"
+                    )
+        for name, peer in self.peers.items():
+            if unknown := sorted(set(peer.move_destinations or ()) - set(self.destinations)):
+                raise ValueError(
+                    f"peers.{name}.move_destinations: there is no destination {unknown[0]!r} "
+                    f"(known: {', '.join(sorted(self.destinations)) or 'none'})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _users_can_prove_themselves(self) -> NodeConfig:
+        for name, peer in self.peers.items():
+            if self.user_identity is None and (peer.user_identity not in (None, "off") or peer.users):
+                raise ValueError(
+                    f"peers.{name}: it is to come for users, and nothing says how they prove who they are; "
+                    "set `user_identity:` with a users_file or a jwt block"
+                )
+        asked = self.user_identity
+        in_clear = self.tls is None and not is_loopback(self.host)
+        if asked is not None and in_clear and not asked.allow_plain and set(asked.kinds) != {"username"}:
+            raise ValueError(
+                f"user_identity: on {self.host!r} without `tls:` passcodes and tokens cross the network in clear; "
+                "set `tls:`, or user_identity.allow_plain: true where the network itself is safe"
+            )
         return self
 
     @model_validator(mode="after")
@@ -177,6 +228,7 @@ class NodeConfig(Settings):
             calling_ae_title=found.calling_ae_title or self.ae_titles[0],
             tls=self.client_tls(found.tls),
             commitment=found.commitment(),
+            user=_credentials(found.user),
         )
 
     def committed_to(self) -> Mapping[str, Destination]:
@@ -204,6 +256,22 @@ class NodeConfig(Settings):
         if not folder.is_dir():
             raise ConfigError(f"rules_dir: {folder} does not exist; create it (an empty one is a plain archive)")
         return folder
+
+
+# what is looked up by the calling AE title, whatever network it comes from
+_OF_A_TITLE = ("is_engine", "conflict_policy", "storage_commitment", "report_host", "report_port")
+
+
+def _credentials(settings: UserSettings | None) -> UserCredentials | None:
+    if settings is None:
+        return None
+    return UserCredentials(
+        name=settings.name,
+        passcode_env=settings.passcode_env,
+        passcode_file=str(settings.passcode_file or ""),
+        jwt_file=str(settings.jwt_file or ""),
+        allow_plain=settings.allow_plain,
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -98,8 +98,26 @@ def _configuration(config: NodeConfig) -> Iterator[Finding]:
     reach = "this machine only" if is_loopback(config.host) else f"{len(config.peers) or 'any'} peers"
     names = f"{len(config.destinations)} destinations, {len(config.engines)} engines"
     yield _ok("configuration", f"AE {'/'.join(config.ae_titles)}, reachable by {reach}; {names}")
+    yield from _access(config)
     if not is_loopback(config.http_host):
         yield _note("configuration", f"HTTP is reachable from other machines on {config.http_host}")
+
+
+def _access(config: NodeConfig) -> Iterator[Finding]:
+    """Whether peers, users and the issuer's keys can be used; those that cannot raise ConfigError."""
+    from dicom_node.dimse.identification import check_users
+    from dicom_node.dimse.policy import Policies
+
+    Policies(config)
+    users = check_users(config.user_identity)
+    if config.user_identity is None:
+        return
+    kinds = ", ".join(config.user_identity.kinds)
+    known = "" if users is None else f", {users} in {config.user_identity.users_file}"
+    yield _ok("users", f"{config.user_identity.mode}, by {kinds}{known}")
+    if config.user_identity.allow_plain and not is_loopback(config.host):
+        remedy = "use TLS, then set user_identity.allow_plain: false"
+        yield _note("users", "passcodes and tokens are taken without TLS, from other machines too", remedy)
 
 
 def _rules(config: NodeConfig) -> Iterator[Finding]:

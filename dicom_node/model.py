@@ -505,6 +505,17 @@ class TlsClient:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UserCredentials:
+    """As which user the node comes to an AE, and where the secret lies; '' for what is not set."""
+
+    name: str = field(default="", repr=False)
+    passcode_env: str = ""
+    passcode_file: str = ""
+    jwt_file: str = ""
+    allow_plain: bool = False  # also to another machine without TLS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommitmentTimes:
     """How a destination is asked for storage commitment: how long its report is waited for on the association of the
     question, and how long in all before it is asked again.
@@ -525,6 +536,7 @@ class Destination:
     calling_ae_title: str = ""  # '' = the node's first AE title
     tls: TlsClient | None = None  # None: not encrypted
     commitment: CommitmentTimes | None = None  # None: it is not asked for storage commitment
+    user: UserCredentials | None = None  # None: the node comes as no user
 
 
 class ObjectReference(NamedTuple):

@@ -35,7 +35,9 @@ class Receiver:
             commitments=self._catalog.queue,
             sock=adopted(orders),
             tls_sock=socket.socket(fileno=orders.tls_listen_fd) if orders.tls_listen_fd >= 0 else None,
-            neighbours=Places(orders.places_fd, orders.receiver_number) if orders.places_fd >= 0 else None,
+            neighbours=(
+                Places(orders.places_fd, orders.receiver_number, len(config.peers)) if orders.places_fd >= 0 else None
+            ),
         )
         self._server.start()
 

@@ -25,12 +25,15 @@ __all__ = [
     "Name",
     "PeerSettings",
     "Port",
+    "RateSettings",
     "Seconds",
+    "Service",
     "Settings",
     "StorageSettings",
     "TimeZone",
     "TlsClientSettings",
     "TlsSettings",
+    "UserSettings",
 ]
 
 
@@ -135,6 +138,27 @@ class TlsClientSettings(_KeySettings):
         return self
 
 
+Service = Literal["echo", "store", "find", "get", "move", "commitment"]
+
+
+class RateSettings(Settings):
+    """How much one peer may ask of each receiver, all its associations together; null = as much as it likes."""
+
+    objects_per_s: Annotated[float, Field(gt=0)] | None = None
+    """C-STORE requests. What is beyond is read later: the sender waits, and nothing is refused."""
+    bytes_per_s: Annotated[float, Field(ge=65536)] | None = None
+    """Of data sets that it stores; as above."""
+    queries_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """C-FIND, C-GET and C-MOVE; what is beyond is answered "out of resources"."""
+    associations_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """What is beyond is rejected for the moment (RJ 2,3,1)."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any bound."""
+        return self != RateSettings()
+
+
 class PeerSettings(Settings):
     """An AE that may talk to the node. Once one peer is configured, only peers may (RJ 1,1,3)."""
 
@@ -153,6 +177,34 @@ class PeerSettings(Settings):
     report_host: str = ""
     report_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where it is told what was committed to, when its own association is over. Needed with `storage_commitment`."""
+    services: tuple[Service, ...] | None = None
+    """What it may ask for; null = all, storage commitment only where `storage_commitment` says so."""
+    sop_classes: tuple[str, ...] = ()
+    """SOP classes it may store, by UID or keyword (CTImageStorage); empty = all that the node takes."""
+    move_destinations: tuple[Name, ...] | None = None
+    """Destinations that its C-MOVE may name; null = all."""
+    max_associations: Annotated[int, Field(ge=1)] | None = None
+    """At the same time, in all receivers together; more are rejected for the moment (RJ 2,3,2)."""
+    rate: RateSettings = RateSettings()
+    user_identity: Literal["off", "optional", "required"] | None = None
+    """Whether its associations must say which user they are for; null = as `user_identity.mode` says."""
+    users: tuple[str, ...] = ()
+    """The users it may come for; empty = any that the node knows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _commits_as_service(cls, given: Any) -> Any:
+        """`commitment` among the services is another way to say `storage_commitment: true`."""
+        if isinstance(given, Mapping) and isinstance(given.get("services"), list | tuple):
+            named = "commitment" in given["services"]
+            if named and given.get("storage_commitment") is None:
+                return {**given, "storage_commitment": True}
+            if bool(given.get("storage_commitment")) is not named:
+                raise ValueError(
+                    "services, storage_commitment: one says that it may ask for storage commitment and the other that "
+                    "it may not; list `commitment` under services and set storage_commitment: true, or neither"
+                )
+        return given
 
     @model_validator(mode="after")
     def _can_be_told(self) -> PeerSettings:
@@ -173,6 +225,30 @@ class CommitmentSettings(Settings):
     """How long its report is waited for on the association of the question; it may also come later on its own."""
 
 
+class UserSettings(Settings):
+    """As which user the node comes to a destination (PS3.7 D.3.3.7). Secrets lie in variables or files, not here."""
+
+    name: Annotated[str, Field(max_length=256)] = ""
+    passcode_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")] = ""
+    passcode_file: Path | None = None
+    """With neither, only the name is told."""
+    jwt_file: Path | None = None
+    """A JSON Web Token instead of name and passcode; read for each association, so that it can be renewed."""
+    allow_plain: bool = False
+    """Tell secrets to another machine without TLS too: whoever is on the way reads them."""
+
+    @model_validator(mode="after")
+    def _one_identity(self) -> UserSettings:
+        if bool(self.name) == (self.jwt_file is not None):
+            raise ValueError("name, jwt_file: one of the two says who the user is; set exactly one")
+        passcodes = (bool(self.passcode_env), self.passcode_file is not None)
+        if all(passcodes) or (any(passcodes) and self.jwt_file is not None):
+            raise ValueError("passcode_env, passcode_file, jwt_file: more than one secret is named; keep one")
+        if self.passcode_env.startswith("DICOM_NODE_"):
+            raise ValueError("passcode_env: variables that begin with DICOM_NODE_ are settings; use another name")
+        return self
+
+
 class DestinationSettings(Settings):
     """An AE that results or images are sent to, and that C-MOVE may name."""
 
@@ -186,6 +262,8 @@ class DestinationSettings(Settings):
     """true: over TLS, with the certificate and the authorities of the node's own `tls`."""
     storage_commitment: bool | CommitmentSettings = False
     """Deliveries are done only when it committed to keeping what was sent; `true` or the times of the asking."""
+    user: UserSettings | None = None
+    """As which user the node comes; null = as none."""
 
     def commitment(self) -> CommitmentTimes | None:
         """How it is asked, None when it is not."""

@@ -210,7 +210,7 @@ class _Supervisor:
             _Child(role="service", listener=http),
             _Child(role="work", listener=None),
         ]
-        self._places_fd = new_places(len(receivers)) if len(receivers) > 1 else -1
+        self._places_fd = new_places(len(receivers), len(config.peers)) if len(receivers) > 1 else -1
         self._bells = (new_bell(), new_bell())
         self._epochs_to_close = False
         self._began_at = self._clock.wall().isoformat()
@@ -385,7 +385,7 @@ class _Supervisor:
     def _receiver_died(self, child: _Child) -> None:
         child.epoch = ""
         if self._places_fd >= 0:
-            Places(self._places_fd, child.receiver).leave()
+            Places(self._places_fd, child.receiver, len(self._config.peers)).leave()
         self._epochs_to_close = True
 
     def _close_dead_associations(self) -> None:

@@ -14,7 +14,7 @@ from dicom_node.commands import FAILED, OK, settings
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
 from dicom_node.logs import setup_logging
-from dicom_node.model import Destination
+from dicom_node.model import Destination, UserCredentials
 
 __all__ = ["fetch", "peer", "send"]
 
@@ -27,9 +27,23 @@ def peer(text: str) -> Destination:
     return Destination(name=text, ae_title=match[3].strip(), host=match[1].strip("[]"), port=int(match[2]))
 
 
-def _asked(config: NodeConfig, text: str, *, over_tls: bool) -> Destination:
-    """`peer(text)`, called as a destination with `tls: true` is."""
-    return replace(peer(text), tls=config.client_tls(over_tls))
+def _asked(config: NodeConfig, text: str, arguments: argparse.Namespace) -> Destination:
+    """`peer(text)`, called as a destination with `tls: true` is, and as the user that is named. Raises ConfigError."""
+    user = None
+    if arguments.user or arguments.jwt_file:
+        if bool(arguments.user) == bool(arguments.jwt_file):
+            raise ConfigError("--user and --jwt-file both say who the user is; give one of them")
+        if arguments.passcode_env and not arguments.user:
+            raise ConfigError("--passcode-env goes with --user; a token needs no passcode")
+        user = UserCredentials(
+            name=arguments.user or "",
+            passcode_env=arguments.passcode_env or "",
+            jwt_file=arguments.jwt_file or "",
+            allow_plain=arguments.allow_plain,
+        )
+    elif arguments.passcode_env:
+        raise ConfigError("--passcode-env goes with --user NAME; say who the user is")
+    return replace(peer(text), tls=config.client_tls(arguments.tls), user=user)
 
 
 def send(arguments: argparse.Namespace) -> int:
@@ -38,7 +52,7 @@ def send(arguments: argparse.Namespace) -> int:
     from dicom_node.dimse.session import is_stored
 
     config = settings(arguments)
-    destination = _asked(config, arguments.to, over_tls=arguments.tls)
+    destination = _asked(config, arguments.to, arguments)
     setup_logging("ERROR", "command")
     sent, refused = 0, 0
 
@@ -73,7 +87,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     from dicom_node.dimse.files import get_study
 
     config = settings(arguments)
-    remote = _asked(config, arguments.origin, over_tls=arguments.tls)
+    remote = _asked(config, arguments.origin, arguments)
     setup_logging("ERROR", "command")
     if re.fullmatch(r"[0-9.]{1,64}", arguments.study) is None:
         raise ConfigError(f"{arguments.study!r} is no UID: 1-64 digits and dots")

@@ -12,7 +12,7 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "auditing"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "access_settings", "auditing"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
@@ -20,7 +20,7 @@ CORE = {
 }
 # the composition root: may import anything
 ROOT = {
-    *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
+    *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
     *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
 }
@@ -45,6 +45,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "highdicom": ("results/*.py",),
     "apscheduler": ("node.py",),
     "prometheus_client": ("metrics.py",),
+    "jwt": ("dimse/tokens.py",),
+    "cryptography": ("dimse/tokens.py",),
     "httpx2": ("engines/_http.py", "engines/_exchange.py", "engines/_wire.py"),
     "httpcore2": ("engines/_wire.py",),
     "google_crc32c": ("engines/_downloads.py",),

@@ -12,13 +12,23 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 
 from dicom_node.dimse.commands import CommandField
-from dicom_node.dimse.link import MAX_WAITING_MESSAGES, AssociationLost, Fragments, Message, answers, cut
+from dicom_node.dimse.link import (
+    MAX_WAITING_MESSAGES,
+    PATIENT,
+    AssociationLost,
+    Fragments,
+    Message,
+    Patience,
+    answers,
+    cut,
+)
 from dicom_node.dimse.messages import BadMessage, CommandReceived, DataSetPiece
 from dicom_node.dimse.outgoing import StoredDataSet
 from dicom_node.dimse.tls_stream import TlsStream
-from dicom_node.dimse.transport import Buffers, Transport
+from dicom_node.dimse.transport import TICK_S, Buffers, Transport
 from dicom_node.dimse.upper_layer.connection import (
     Connection,
     Data,
@@ -49,9 +59,10 @@ class Association(Transport):
         idle_timeout_s: float,
         opened_at: float | None = None,
         hosted: bool = False,
+        patience: Patience = PATIENT,
     ) -> None:
-        super().__init__(sock, connection, buffers, opened_at=opened_at, hosted=hosted)
-        self.serving = False
+        super().__init__(sock, connection, buffers, opened_at=opened_at, hosted=hosted, patience=patience)
+        self.serving, self.not_before = False, 0.0
         self.idle_timeout_s = idle_timeout_s
         self._max_data_set_bytes = max_data_set_bytes
         self._held: Message | None = None  # came while another was being answered
@@ -306,6 +317,7 @@ class Association(Transport):
 
         False when it is to be ended: it was released, was silent for the idle time, or is lost.
         """
+        self.not_before = 0.0
         try:
             while not self._over:
                 left = self.idle_until - time.monotonic()
@@ -315,6 +327,8 @@ class Association(Transport):
                     answer(message)
                     self.serving = False
                     self._quiet_since = time.monotonic()
+                    if self.not_before and self._pauses():
+                        return True
                 elif self._release_asked:
                     self._connection.answer_release()
                     self.released = True
@@ -328,4 +342,16 @@ class Association(Transport):
             pass
         finally:
             self.serving = False
+        return False
+
+    def _pauses(self) -> bool:
+        """Whether it is to rest until `not_before`. Where the peer has sent ahead it is waited for here and now."""
+        event = next(self._events, None)
+        if event is None:
+            self._quiet_since = max(self._quiet_since, self.not_before)
+            return True
+        self._events = chain((event,), self._events)
+        while (left := self.not_before - time.monotonic()) > 0.0 and not self._interrupted:
+            time.sleep(min(left, TICK_S))
+        self._quiet_since, self.not_before = time.monotonic(), 0.0
         return False

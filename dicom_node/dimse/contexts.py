@@ -165,6 +165,7 @@ class Answer:
     requestor_scu: bool = True
     requestor_scp: bool = False
     role_reply: tuple[bool, bool] | None = None
+    denied: bool = False  # the node could, and this peer may not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,12 +173,23 @@ class Acceptance:
     """Which abstract syntaxes the node takes: the Standard's, these more, or (by configuration) unknown ones too.
 
     `commits`: storage commitment may be asked of the node, `is_told`: it may be reported to the node, by this peer.
+    `services` and `sop_classes` are what this peer may ask for, and store; None = everything.
     """
 
     extra_sop_classes: Collection[str] = ()
     unknown_sop_classes: bool = False
     commits: bool = False
     is_told: bool = False
+    services: Collection[str] | None = None
+    sop_classes: Collection[str] | None = None
+
+    def serves(self, service: str) -> bool:
+        """Whether this peer may ask for it."""
+        return self.services is None or service in self.services
+
+    def takes(self, sop_class_uid: str) -> bool:
+        """Whether this peer may store instances of a SOP class that the node stores."""
+        return self.serves("store") and (self.sop_classes is None or sop_class_uid in self.sop_classes)
 
     def stores(self, abstract_syntax: str) -> bool:
         """Whether the node stores instances of this SOP class."""
@@ -204,11 +216,16 @@ def _answer(proposal: Proposal, acceptance: Acceptance) -> Answer:
     chosen = choose_transfer_syntax(offered)
     if chosen is None:
         return Answer(proposal=proposal, result=TRANSFER_SYNTAXES_NOT_SUPPORTED, transfer_syntax=first)
-    if proposal.scu is None and proposal.scp is None:
+    asks = _may_ask(proposal.abstract_syntax, acceptance, storage=storage)
+    without_roles = proposal.scu is None and proposal.scp is None
+    if not asks and (without_roles or not (storage and acceptance.serves("get") and proposal.scp)):
+        return Answer(proposal=proposal, result=USER_REJECTION, transfer_syntax=chosen, denied=True)
+    if without_roles:
         return Answer(proposal=proposal, result=ACCEPTED, transfer_syntax=chosen)
     # PS3.7 D.3.3.4: a role may be turned down, never offered; the node sends to a requestor only stored instances, and
     # is told only by those it asks for storage commitment (PS3.4 J.3.3.1.3)
-    scu, scp = proposal.scu is not False, bool(proposal.scp) and (storage or commitment)
+    scu = proposal.scu is not False and asks
+    scp = bool(proposal.scp) and ((storage and acceptance.serves("get")) or commitment)
     if commitment:
         scu, scp = scu and acceptance.commits, scp and acceptance.is_told
     return Answer(
@@ -219,3 +236,18 @@ def _answer(proposal: Proposal, acceptance: Acceptance) -> Answer:
         requestor_scp=scp,
         role_reply=(scu, scp),
     )
+
+
+def _may_ask(abstract_syntax: str, acceptance: Acceptance, *, storage: bool) -> bool:
+    """Whether this peer may be SCU of a SOP class that the node knows."""
+    if storage:
+        return acceptance.takes(abstract_syntax)
+    for classes, service in (
+        (FIND_SOP_CLASSES, "find"),
+        (GET_SOP_CLASSES, "get"),
+        (MOVE_SOP_CLASSES, "move"),
+        ({VERIFICATION}, "echo"),
+    ):
+        if abstract_syntax in classes:
+            return acceptance.serves(service)
+    return True  # storage commitment: `commits` and `is_told` say

@@ -14,6 +14,7 @@ __all__ = [
     "MAX_COMMAND_SET",
     "MAX_PDU_SENT",
     "MAX_WAITING_MESSAGES",
+    "PATIENT",
     "PDU_S",
     "SEND_S",
     "SMALLEST_PDU",
@@ -22,6 +23,7 @@ __all__ = [
     "Fragments",
     "Link",
     "Message",
+    "Patience",
     "answers",
     "cut",
     "gathered",
@@ -36,6 +38,17 @@ MAX_COMMAND_SET = 64 * 1024
 MAX_WAITING_MESSAGES = 64
 MAX_PDU_SENT = 128 * 1024
 SMALLEST_PDU = 128  # a peer that takes less at once would keep the node at its headers
+
+
+class Patience(NamedTuple):
+    """How long a peer is waited for: its first PDU, any other that has begun, and that it reads."""
+
+    first_pdu_s: float = FIRST_PDU_S
+    pdu_s: float = PDU_S
+    send_s: float = SEND_S
+
+
+PATIENT = Patience()
 
 
 class AssociationLost(NodeError):
@@ -67,6 +80,8 @@ class Link(Protocol):
     """One association, used from one thread at a time. Every method but `abort` raises AssociationLost."""
 
     log_fields: Mapping[str, str]
+    not_before: float
+    """When (monotonic) the next request may be read; 0.0: as soon as it comes."""
 
     @property
     def contexts(self) -> Mapping[int, AgreedContext]:

@@ -45,13 +45,21 @@ class Visit:
 
     __slots__ = ("address", "association", "deadline", "number", "over_tls", "peer", "since", "sock", "stream")
 
-    def __init__(self, sock: socket.socket, address: str, since: float, *, over_tls: bool = False) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: str,
+        since: float,
+        *,
+        over_tls: bool = False,
+        first_pdu_s: float = FIRST_PDU_S,
+    ) -> None:
         self.sock, self.address, self.since, self.over_tls = sock, address, since, over_tls
         self.stream: TlsStream | None = None
         self.number = sock.fileno()
         self.association: Association | None = None
         self.peer: Peer | None = None
-        self.deadline = since + FIRST_PDU_S
+        self.deadline = since + first_pdu_s
 
     @property
     def is_parked(self) -> bool:
@@ -64,7 +72,8 @@ class Lobby:
 
     Whoever is called may give the visit back (`keep`), or has closed it. `turn_away(visit)` is called instead with one
     that asks for the first time while all threads there may be, `most`, are busy; others wait for a thread. When
-    `MAX_SILENT` connections wait that are no associations, the one that has waited longest is given to `drop`.
+    `most_silent` connections wait that are no associations, the one that has waited longest is given to `drop`. Each is
+    late when it has said nothing for `first_pdu_s`.
 
     Other processes may take connections from the same listener. Each new one wakes all of them, so one that is stuck
     keeps nothing from the others; who has more in hand (`is_busier(connections)`) gives way for a moment.
@@ -78,10 +87,12 @@ class Lobby:
         drop: Callable[[Visit], None],
         is_busier: Callable[[int], bool],
         most: int,
+        most_silent: int = MAX_SILENT,
+        first_pdu_s: float = FIRST_PDU_S,
     ) -> None:
         self._doors: dict[int, tuple[socket.socket, bool]] = {}  # by descriptor, with whether it is for TLS
         self._serve, self._turn_away, self._drop, self._most = serve, turn_away, drop, most
-        self._is_busier = is_busier
+        self._is_busier, self._most_silent, self._first_pdu_s = is_busier, most_silent, first_pdu_s
         self._poll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
         self._guard = threading.Lock()
@@ -164,12 +175,16 @@ class Lobby:
 
     # --- visits
 
-    def keep(self, visit: Visit, deadline: float) -> None:
-        """Have it served when it speaks, or at `deadline`. From here on it may be with another thread."""
+    def keep(self, visit: Visit, deadline: float, *, heard: bool = True) -> None:
+        """Have it served when it speaks, or at `deadline`. From here on it may be with another thread.
+
+        If it is not `heard` it is served at `deadline` and no sooner, whatever it says until then.
+        """
         visit.deadline = deadline
         with self._guard:  # whoever is in the lobby is waited for: both, or neither
             (self._parked if visit.is_parked else self._silent)[visit.number] = visit
-            self._poll.modify(visit.number, ONCE)
+            if heard:  # once it was served nothing is reported of it until then
+                self._poll.modify(visit.number, ONCE)
 
     def _taken(self, number: int) -> Visit | None:
         """Who waits at this descriptor; if the one that was heard was closed meanwhile, another: no harm is done."""
@@ -214,10 +229,10 @@ class Lobby:
                 self._poll.modify(door, ONCE)
         if client is None:
             return
-        visit, oldest = Visit(client, str(address[0]), time.monotonic(), over_tls=over_tls), None
+        visit, oldest = self._visit(client, str(address[0]), over_tls), None
         with self._guard:
             self._poll.register(visit.number, ONCE)
-            if len(self._silent) >= MAX_SILENT:
+            if len(self._silent) >= self._most_silent:
                 oldest = self._silent.pop(next(iter(self._silent)))
             self._silent[visit.number] = visit
         self._is_busier(self.connections)  # for the others to know
@@ -225,6 +240,9 @@ class Lobby:
             self._call(math.inf)
         if oldest is not None:
             self._drop(oldest)
+
+    def _visit(self, client: socket.socket, address: str, over_tls: bool) -> Visit:
+        return Visit(client, address, time.monotonic(), over_tls=over_tls, first_pdu_s=self._first_pdu_s)
 
     # --- threads
 

@@ -35,8 +35,13 @@ class Agreement:
     find_options: Mapping[str, FindOptions]
 
 
-def answer_request(request: pdus.AssociateRQ, acceptance: Acceptance, *, max_pdu_bytes: int) -> Agreement | None:
-    """The answer to a request that is admitted; None for one whose context ids nobody could tell apart."""
+def answer_request(
+    request: pdus.AssociateRQ, acceptance: Acceptance, *, max_pdu_bytes: int, identity_response: bytes | None = None
+) -> Agreement | None:
+    """The answer to a request that is admitted; None for one whose context ids nobody could tell apart.
+
+    `identity_response`: what whoever asked for it is told of the user that was verified (PS3.7 D.3.3.7.2).
+    """
     proposals = _proposals(request)
     if not proposals or len({item.context_id for item in proposals}) != len(proposals):
         return None
@@ -63,6 +68,7 @@ def answer_request(request: pdus.AssociateRQ, acceptance: Acceptance, *, max_pdu
             implementation_version_name=IMPLEMENTATION_VERSION_NAME,
             roles=tuple(pdus.RoleSelection(sop_class_uid=uid, scu=scu, scp=scp) for uid, (scu, scp) in roles.items()),
             extended=tuple(extended),
+            identity_response=identity_response,
         ),
     )
     return Agreement(
@@ -92,6 +98,8 @@ def extended_answer(sop_class_uid: str, asked: bytes) -> tuple[bytes, FindOption
 
 def refusal_kind(answer: Answer) -> str:
     """The counter's word for a context that was refused."""
+    if answer.denied:
+        return "policy"
     kinds = {TRANSFER_SYNTAXES_NOT_SUPPORTED: "transfer_syntax", USER_REJECTION: "role"}
     return kinds.get(answer.result, "abstract_syntax")
 

@@ -15,11 +15,11 @@ class WireObserver(Protocol):
         ...
 
     def association_rejected(self, reason: str) -> None:
-        """`reason`: called_ae, calling_ae, address, protocol or limit."""
+        """`reason`: called_ae, calling_ae, address, certificate, tls, user, rate, protocol or limit."""
         ...
 
     def context_refused(self, kind: str) -> None:
-        """`kind`: abstract_syntax, transfer_syntax or role."""
+        """`kind`: abstract_syntax, transfer_syntax, role or policy."""
         ...
 
     def request_answered(self, service: str, status: int, seconds: float) -> None:

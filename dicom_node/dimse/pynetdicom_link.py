@@ -37,17 +37,16 @@ from pynetdicom.transport import AssociationSocket
 
 from dicom_node.dimse.commands import CommandField
 from dicom_node.dimse.link import (
-    FIRST_PDU_S,
     MAX_COMMAND_SET,
     MAX_PDU_SENT,
     MAX_WAITING_MESSAGES,
-    PDU_S,
-    SEND_S,
+    PATIENT,
     SMALLEST_PDU,
     AgreedContext,
     AssociationLost,
     Fragments,
     Message,
+    Patience,
     answers,
     cut,
 )
@@ -91,13 +90,13 @@ class _Socket(AssociationSocket):
         self._link = link
         self._poll: select.poll | None = None
         if client is not None:
-            _tune(client)
+            _tune(client, link.patience)
 
     def connect(self, primitive: Any) -> None:
         """As the base class; a connection that was made gets the deadlines of this one."""
         super().connect(primitive)
         if self.socket is not None:
-            _tune(self.socket)
+            _tune(self.socket, self._link.patience)
 
     @property
     def ready(self) -> bool:
@@ -118,7 +117,7 @@ class _Socket(AssociationSocket):
         if nr_bytes > (max(MAX_FIRST_PDU, link.max_pdu + 1024) if negotiated else MAX_FIRST_PDU):
             self.event_queue.put("Evt19")  # A-ABORT, then closed
             raise OSError("a PDU is longer than was agreed")
-        deadline = time.monotonic() + (PDU_S if negotiated else FIRST_PDU_S)
+        deadline = time.monotonic() + (link.patience.pdu_s if negotiated else link.patience.first_pdu_s)
         data = bytearray(nr_bytes)
         view, done = memoryview(data), 0
         while done < nr_bytes:
@@ -129,7 +128,7 @@ class _Socket(AssociationSocket):
             done += received
         view.release()
         del data[done:]
-        connection.settimeout(SEND_S)
+        connection.settimeout(link.patience.send_s)
         # Peers that leave Nagle on (dcmtk) send 12 bytes and wait for our ACK: do not delay it
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
@@ -159,8 +158,8 @@ class _Socket(AssociationSocket):
             self.event_queue.put("Evt17")
 
 
-def _tune(connection: socket.socket) -> None:
-    connection.settimeout(SEND_S)
+def _tune(connection: socket.socket, patience: Patience) -> None:
+    connection.settimeout(patience.send_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
@@ -327,8 +326,17 @@ class PynetdicomLink(Association):
     and not inside a message.
     """
 
-    def __init__(self, entity: ApplicationEntity, mode: str, *, max_pdu: int, max_data_set_bytes: int) -> None:
+    def __init__(
+        self,
+        entity: ApplicationEntity,
+        mode: str,
+        *,
+        max_pdu: int,
+        max_data_set_bytes: int,
+        patience: Patience = PATIENT,
+    ) -> None:
         super().__init__(entity, mode)
+        self.patience = patience
         self.max_pdu = max_pdu
         self.max_data_set_bytes = max_data_set_bytes
         self.spool_folder: Path | None = None
@@ -340,7 +348,7 @@ class PynetdicomLink(Association):
         self.dul.artim_timer.timeout = timeout
         self.network_timeout = entity.network_timeout
         self.traffic = False
-        self.serving = False
+        self.serving, self.not_before = False, 0.0
         self.was_idle = False
         self.log_fields: Mapping[str, str] = {}
         self.on_associate: Callable[[PynetdicomLink], None] | None = None
@@ -365,7 +373,7 @@ class PynetdicomLink(Association):
         try:
             self.dul.start()
             self._started_dul = True
-            self._dul_ready.wait(FIRST_PDU_S)
+            self._dul_ready.wait(self.patience.first_pdu_s)
             primitive = self._first_primitive()
             if isinstance(primitive, A_ASSOCIATE) and self.on_associate is not None:
                 self.requestor.primitive = primitive
@@ -382,7 +390,7 @@ class PynetdicomLink(Association):
                 self.on_end(self)
 
     def _first_primitive(self) -> Any:
-        deadline, opened = time.monotonic() + FIRST_PDU_S + 1.0, False
+        deadline, opened = time.monotonic() + self.patience.first_pdu_s + 1.0, False
         while time.monotonic() < deadline and self.dul.is_alive():
             primitive = self.dul.receive_pdu(wait=True, timeout=0.02)
             state = self.dul.state_machine.current_state
@@ -477,7 +485,7 @@ class PynetdicomLink(Association):
 
     def _send_pdu(self, context_id: int, control: int, chunk: bytes | memoryview) -> None:
         header = struct.pack(">BBIIBB", 4, 0, len(chunk) + 6, len(chunk) + 2, context_id, control)
-        deadline = time.monotonic() + SEND_S + PDU_S
+        deadline = time.monotonic() + self.patience.send_s + self.patience.pdu_s
         while self.dul.to_provider_queue.qsize() >= QUEUED_PDUS:
             self.check_alive()
             if time.monotonic() > deadline:

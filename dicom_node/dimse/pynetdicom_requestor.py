@@ -6,12 +6,13 @@ import socket
 from collections.abc import Sequence
 
 from pynetdicom.ae import ApplicationEntity
-from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation, UserIdentityNegotiation
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AddressInformation
 
 from dicom_node.config import DeliverySettings
 from dicom_node.dimse.contexts import ProposedContext
+from dicom_node.dimse.credentials import NAME_AND_PASSCODE, identity_of
 from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.errors import DeliveryRefused, DeliveryUnavailable
 from dicom_node.model import Destination
@@ -32,6 +33,7 @@ def open_link(
     """See `session.OpenLink`. TLS is not spoken here."""
     if destination.tls is not None:
         raise DeliveryRefused(f"destination {destination.name}: pynetdicom's wire carries no TLS; set `wire: own`")
+    identity = identity_of(destination)
     quiet_libraries()
     entity = ApplicationEntity(ae_title=calling_ae_title)
     name_implementation(entity)
@@ -41,6 +43,13 @@ def open_link(
     entity.network_timeout = None
     link = PynetdicomLink(entity, "requestor", max_pdu=MAX_PDU, max_data_set_bytes=max_data_set_bytes)
     _prepare(link, entity, destination, contexts)
+    if identity is not None:
+        item = UserIdentityNegotiation()
+        item.user_identity_type, item.positive_response_requested = identity.kind, False
+        item.primary_field = identity.primary
+        if identity.kind == NAME_AND_PASSCODE:
+            item.secondary_field = identity.secondary
+        link.requestor.add_negotiation_item(item)
     link.request()
     link._is_paused = True  # no reactor thread: this thread reads the answers itself
     if link.is_established:

@@ -14,19 +14,27 @@ from contextlib import suppress
 from typing import Any
 
 from pynetdicom.ae import ApplicationEntity
-from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation, SOPClassExtendedNegotiation
+from pynetdicom.pdu_primitives import (
+    SCP_SCU_RoleSelectionNegotiation,
+    SOPClassExtendedNegotiation,
+    UserIdentityNegotiation,
+)
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AddressInformation
 
+from dicom_node.auditing import AuditTrail
 from dicom_node.config import NodeConfig
+from dicom_node.dimse.admission import Rejection
 from dicom_node.dimse.contexts import ACCEPTED, Answer, Proposal, answer_contexts
-from dicom_node.dimse.link import FIRST_PDU_S, Message
+from dicom_node.dimse.link import Message, Patience
 from dicom_node.dimse.negotiation import extended_answer
 from dicom_node.dimse.observer import WireObserver
+from dicom_node.dimse.policy import Policy
 from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.dimse.upper_layer.pdus import UserIdentity
 from dicom_node.errors import ConfigError
 from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.services.find import FindOptions
@@ -61,6 +69,7 @@ class PynetdicomServer:
         neighbours: Neighbours | None = None,
         tls_sock: socket.socket | None = None,
         commitments: Commitments | None = None,
+        audit: AuditTrail | None = None,
     ) -> None:
         if config.tls is not None or tls_sock is not None:
             raise ConfigError("tls: pynetdicom's wire carries no TLS; set `wire: own`")
@@ -76,14 +85,16 @@ class PynetdicomServer:
             observe=observe,
             open_link=open_link,
             commitments=commitments,
+            audit=audit,
         )
         self._entity = ApplicationEntity(ae_title=config.ae_titles[0])
         name_implementation(self._entity)
-        self._entity.acse_timeout = FIRST_PDU_S
+        self._entity.acse_timeout = config.bounds.first_pdu_s
         self._entity.network_timeout = config.association_idle_timeout_s
         self._listener = sock
         self._neighbours = neighbours or Alone()
         self._links: dict[PynetdicomLink, Peer | None] = {}
+        self._policies: dict[PynetdicomLink, Policy] = {}  # of those that were admitted
         self._guard = threading.Lock()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -163,6 +174,7 @@ class PynetdicomServer:
             "acceptor",
             max_pdu=config.max_pdu_bytes,
             max_data_set_bytes=config.storage.max_object_bytes,
+            patience=Patience(config.bounds.first_pdu_s, config.bounds.pdu_s, config.bounds.send_s),
         )
         link.name = "dicom-association"
         link.spool_folder = config.data_dir if config.data_dir.is_dir() else None
@@ -197,20 +209,31 @@ class PynetdicomServer:
             address=address,
             application_context=str(request.application_context_name),
             established=established,
+            of_peer=self._of_peer,
         )
         if rejection is not None:
-            self._neighbours.established(self.active_associations)
-            link.acse.send_reject(rejection.result, rejection.source, rejection.diagnostic)
-            link.is_rejected = True
-            link.kill()
+            self._reject(link, rejection)
             return
+        policy = self._serving.policy(calling, address)
+        with self._guard:
+            self._policies[link] = policy
+        identified = self._serving.identify(
+            fields, _identity(link), policy, calling=calling, address=address, encrypted=False
+        )
+        if isinstance(identified, Rejection):
+            self._reject(link, identified)
+            return
+        if identified.response is not None:
+            item = UserIdentityNegotiation()
+            item.server_response = identified.response
+            link.acceptor.add_negotiation_item(item)
         proposals = _proposals(link, request)
         if not proposals or len({item.context_id for item in proposals}) != len(proposals):
             self._serving.unanswerable(fields)
             link.acse.send_ap_abort(0x06)
             link.kill()
             return
-        answers = answer_contexts(proposals, self._serving.acceptance_for(calling))
+        answers = answer_contexts(proposals, self._serving.acceptance_for(calling, policy))
         peer = self._serving.accepted(
             fields,
             calling=calling,
@@ -218,8 +241,34 @@ class PynetdicomServer:
             address=address,
             refused=[item for item in answers if item.result != ACCEPTED],
             find_options=_extended_negotiation(link),
+            policy=policy,
+            user=identified.user,
         )
+        link.network_timeout = policy.idle_timeout_s
         self._accept(link, answers, peer)
+
+    def _reject(self, link: PynetdicomLink, rejection: Rejection) -> None:
+        self._forget(link)
+        link.acse.send_reject(rejection.result, rejection.source, rejection.diagnostic)
+        link.is_rejected = True
+        link.kill()
+
+    def _of_peer(self, policy: Policy) -> int:
+        """How many associations a peer has, here and elsewhere, told as if there were one more."""
+        mine = self._mine(policy)
+        return mine + self._neighbours.of_peer(policy.number, mine + 1)
+
+    def _mine(self, policy: Policy) -> int:
+        with self._guard:
+            return sum(other.number == policy.number for other in self._policies.values())
+
+    def _forget(self, link: PynetdicomLink) -> None:
+        """It counts no more."""
+        with self._guard:
+            policy = self._policies.pop(link, None)
+        self._neighbours.established(self.active_associations)
+        if policy is not None and policy.max_associations is not None:
+            self._neighbours.of_peer(policy.number, self._mine(policy))
 
     def _accept(self, link: PynetdicomLink, answers: list[Answer], peer: Peer) -> None:
         link._accepted_cx = {item.proposal.context_id: _context(item) for item in answers if item.result == ACCEPTED}
@@ -230,7 +279,6 @@ class PynetdicomServer:
             role = SCP_SCU_RoleSelectionNegotiation()
             role.sop_class_uid, role.scu_role, role.scp_role = sop_class_uid, scu, scp
             link.acceptor.add_negotiation_item(role)
-        link.network_timeout = self._serving.idle_timeout_s(peer.source.calling_ae_title)
         with self._guard:
             self._links[link] = peer
         link.acse.send_accept()
@@ -241,13 +289,16 @@ class PynetdicomServer:
     def _serve(self, link: PynetdicomLink, message: Message) -> None:
         with self._guard:
             peer = self._links.get(link)
-        if peer is not None:
-            self._serving.serve(link, peer, message)
+        if peer is None:
+            return
+        self._serving.serve(link, peer, message)
+        while not self._stopping.is_set() and (left := link.not_before - time.monotonic()) > 0.0:
+            time.sleep(min(left, 0.25))  # it is faster than it may be
 
     def _ended(self, link: PynetdicomLink) -> None:
         with self._guard:
             peer = self._links.pop(link, None)
-        self._neighbours.established(self.active_associations)
+        self._forget(link)
         if peer is not None:
             # a release over a message that is not whole, or not answered, leaves its sender something to do
             self._serving.ended(peer, over=link.was_idle or (link.is_released and link.messages.idle))
@@ -261,6 +312,18 @@ class PynetdicomServer:
                         link.traffic = False
                         active.append(peer)
             self._serving.touched(active)
+
+
+def _identity(link: PynetdicomLink) -> UserIdentity | None:
+    found: Any = link.requestor.user_identity
+    if found is None:
+        return None
+    return UserIdentity(
+        kind=found.user_identity_type or 0,
+        primary=found.primary_field or b"",
+        secondary=found.secondary_field or b"",
+        response_requested=bool(found.positive_response_requested),
+    )
 
 
 def _proposals(link: PynetdicomLink, request: Any) -> list[Proposal]:

@@ -33,6 +33,7 @@ from dicom_node.dimse.contexts import (
     PATIENT_ROOT_MOVE,
 )
 from dicom_node.dimse.link import Fragments, Link, Message, gathered
+from dicom_node.dimse.policy import Policy
 from dicom_node.model import CommitmentRequest, Source
 from dicom_node.services.find import Answers, FindOptions
 from dicom_node.services.identifier import BadIdentifier, Identifier, InformationModel, identifier_of
@@ -60,7 +61,8 @@ class Peer:
     """One association's other side, as the requests need it. `recorded`: it is in the association log.
 
     `asked`: storage commitment that was just asked for, and its context. `awaited`: what is to be done with the status
-    of a request of ours that nobody waits for, by its Message ID.
+    of a request of ours that nobody waits for, by its Message ID. `policy`: what it may do, None where no request has
+    to be looked at. `user`: whom it comes for, as far as that was proved; personal data. `objects`: its C-STOREs.
     """
 
     source: Source
@@ -69,6 +71,9 @@ class Peer:
     asked: tuple[CommitmentRequest, int] | None = None
     awaited: dict[int, Callable[[int], None]] = field(default_factory=dict)
     last_message_id: int = 0
+    policy: Policy | None = None
+    user: str = field(default="", repr=False)
+    objects: int = 0
 
     def next_message_id(self) -> int:
         """A Message ID for a request of ours."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dicom_node.config import DeliverySettings
 from dicom_node.dimse.association import Association
 from dicom_node.dimse.contexts import ProposedContext
+from dicom_node.dimse.credentials import identity_of
 from dicom_node.dimse.link import AgreedContext, AssociationLost
 from dicom_node.dimse.tls import client_context, failure
 from dicom_node.dimse.tls_stream import TlsStream
@@ -33,7 +34,7 @@ def open_link(
     max_data_set_bytes: int,
 ) -> Association:
     """See `session.OpenLink`. The system's address family decides between IPv4 and IPv6."""
-    request = _request(destination, contexts, calling_ae_title)
+    request = _request(destination, contexts, calling_ae_title, identity_of(destination))
     connection = Connection(Side.REQUESTOR, Limits(pdu_bytes=MAX_PDU))
     connection.request(request)
     sock = _connected(destination, settings.connect_timeout_s)
@@ -94,7 +95,12 @@ def _encrypted(sock: socket.socket, destination: Destination, tls: TlsClient, ti
     return stream
 
 
-def _request(destination: Destination, contexts: Sequence[ProposedContext], calling_ae_title: str) -> pdus.AssociateRQ:
+def _request(
+    destination: Destination,
+    contexts: Sequence[ProposedContext],
+    calling_ae_title: str,
+    identity: pdus.UserIdentity | None,
+) -> pdus.AssociateRQ:
     proposed = tuple(
         pdus.ProposedContext(
             context_id=2 * number + 1,
@@ -113,6 +119,7 @@ def _request(destination: Destination, contexts: Sequence[ProposedContext], call
             implementation_class_uid=IMPLEMENTATION_CLASS_UID,
             implementation_version_name=IMPLEMENTATION_VERSION_NAME,
             roles=tuple(pdus.RoleSelection(sop_class_uid=uid, scu=False, scp=True) for uid in scp),
+            identity=identity,
         ),
     )
 

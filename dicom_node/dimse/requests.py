@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, Participant
 from dicom_node.dimse.commands import NO_DATA_SET, CommandField, CommandValue, encode_command, error_comment
 from dicom_node.dimse.commitment import CommitmentService
 from dicom_node.dimse.contexts import (
@@ -21,8 +22,10 @@ from dicom_node.dimse.contexts import (
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
+from dicom_node.dimse.pacing import paced
+from dicom_node.dimse.policy import EVERYDAY_SERVICES, Policy
 from dicom_node.dimse.request import Peer, Request, encode_answers, read_query, respond_bad
-from dicom_node.dimse.retrieval import Retrievals
+from dicom_node.dimse.retrieval import Retrievals, move_destination
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
@@ -36,7 +39,10 @@ log = logging.getLogger(__name__)
 
 PROCESSING_FAILURE = 0x0110
 SOP_CLASS_NOT_SUPPORTED = 0x0122
+NOT_AUTHORIZED = 0x0124
 UNRECOGNIZED_OPERATION = 0x0211
+OUT_OF_RESOURCES = 0xA700  # PS3.4 tables B.2-1, C.4-1
+CANNOT_SUB_OPERATE = 0xA702  # tables C.4-2, C.4-3: C-MOVE and C-GET have no A700
 _KNOWN = frozenset(
     {CommandField.C_ECHO, CommandField.C_STORE, CommandField.C_FIND, CommandField.C_GET, CommandField.C_MOVE}
 )
@@ -69,7 +75,10 @@ class Requests:
         commitment: CommitmentService,
         associations: AssociationLog,
         observe: WireObserver,
+        max_objects: int,
+        audit: AuditTrail,
     ) -> None:
+        self._max_objects, self._audit = max_objects, audit
         self._store, self._find, self._retrievals = store, find, retrievals
         self._commitment = commitment
         self._associations, self._observe = associations, observe
@@ -84,6 +93,8 @@ class Requests:
             link.abort()
             return
         handler, name = self._handler(request)
+        if peer.policy is not None and name:
+            handler = self._refusal(request, peer.policy, name) or handler
         started = time.monotonic()
         try:
             status = handler(request)
@@ -148,12 +159,51 @@ class Requests:
             return self._retrievals.get, "get"
         if kind == CommandField.C_MOVE and context in MOVE_SOP_CLASSES:
             return self._retrievals.move, "move"
-        if kind == CommandField.N_ACTION and context == STORAGE_COMMITMENT:
+        if kind == CommandField.N_ACTION and context == STORAGE_COMMITMENT:  # judges by itself who may ask
             return self._commitment.action, "commit"
         if kind == CommandField.N_EVENT_REPORT and context == STORAGE_COMMITMENT:
             return self._commitment.event, "commit_report"
         known = kind in _KNOWN
         return (self._wrong_class if known else self._unknown_operation), ""
+
+    def _refusal(self, request: Request, policy: Policy, name: str) -> Callable[[Request], int] | None:
+        """What answers a request that this peer may not make, or not yet; None for all others."""
+        context = request.link.contexts[request.message.context_id]
+        if name in EVERYDAY_SERVICES and not (name in policy.services and (name != "store" or context.peer_asks)):
+            return self._not_authorized
+        if name == "move" and policy.move_destinations is not None:
+            destination = move_destination(request)
+            if destination not in policy.move_destinations:
+                return self._not_authorized
+        if name in ("find", "get", "move") and policy.rates is not None:
+            queries = policy.rates.queries
+            if queries is not None and not queries.takes():
+                return self._too_many_queries
+        return None
+
+    def _not_authorized(self, request: Request) -> int:
+        log.warning("request is not allowed to this peer", extra=dict(request.link.log_fields))
+        source = request.peer.source
+        self._audit.record(
+            AuditEvent(
+                AuditKind.SECURITY_ALERT,
+                AuditOutcome.SERIOUS_FAILURE,
+                participants=(
+                    Participant(source.calling_ae_title, source.address, request.peer.user, is_requestor=True),
+                    Participant(source.called_ae_title, is_this_node=True),
+                ),
+                detail="a request that is not allowed to this peer",
+                sop_class_uid=request.sop_class_uid,
+            )
+        )
+        request.respond({"Status": NOT_AUTHORIZED, "ErrorComment": "not allowed to this AE"})
+        return NOT_AUTHORIZED
+
+    @staticmethod
+    def _too_many_queries(request: Request) -> int:
+        status = OUT_OF_RESOURCES if request.kind == CommandField.C_FIND else CANNOT_SUB_OPERATE
+        request.respond({"Status": status, "ErrorComment": "more requests in a minute than are allowed"})
+        return status
 
     @staticmethod
     def _last_words(request: Request, status: int) -> None:
@@ -186,6 +236,13 @@ class Requests:
         fields: dict[str, CommandValue] = {}
         if sop_instance_uid:
             fields["AffectedSOPInstanceUID"] = sop_instance_uid
+        peer.objects += 1
+        if peer.objects > self._max_objects:
+            return self._too_many_objects(request)
+        data_set = request.message.data_set
+        rates = peer.policy.rates if peer.policy is not None else None
+        if rates is not None:
+            data_set = paced(request.link, rates, data_set)
         try:
             if not peer.recorded:
                 self._associations.open_association(str(peer.source.association_id), peer.source)
@@ -197,7 +254,7 @@ class Requests:
                     sop_class_uid=request.uid("AffectedSOPClassUID"),
                     sop_instance_uid=sop_instance_uid,
                 ),
-                request.message.data_set,
+                data_set,
                 peer.source,
             )
             status, comment = result.status, result.comment
@@ -215,6 +272,14 @@ class Requests:
             fields["ErrorComment"] = error_comment(comment)
         request.respond({"Status": status, **fields})
         return status
+
+    def _too_many_objects(self, request: Request) -> int:
+        """Later, not never: its sender tries again, on an association that begins anew."""
+        log.warning("more objects on one association than are allowed", extra=dict(request.link.log_fields))
+        self._note_failure(request.peer)
+        comment = f"more than {self._max_objects} objects on one association; go on with another"
+        request.respond({"Status": OUT_OF_RESOURCES, "ErrorComment": error_comment(comment)})
+        return OUT_OF_RESOURCES
 
     def _note_failure(self, peer: Peer) -> None:
         if not peer.recorded:

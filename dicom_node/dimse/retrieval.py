@@ -28,7 +28,7 @@ from dicom_node.services.retrieve import (
     SubOperationResult,
 )
 
-__all__ = ["Retrievals"]
+__all__ = ["Retrievals", "move_destination"]
 
 _COMPLETED = SubOperationResult(outcome=SubOperation.COMPLETED)
 
@@ -76,7 +76,7 @@ class Retrievals:
 
     def move(self, request: Request) -> int:
         """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
-        destination = self._retrieve.destination(_move_destination(request))
+        destination = self._retrieve.destination(move_destination(request))
         if destination is None:
             log.warning("C-MOVE to a destination that is not configured", extra=dict(request.link.log_fields))
             request.respond({"Status": UNKNOWN_DESTINATION, "ErrorComment": "the move destination is not configured"})
@@ -130,7 +130,7 @@ class Retrievals:
         return status
 
 
-def _move_destination(request: Request) -> str:
+def move_destination(request: Request) -> str:
     """The AE title of the request; '' for one that no AE can have (PS3.5 table 6.2-1)."""
     title = request.message.command.text(element("MoveDestination")) or ""
     return title if len(title) <= 16 else ""

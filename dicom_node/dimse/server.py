@@ -10,15 +10,19 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 
+from dicom_node.auditing import AuditTrail
 from dicom_node.config import NodeConfig
+from dicom_node.dimse.admission import Rejection
 from dicom_node.dimse.association import Association
-from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
+from dicom_node.dimse.link import AssociationLost, Patience
 from dicom_node.dimse.lobby import Lobby, Visit
 from dicom_node.dimse.negotiation import Agreement, answer_request
 from dicom_node.dimse.observer import WireObserver
+from dicom_node.dimse.policy import Policy
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
 from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
@@ -65,6 +69,7 @@ class DicomServer:
         neighbours: Neighbours | None = None,
         tls_sock: socket.socket | None = None,
         commitments: Commitments | None = None,
+        audit: AuditTrail | None = None,
     ) -> None:
         self._config = config
         self._tls = for_listener(config.tls) if config.tls is not None else None
@@ -76,13 +81,16 @@ class DicomServer:
             observe=observe,
             open_link=open_link,
             commitments=commitments,
+            audit=audit,
         )
+        self._patience = Patience(config.bounds.first_pdu_s, config.bounds.pdu_s, config.bounds.send_s)
         self._listener, self._tls_listener = sock, tls_sock
         self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
-        self._admitted: set[Association] = set()
-        self._agreements: dict[AssociateRQ, Agreement] = {}
+        self._admitted: dict[Association, Policy] = {}
+        self._of_peers: Counter[int] = Counter()  # of those with a limit of their own
+        self._agreements: dict[tuple[int, AssociateRQ], Agreement] = {}
         self._guard = threading.Lock()
         self._stopping = threading.Event()
         self._touching = threading.Thread(target=self._touch_loop, name="dicom-touch", daemon=True)
@@ -92,6 +100,8 @@ class DicomServer:
             drop=self._drop,
             is_busier=self._neighbours.is_busier,
             most=min(config.max_associations, MOST_BUSY) + SPARE_THREADS,
+            most_silent=config.bounds.silent_connections,
+            first_pdu_s=self._patience.first_pdu_s,
         )
 
     # --- life
@@ -104,7 +114,7 @@ class DicomServer:
         for listener in (self._listener, self._tls_listener):
             if listener is not None:
                 listener.setblocking(False)
-                prepare(listener)
+                prepare(listener, self._patience.send_s)
         if self._tls is not None and self._tls_listener is None:
             self._lobby.open(None, self._listener)
         else:
@@ -195,7 +205,11 @@ class DicomServer:
                 self._leave(visit, association)
         if stays:
             association.rest()
-            self._lobby.keep(visit, association.idle_until if visit.peer is not None else visit.since + FIRST_PDU_S)
+            if association.not_before and not self._stopping.is_set():  # it is faster than it may be
+                self._lobby.keep(visit, association.not_before, heard=False)
+                return
+            asked_until = visit.since + self._patience.first_pdu_s
+            self._lobby.keep(visit, asked_until if visit.peer is None else association.idle_until)
 
     def _is_shaken(self, visit: Visit) -> bool:
         """Go on with its handshake as far as the peer has; no thread waits for it. When it fails it is closed."""
@@ -210,7 +224,7 @@ class DicomServer:
             with visit.sock, suppress(OSError):
                 visit.sock.shutdown(socket.SHUT_WR)
             return False
-        self._lobby.keep(visit, visit.since + FIRST_PDU_S)
+        self._lobby.keep(visit, visit.since + self._patience.first_pdu_s)
         return False
 
     def _untrusted(self, visit: Visit, reason: str) -> None:
@@ -239,6 +253,7 @@ class DicomServer:
             idle_timeout_s=config.association_idle_timeout_s,
             opened_at=visit.since,
             hosted=True,
+            patience=self._patience,
         )
         with self._guard:
             self._links[association] = None
@@ -309,20 +324,33 @@ class DicomServer:
             application_context=request.application_context,
             certificate=fingerprint(visit.stream.peer_certificate()) if visit.stream is not None else "",
         )
+        policy = self._serving.policy(calling, address)
         with self._guard:
             # told before it is judged: of two receivers that both take the last place at once neither gets it
             elsewhere = self._neighbours.established(len(self._admitted) + 1)
-            rejection = judged(established=len(self._admitted) + elsewhere)
+            rejection = judged(established=len(self._admitted) + elsewhere, of_peer=self._of_peer)
             if rejection is None:
-                self._admitted.add(association)
+                self._admitted[association] = policy
+                self._of_peers[policy.number] += 1
             else:
-                self._neighbours.established(len(self._admitted))
+                self._tell(policy)
         if rejection is not None:
-            association.connection.reject(
-                AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
-            )
+            self._reject(association, rejection)
             return
-        agreement = self._agreement(request)
+        identified = self._serving.identify(
+            fields,
+            request.user.identity,
+            policy,
+            calling=calling,
+            address=address,
+            encrypted=visit.stream is not None,
+        )
+        if isinstance(identified, Rejection):
+            with self._guard:
+                self._dismiss(association)
+            self._reject(association, identified)
+            return
+        agreement = self._agreement(request, policy, identified.response)
         if agreement is None:
             with self._guard:
                 self._dismiss(association)
@@ -336,30 +364,53 @@ class DicomServer:
             address=address,
             refused=agreement.refused,
             find_options=agreement.find_options,
+            policy=policy,
+            user=identified.user,
         )
-        association.idle_timeout_s = self._serving.idle_timeout_s(calling)
+        association.idle_timeout_s = policy.idle_timeout_s
         with self._guard:
             self._links[association] = visit.peer = peer
         association.connection.accept(agreement.answer)
         association.agreed(agreement.contexts, request.user.maximum_length)
         association.flush()
 
+    @staticmethod
+    def _reject(association: Association, rejection: Rejection) -> None:
+        association.connection.reject(
+            AssociateRJ(result=rejection.result, source=rejection.source, reason=rejection.diagnostic)
+        )
+
+    def _of_peer(self, policy: Policy) -> int:
+        """How many associations a peer has, here and elsewhere; told as in `_negotiate`. `_guard` held."""
+        mine = self._of_peers[policy.number]
+        return mine + self._neighbours.of_peer(policy.number, mine + 1)
+
+    def _tell(self, policy: Policy) -> None:
+        """Tell the others how many are here; `_guard` held."""
+        self._neighbours.established(len(self._admitted))
+        if policy.max_associations is not None:
+            self._neighbours.of_peer(policy.number, self._of_peers[policy.number])
+
     def _dismiss(self, association: Association) -> None:
         """It counts no more; `_guard` held."""
-        self._admitted.discard(association)
-        self._neighbours.established(len(self._admitted))
+        policy = self._admitted.pop(association, None)
+        if policy is not None:
+            self._of_peers[policy.number] -= 1
+            self._tell(policy)
 
-    def _agreement(self, request: AssociateRQ) -> Agreement | None:
+    def _agreement(self, request: AssociateRQ, policy: Policy, identity_response: bytes | None) -> Agreement | None:
         """See `answer_request`. Peers ask for the same again and again: the last answers are remembered."""
-        known = self._agreements.get(request)
+        known = self._agreements.get((policy.number, request)) if request.user.identity is None else None
         if known is not None:
             return known
-        acceptance = self._serving.acceptance_for(request.calling_ae_title)
-        agreement = answer_request(request, acceptance, max_pdu_bytes=self._config.max_pdu_bytes)
+        acceptance = self._serving.acceptance_for(request.calling_ae_title, policy)
+        agreement = answer_request(
+            request, acceptance, max_pdu_bytes=self._config.max_pdu_bytes, identity_response=identity_response
+        )
         if agreement is not None and request.user.identity is None:
             if len(self._agreements) >= MAX_AGREEMENTS:
                 self._agreements.clear()
-            self._agreements[request] = agreement
+            self._agreements[policy.number, request] = agreement
         return agreement
 
 

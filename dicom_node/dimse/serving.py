@@ -9,17 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from dicom_node.auditing import AuditTrail, NoAuditTrail
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Admission, Rejection
 from dicom_node.dimse.commitment import CommitmentService
 from dicom_node.dimse.contexts import Acceptance, Answer
+from dicom_node.dimse.identification import Identification, Identified
 from dicom_node.dimse.link import Link, Message
 from dicom_node.dimse.negotiation import refusal_kind
 from dicom_node.dimse.observer import SilentObserver, WireObserver
+from dicom_node.dimse.policy import EVERYDAY_SERVICES, Policy
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requests import Requests
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import OpenLink
+from dicom_node.dimse.upper_layer.pdus import UserIdentity
 from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
 from dicom_node.model import AssociationEnd, Source
 from dicom_node.services.find import FindOptions, FindService
@@ -56,6 +60,10 @@ class Neighbours(Protocol):
         """Tell them how many associations this process has, or is about to have; how many they have together."""
         ...
 
+    def of_peer(self, number: int, mine: int) -> int:
+        """As `established`, of the peer with that number (`policy.Policy.number`) alone."""
+        ...
+
     def is_busier(self, connections: int) -> bool:
         """Tell them how many connections this process has in hand; whether one of them has fewer."""
         ...
@@ -65,6 +73,10 @@ class Alone:
     """No other process takes connections from this socket (`Neighbours`)."""
 
     def established(self, mine: int) -> int:
+        """None."""
+        return 0
+
+    def of_peer(self, number: int, mine: int) -> int:
         """None."""
         return 0
 
@@ -86,6 +98,7 @@ class Serving:
         observe: WireObserver | None,
         open_link: OpenLink,
         commitments: Commitments | None = None,
+        audit: AuditTrail | None = None,
     ) -> None:
         self.config = config
         self.observe = observe or SilentObserver()
@@ -94,6 +107,8 @@ class Serving:
         )
         self._commitment = CommitmentService(config, commitments)
         self._admission = Admission(config)
+        self._audit = audit or NoAuditTrail()
+        self._identification = Identification(config.user_identity, self._audit)
         self._associations = associations
         destinations = {item.ae_title: config.destination(name) for name, item in config.destinations.items()}
         retrieve = RetrieveService(index, destinations, strict=config.find.strict)
@@ -104,14 +119,25 @@ class Serving:
             commitment=self._commitment,
             associations=associations,
             observe=self.observe,
+            max_objects=config.bounds.objects_per_association,
+            audit=self._audit,
         )
 
     # --- negotiation
 
-    def acceptance_for(self, calling: str) -> Acceptance:
+    def policy(self, calling: str, address: str) -> Policy:
+        """What that peer may do."""
+        return self._admission.policy(calling, address)
+
+    def acceptance_for(self, calling: str, policy: Policy) -> Acceptance:
         """What is accepted of that peer."""
-        commits, is_told = self._commitment.may_ask(calling), self._commitment.may_report(calling)
-        return replace(self.acceptance, commits=commits, is_told=is_told) if commits or is_told else self.acceptance
+        return replace(
+            self.acceptance,
+            commits=self._commitment.may_ask(calling),
+            is_told=self._commitment.may_report(calling),
+            services=None if policy.services >= EVERYDAY_SERVICES else policy.services,
+            sop_classes=policy.sop_classes,
+        )
 
     def judge(
         self,
@@ -123,8 +149,9 @@ class Serving:
         application_context: str,
         established: int,
         certificate: str = "",
+        of_peer: Callable[[Policy], int] = lambda policy: 0,
     ) -> Rejection | None:
-        """None when the association may be had; `fields` for the log. `certificate`: see `Admission.judge`."""
+        """None when the association may be had; `fields` for the log. The others: see `Admission.judge`."""
         rejection = self._admission.judge(
             calling=calling,
             called=called,
@@ -132,11 +159,31 @@ class Serving:
             application_context=application_context,
             established=established,
             certificate=certificate,
+            of_peer=of_peer,
         )
         if rejection is not None:
             log.warning("association rejected", extra={"reason": rejection.reason, **fields})
             self.observe.association_rejected(rejection.reason)
         return rejection
+
+    def identify(
+        self,
+        fields: Mapping[str, str],
+        identity: UserIdentity | None,
+        policy: Policy,
+        *,
+        calling: str,
+        address: str,
+        encrypted: bool,
+    ) -> Identified | Rejection:
+        """For whom an association that was admitted is; may take as long as a passcode takes to check."""
+        found = self._identification.judge(identity, policy, calling=calling, address=address, encrypted=encrypted)
+        if isinstance(found, Identified):
+            return found
+        reason = found.rejection.reason
+        log.warning("association rejected", extra={"reason": reason, "why": found.why, **fields})
+        self.observe.association_rejected(reason)
+        return found.rejection
 
     def unanswerable(self, fields: Mapping[str, str]) -> None:
         """Presentation contexts that cannot be told apart (PS3.8 9.3.1.3: an invalid PDU parameter value)."""
@@ -152,8 +199,10 @@ class Serving:
         address: str,
         refused: Sequence[Answer],
         find_options: Mapping[str, FindOptions],
+        policy: Policy,
+        user: str = "",
     ) -> Peer:
-        """An association begins."""
+        """An association begins; `user` is whom it was proved to be for."""
         for answer in refused:
             kind = refusal_kind(answer)
             self.observe.context_refused(kind)
@@ -170,11 +219,7 @@ class Serving:
             calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
         log.info("association accepted", extra={"association": source.association_id, **fields})
-        return Peer(source=source, find_options=find_options)
-
-    def idle_timeout_s(self, calling: str) -> float:
-        """How long an association of that peer may be silent."""
-        return self._admission.idle_timeout_s(calling)
+        return Peer(source=source, find_options=find_options, policy=None if policy.is_open else policy, user=user)
 
     # --- requests and the record of associations
 

@@ -21,7 +21,16 @@ from dicom_node.config import NodeConfig, TlsSettings
 from dicom_node.errors import ConfigError
 from dicom_node.model import TlsClient
 
-__all__ = ["Credentials", "check_tls", "client_context", "client_expiries", "failure", "fingerprint", "for_listener"]
+__all__ = [
+    "Credentials",
+    "check_tls",
+    "client_context",
+    "client_expiries",
+    "failure",
+    "fingerprint",
+    "for_listener",
+    "kept_private",
+]
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +99,7 @@ def _load_pair(
     context: ssl.SSLContext, where: str, certificate: str, key: str, passphrase_env: str, passphrase_file: str
 ) -> None:
     _readable(f"{where}.certificate", certificate)
-    _kept_private(f"{where}.key", key)
+    kept_private(f"{where}.key", key)
 
     def passphrase() -> str:  # asked for only where the key is encrypted; without it OpenSSL would ask the terminal
         return _passphrase(where, passphrase_env, passphrase_file)
@@ -122,7 +131,7 @@ def _readable(where: str, path: str) -> bytes:
         raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; name a PEM file") from None
 
 
-def _kept_private(where: str, path: str) -> None:
+def kept_private(where: str, path: str) -> None:
     """Raises ConfigError for a file that others than its owner may use, or that somebody else owns."""
     try:
         found = Path(path).stat()
@@ -145,7 +154,7 @@ def _passphrase(where: str, variable: str, path: str) -> str:
             return found[:_MAX_PASSPHRASE]
         raise ConfigError(f"{where}.key_passphrase_env: the variable {variable} is not set; set it to the passphrase")
     if path:
-        _kept_private(f"{where}.key_passphrase_file", path)
+        kept_private(f"{where}.key_passphrase_file", path)
         return _readable(f"{where}.key_passphrase_file", path)[:_MAX_PASSPHRASE].decode("latin-1").rstrip("\r\n")
     raise ConfigError(
         f"{where}.key: it is encrypted; set key_passphrase_file, or key_passphrase_env to the name of a variable"

@@ -3,8 +3,8 @@
 Used from one thread. No association holds more than its one buffer, and one of a MiB while it sends. Every wait has an
 end:
 
-* the first PDU must be whole `FIRST_PDU_S` after the connection was made, any other `PDU_S` after it began;
-* a peer that reads nothing for `SEND_S` is gone.
+* the first PDU must be whole `first_pdu_s` after the connection was made, any other `pdu_s` after it began;
+* a peer that reads nothing for `send_s` is gone (`link.Patience`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from dicom_node.dimse.link import (
-    FIRST_PDU_S,
     MAX_PDU_SENT,
-    PDU_S,
-    SEND_S,
+    PATIENT,
     SMALLEST_PDU,
     AgreedContext,
     AssociationLost,
+    Patience,
 )
 from dicom_node.dimse.messages import BadMessage, MessageReader
 from dicom_node.dimse.tls_stream import TlsStream
@@ -78,11 +77,11 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
-def prepare(sock: socket.socket | TlsStream) -> None:
+def prepare(sock: socket.socket | TlsStream, send_s: float) -> None:
     """Set what an association needs of its socket; those that a listener accepts have it from the listener (Linux)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(SEND_S))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_s))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(TICK_S))
 
 
@@ -104,6 +103,7 @@ class Transport:
         *,
         opened_at: float | None = None,
         hosted: bool = False,
+        patience: Patience = PATIENT,
     ) -> None:
         self.log_fields: Mapping[str, str] = {}
         self._acknowledge = False  # the next wait is to begin with an acknowledgement of what came
@@ -119,14 +119,16 @@ class Transport:
         self._corked: list[bytes | memoryview] = []  # messages that wait for the next one
         self._over = self._finished = False
         self._interrupted = False
-        self._deadline = (time.monotonic() if opened_at is None else opened_at) + FIRST_PDU_S  # of the PDU under way
+        self._deadline = (time.monotonic() if opened_at is None else opened_at) + patience.first_pdu_s
+        """Of the PDU under way."""
+        self._pdu_s = patience.pdu_s
         self._filled_at = 0.0
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         self._discarded = 0
         self._poll: Callable[[float], object] | None = sock.ready if isinstance(sock, TlsStream) else None
         if not hosted:
             sock.setblocking(True)
-            prepare(sock)
+            prepare(sock, patience.send_s)
         self.wake()
 
     # --- life
@@ -309,7 +311,7 @@ class Transport:
         connection = self._connection
         began = connection.in_pdu
         if began and connection.pdus != self._pdus:
-            self._pdus, self._deadline = connection.pdus, time.monotonic() + PDU_S
+            self._pdus, self._deadline = connection.pdus, time.monotonic() + self._pdu_s
         elif began and self._contexts:  # what we were busy with meanwhile, a slow disk, is not the peer's fault
             self._deadline += time.monotonic() - self._filled_at
         if began:

@@ -98,6 +98,7 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
             associations: Any = None,
             sink: Any = None,
             neighbours: Any = None,
+            audit: Any = None,
             **settings: Any,
         ) -> Running:
             config = NodeConfig.model_validate({"dicom_port": 0, "storage": NO_RESERVE, **settings})
@@ -123,6 +124,7 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
                 commitments=catalog.queue,
                 sock=sock,
                 neighbours=neighbours,
+                audit=audit,
             )
             port = server.start()
             stack.callback(server.stop, 2.0)

@@ -69,8 +69,8 @@ def test_other_reasons_to_reject(change: dict[str, object], verdict: tuple[int, 
 
 def test_the_idle_limit_is_the_peers_own() -> None:
     admission = Admission(NodeConfig.model_validate({"peers": PEERS, "association_idle_timeout_s": 30}))
-    assert admission.idle_timeout_s("CT1") == 7200
-    assert admission.idle_timeout_s("ROAMING") == 30
+    assert admission.policy("CT1", "10.1.2.3").idle_timeout_s == 7200
+    assert admission.policy("ROAMING", "203.0.113.9").idle_timeout_s == 30
 
 
 def test_a_host_that_is_no_address_is_an_error_of_the_configuration() -> None:

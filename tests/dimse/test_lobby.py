@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from dicom_node.dimse import lobby as lobby_module
 from dicom_node.dimse.lobby import Lobby, Visit
 
 WaitFor = Callable[[Callable[[], object], float, str], None]
@@ -139,9 +138,9 @@ def test_one_that_is_late_as_it_comes_back_is_closed_once(
 
 
 def test_whoever_comes_is_heard_though_the_one_who_has_to_go_for_it_makes_trouble(
-    hall: Hall, come: Callable[[], socket.socket], wait_for: WaitFor, monkeypatch: pytest.MonkeyPatch
+    hall: Hall, come: Callable[[], socket.socket], wait_for: WaitFor
 ) -> None:
-    monkeypatch.setattr(lobby_module, "MAX_SILENT", 1)
+    hall.lobby._most_silent = 1
     hall.failure = OSError("the record cannot be written")
     come()
     wait_for(lambda: hall.lobby.silent == 1, 5.0, "the first")

@@ -423,23 +423,17 @@ def accepted_contexts(body: bytes) -> dict[int, tuple[int, str]]:
     "first", [b"", b"\1", struct.pack(">BBI", 1, 0, 300), struct.pack(">BBI", 1, 0, 300) + b"x" * 9]
 )
 def test_a_peer_that_does_not_finish_its_request_is_closed(
-    serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, first: bytes
+    serve: Callable[..., Any], raw_peer: Any, first: bytes
 ) -> None:
-    for module in ("pynetdicom_scp", "pynetdicom_link", "server", "lobby", "transport"):
-        monkeypatch.setattr(f"dicom_node.dimse.{module}.FIRST_PDU_S", 0.3)
-    node = serve()
+    node = serve(bounds={"first_pdu_s": 0.3})
     peer = raw_peer(node.port)
     peer.socket.sendall(first)
     assert peer.read_pdu()[0] in (0, 7)
     assert node.server.active_associations == 0
 
 
-def test_a_peer_that_stops_inside_a_pdu_is_closed(
-    serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("pynetdicom_link", "transport"):
-        monkeypatch.setattr(f"dicom_node.dimse.{module}.PDU_S", 0.3)
-    node = serve()
+def test_a_peer_that_stops_inside_a_pdu_is_closed(serve: Callable[..., Any], raw_peer: Any) -> None:
+    node = serve(bounds={"pdu_s": 0.3})
     peer = raw_peer(node.port)
     peer.associate([(1, CT, [EXPLICIT])])
     peer.socket.sendall(struct.pack(">BBI", 4, 0, 5000) + b"x" * 100)

@@ -447,10 +447,9 @@ def test_whoever_takes_the_wrong_port_is_closed_at_once_and_told_in_the_log(
 
 
 def test_a_handshake_that_is_not_finished_holds_no_thread_and_is_closed(
-    secure: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    secure: Callable[..., Any], raw_peer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_module, "FIRST_PDU_S", 1.0)
-    node = secure()
+    node = secure(bounds={"first_pdu_s": 1.0})
     threads, hello = threading.active_count(), client_hello()
     peer, began = raw_peer(node.port), time.monotonic()
     with pytest.raises((ConnectionError, AssertionError)):
@@ -547,9 +546,8 @@ def test_many_messages_in_one_record_and_one_message_in_many_records_are_served(
 def test_half_a_record_keeps_to_the_deadline_of_its_pdu(
     secure: Callable[..., Any], tls_peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport_module, "PDU_S", 1.0)
     monkeypatch.setattr(transport_module, "LINGER_S", 0.1)  # what comes after our A-ABORT is read this long
-    node = secure()
+    node = secure(bounds={"pdu_s": 1.0})
     peer = tls_peer(node.port)
     assert peer.associate(CONTEXTS)[0] == 2
     peer.socket.sendall(b"\4\0\0\0\0\x40")  # the head of a PDU, then a record that comes by drops and never ends

@@ -61,11 +61,11 @@ def read_and_close(visit: Visit) -> None:
 
 
 def test_whoever_has_waited_longest_without_a_word_makes_room_for_another(
-    lobby: Any, monkeypatch: pytest.MonkeyPatch
+    lobby: Any,
 ) -> None:
-    monkeypatch.setattr(lobby_module, "MAX_SILENT", 1)
     spoken: queue.SimpleQueue[Visit] = queue.SimpleQueue()
-    _, address = lobby(spoken.put, 4)
+    made, address = lobby(spoken.put, 4)
+    made._most_silent = 1
     with socket.create_connection(address, timeout=5.0) as first, socket.create_connection(address) as second:
         assert first.recv(1) == b""
         second.sendall(b"\1")
@@ -220,12 +220,9 @@ class Stalled:
 
 
 @pytest.mark.parametrize("wire", ["own"])
-def test_a_pdu_is_not_late_because_the_disk_was(
-    serve: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dicom_node.dimse.transport.PDU_S", 0.6)
+def test_a_pdu_is_not_late_because_the_disk_was(serve: Callable[..., Any], raw_peer: Any) -> None:
     sink = Stalled()
-    peer = raw_peer(serve(sink=sink).port)
+    peer = raw_peer(serve(sink=sink, bounds={"pdu_s": 0.6}).port)
     peer.associate([(1, CT, [EXPLICIT])])
     peer.send_command(1, **STORE_RQ, MessageID=1, AffectedSOPInstanceUID="1.2.3")
     peer.socket.sendall(struct.pack(">BBIIBB", 4, 0, 36, 32, 1, 2) + bytes(10))

@@ -1,0 +1,92 @@
+"""How much in how much time: token buckets, and what one peer has of them. Waits for nothing itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from dicom_node.config import RateSettings
+
+__all__ = ["AddressBuckets", "Bucket", "Rates"]
+
+MAX_ADDRESSES = 4096
+
+
+class Bucket:
+    """`rate` in a second, `burst` of them at once after a pause. Thread-safe.
+
+    Kept as one moment: until when everything that was taken is paid for.
+    """
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._each_s, self._burst_s, self._clock = 1.0 / rate, max(burst, 1.0) / rate, clock
+        self._paid_until = float("-inf")
+        self._guard = threading.Lock()
+
+    def take(self, amount: float = 1.0) -> float:
+        """Take it though it may not be there yet; in how many seconds it will be."""
+        with self._guard:
+            now = self._clock()
+            self._paid_until = max(self._paid_until, now - self._burst_s) + amount * self._each_s
+            return max(self._paid_until - now, 0.0)
+
+    def takes(self, amount: float = 1.0) -> bool:
+        """Take it if it is there."""
+        with self._guard:
+            now = self._clock()
+            paid_until = max(self._paid_until, now - self._burst_s) + amount * self._each_s
+            if paid_until > now + 1e-9:
+                return False
+            self._paid_until = paid_until
+            return True
+
+    def give_back(self, amount: float = 1.0) -> None:
+        """It was taken for nothing."""
+        with self._guard:
+            self._paid_until -= amount * self._each_s
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing was taken lately."""
+        return self._paid_until <= self._clock() - self._burst_s
+
+
+class Rates:
+    """What one peer may ask, all its associations in this process together. None: as much as it likes."""
+
+    def __init__(self, settings: RateSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        def bucket(rate: float | None, per_s: float) -> Bucket | None:
+            return None if rate is None else Bucket(rate / per_s, rate, clock)
+
+        self.objects = bucket(settings.objects_per_s, 1.0)
+        self.data = bucket(settings.bytes_per_s, 1.0)
+        self.queries = bucket(settings.queries_per_minute, 60.0)
+        self.associations = bucket(settings.associations_per_minute, 60.0)
+
+
+class AddressBuckets:
+    """A bucket for each address that comes; of those that nothing was taken from lately none is kept."""
+
+    def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._clock = per_minute, clock
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def of(self, address: str) -> Bucket:
+        """That address's."""
+        with self._guard:
+            found = self._buckets.get(address)
+            if found is None:
+                if len(self._buckets) >= MAX_ADDRESSES:
+                    self._shrink()
+                found = self._buckets[address] = Bucket(self._per_minute / 60.0, self._per_minute, self._clock)
+            self._buckets.move_to_end(address)
+            return found
+
+    def _shrink(self) -> None:
+        for address in [known for known, bucket in self._buckets.items() if bucket.is_full]:
+            del self._buckets[address]
+        while len(self._buckets) >= MAX_ADDRESSES:  # a flood from everywhere: who came long ago is forgotten
+            self._buckets.popitem(last=False)
