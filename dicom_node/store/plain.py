@@ -26,10 +26,12 @@ _SHARED_KEYWORDS = (*_STUDY_KEYWORDS, *INDEXED[Level.SERIES])
 
 _KNOWN = (
     "SELECT study.patient_id, study.issuer, study.attributes AS of_study, study.modalities, study.sop_classes, "
-    "patient.attributes AS of_patient, series.attributes AS of_series, series.routing, series.instance_count "
+    "patient.attributes AS of_patient, series.attributes AS of_series, series.routing, series.instance_count, "
+    "EXISTS (SELECT 1 FROM study_association WHERE study_instance_uid = study.study_instance_uid "
+    "AND association_id = :association) AS is_fed "
     "FROM series JOIN study ON study.study_instance_uid = series.study_instance_uid "
     "JOIN patient ON patient.id = study.patient "
-    "WHERE series.study_instance_uid = ? AND series.series_instance_uid = ?"
+    "WHERE series.study_instance_uid = :study AND series.series_instance_uid = :series"
 )
 _WHERE = "WHERE study_instance_uid = ? AND series_instance_uid = ?"
 _COUNT_OTHER = f"UPDATE series SET instance_count = instance_count + 1 {_WHERE}"
@@ -57,7 +59,9 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
     """
     header = record.header
     study, series = header.study_instance_uid, header.series_instance_uid
-    known = connection.execute(_KNOWN, (study, series)).fetchone()
+    association = record.source.association_id
+    wanted = {"study": study, "series": series, "association": association}
+    known = connection.execute(_KNOWN, wanted).fetchone()
     image = is_image(header)
     if known is None or (image and known["routing"] != "open") or another_patient(known, header):
         return False
@@ -80,10 +84,10 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
             *(record.received_boot.seconds, record.received_boot.boot_id, utc_text(record.received_at), study),
         ),
     )
-    if record.source.association_id is not None:
+    if association is not None and not known["is_fed"]:
         connection.execute(
             "INSERT OR IGNORE INTO study_association (study_instance_uid, association_id) VALUES (?, ?)",
-            (study, record.source.association_id),
+            (study, association),
         )
     return True
 
