@@ -25,6 +25,7 @@ from pydicom.datadict import dictionary_VM, dictionary_VR, tag_for_keyword
 
 from dicom_node.errors import InvalidInstance
 from dicom_node.model import InstanceHeader, Level
+from dicom_node.shapes import Shapes, shape_of
 
 __all__ = ["DEFLATED_SYNTAXES", "INDEXED", "is_image", "multi_valued", "normalise_uid", "scan", "value_representation"]
 
@@ -75,6 +76,8 @@ INDEXED: Mapping[Level, tuple[str, ...]] = {
 MAX_DEPTH = 64  # sequences inside sequences
 MAX_ELEMENTS = 10_000_000  # bounds the time one object may take; a 100 000-frame slide has three million
 MAX_VALUE_BYTES = 32 * 1024  # a longer value is left to the file
+HEAD_BYTES = 8 * 1024  # most headers are shorter
+SHORT_VALUE = 64  # bytes of a value whose text is remembered: most are the same in every slice of a series
 MAX_INFLATED_BYTES = 4 * 1024**3  # a deflated data set that unpacks to more is a bomb
 
 _UNDEFINED = 0xFFFFFFFF
@@ -94,9 +97,10 @@ _SHORT_VRS = frozenset(
     | {b"ST", b"TM", b"UI", b"UL", b"US"}
 )
 _ENCAPSULATED_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW"})
-_NUMBERS = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d", "UV": "Q", "SV": "q"}
-_LOCAL_TEXT_VRS = frozenset({"SH", "LO", "ST", "LT", "UC", "UT", "PN"})  # PS3.5 6.1.2.2: what (0008,0005) applies to
-_ONE_VALUE_VRS = frozenset({"ST", "LT", "UT", "UR"})
+_NUMBERS = {b"US": "H", b"SS": "h", b"UL": "I", b"SL": "i", b"FL": "f", b"FD": "d", b"UV": "Q", b"SV": "q"}
+# PS3.5 6.1.2.2: what (0008,0005) applies to
+_LOCAL_TEXT_VRS = frozenset({b"SH", b"LO", b"ST", b"LT", b"UC", b"UT", b"PN"})
+_ONE_VALUE_VRS = frozenset({b"ST", b"LT", b"UT", b"UR"})
 
 IMPLICIT_SYNTAXES = frozenset({"1.2.840.10008.1.2", "1.2.840.113619.5.2"})  # the second: GE, big endian pixels only
 BIG_ENDIAN_SYNTAX = "1.2.840.10008.1.2.2"
@@ -141,7 +145,7 @@ def value_representation(keyword: str) -> str:
 @lru_cache(maxsize=1024)
 def multi_valued(keyword: str) -> bool:
     """Whether the attribute may have several values, joined by a backslash."""
-    return dictionary_VM(keyword) != "1" and value_representation(keyword) not in _ONE_VALUE_VRS
+    return dictionary_VM(keyword) != "1" and value_representation(keyword).encode() not in _ONE_VALUE_VRS
 
 
 # --- UIDs ----------------------------------------------------------------------------------------------------------
@@ -156,6 +160,11 @@ def normalise_uid(text: str) -> tuple[str, bool]:
     PS3.5 9.1: 1-64 digits and dots, no empty component. Leading zeros stay: two UIDs are equal when their characters
     are. Raises InvalidInstance for anything else.
     """
+    return _normalised(text) if len(text) <= SHORT_VALUE + 2 else _normalised.__wrapped__(text)
+
+
+@lru_cache(maxsize=1024)
+def _normalised(text: str) -> tuple[str, bool]:
     uid = text.strip("\0 ")
     if len(uid) > 64 or not _UID.fullmatch(uid):
         raise InvalidInstance("a UID is not 1-64 digits and dots without an empty component")
@@ -186,21 +195,25 @@ class _Frame:
 
 @dataclass(slots=True)
 class _Walk:
-    """One pass over a data set; `found` has (VR, start, end) of wanted top-level values."""
+    """One pass over a data set; `found` has VR and bytes of wanted top-level values."""
 
     data: memoryview
     implicit: bool
     little: bool
     partial: bool = False  # `data` is a prefix; the end is not known
-    found: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    found: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     pixel_data_offset: int | None = None
+    head: bytes = b""  # a copy of the beginning
+    _top: list[int] | None = None  # where elements begin, while their shape is learned
+    _nested: list[int] = field(default_factory=list)
     _count: int = 0  # of elements and items
 
     def run(self) -> None:
         """Walk to the end. Raises InvalidInstance, and _BeyondPrefix when `partial`."""
+        self.head = bytes(self.data[:HEAD_BYTES])
+        position = 0 if self.implicit or self.partial else self._known_beginning()
         end = 2**62 if self.partial else len(self.data)
         stack = [_Frame(of_items=False, end=end, undefined=False, implicit=self.implicit, lenient=False)]
-        position = 0
         while stack:
             frame = stack[-1]
             if position == frame.end and not frame.undefined:
@@ -221,24 +234,54 @@ class _Walk:
                 raise InvalidInstance(f"the data set has more than {MAX_ELEMENTS} elements")
             if len(stack) > 2 * MAX_DEPTH:
                 raise InvalidInstance(f"sequences are nested deeper than {MAX_DEPTH}")
+        if self._top is not None:
+            self._learn(position)
+
+    def _known_beginning(self) -> int:
+        """Step over a beginning that was walked before in another data set; where that ends."""
+        shape, learn = _shapes.find(len(self.data), self.little, self.head)
+        if shape is None:
+            self._top = [] if learn else None
+            return 0
+        values = zip(shape.vrs, shape.values(self.head), strict=True)
+        self.found = dict(zip(shape.tags, values, strict=True))
+        self._count = shape.count
+        return shape.end
+
+    def _learn(self, end: int) -> None:
+        """Remember how what was walked lies. All that a walk depends on must have been noted; else nothing is."""
+        top, self._top = self._top, None
+        if top is None:
+            return
+        if not top or top[-1] != end:
+            top.append(end)
+        shape = shape_of(self.head, top, self._nested, little=self.little, kept=_interesting(), short=_SHORT_VRS)
+        _shapes.keep(len(self.data), self.little, shape)
 
     def _plain_elements(self, frame: _Frame, position: int, *, top: bool) -> int:
         """Step over explicit elements with a short VR, which nearly all are; `_element` takes what this stops at."""
         data, end, count = self.data, frame.end, 0
         last = min(end, len(data)) - 8
         unpack = (_LE_EXPLICIT if self.little else _BE_EXPLICIT).unpack_from
-        interesting = _interesting()
+        short, found, interesting = _SHORT_VRS, self.found, _interesting() if top else frozenset()
+        head = self.head  # slices of bytes cost a third of those of a view
+        learned = (self._top if top else self._nested) if self._top is not None else None
         while position <= last and count <= MAX_ELEMENTS:
             group, element, vr, length = unpack(data, position)
-            stop = position + 8 + length
-            if vr not in _SHORT_VRS or stop > end or group == 0xFFFE:
+            start = position + 8
+            stop = start + length
+            if vr not in short or stop > end or group == 0xFFFE:
                 break
-            if top:
-                if group < 8 and group in (0x0000, 0x0002):
-                    break
-                tag = group << 16 | element
-                if tag in interesting:
-                    self._keep(tag, vr, position + 8, length)
+            if top and group < 8 and group in (0x0000, 0x0002):
+                break
+            if learned is not None and position < HEAD_BYTES:
+                learned.append(position)
+            tag = group << 16 | element
+            if tag in interesting:
+                if length <= SHORT_VALUE and stop <= len(head) and tag not in found:
+                    found[tag] = vr, head[start:stop]
+                else:
+                    self._keep(tag, vr, start, length)
             position = stop
             count += 1
         self._count += count
@@ -254,6 +297,8 @@ class _Walk:
         frame = stack[-1]
         start = position + 8
         self._need(start, frame.end)
+        if self._top is not None and position < HEAD_BYTES:
+            self._nested.append(position)
         group, element, length = (_LE_TAG if self.little else _BE_TAG).unpack_from(self.data, position)
         tag = group << 16 | element
         if tag == _SEQUENCE_END:
@@ -294,6 +339,8 @@ class _Walk:
             else:
                 vr, length, start = self._odd_vr(frame, position, group, vr, length)
         tag = group << 16 | element
+        if self._top is not None and position < HEAD_BYTES:
+            (self._top if len(stack) == 1 else self._nested).append(position)
         if group == 0xFFFE:
             return self._delimiter(stack, tag, start)
         if len(stack) == 1:
@@ -303,8 +350,10 @@ class _Walk:
                 self._keep(tag, vr, start, length)
             elif tag in _PIXEL_TAGS and self.pixel_data_offset is None:
                 self.pixel_data_offset = position
+                self._learn(position)
         if length == _UNDEFINED:
             if vr in _ENCAPSULATED_VRS or tag in _PIXEL_TAGS:
+                self._top = None  # what is within is not noted
                 return self._fragments(start, frame.end)
             # PS3.5 6.2.2 note 2: UN of undefined length holds an implicit little endian sequence (and not all obey)
             stack.append(_Frame(True, frame.end, True, frame.implicit, True))
@@ -322,6 +371,7 @@ class _Walk:
         (implicit_length,) = (_LE_LONG if self.little else _BE_LONG).unpack_from(self.data, position + 4)
         if group == 0xFFFE:  # delimiters never have a VR
             return b"", implicit_length, position + 8
+        self._top = None  # a guess is made anew for each data set
         if vr.isalpha() and vr.isupper():
             # PS3.5 7.1.2: VRs to come have reserved bytes and a 32-bit length; what was never in the Standard may not
             if length == 0 and position + 12 <= min(frame.end, len(self.data)):
@@ -344,7 +394,7 @@ class _Walk:
         if tag in _IDENTITY and tag in self.found:
             raise InvalidInstance(f"{_IDENTITY[tag]} appears twice")
         if length <= MAX_VALUE_BYTES and start + length <= len(self.data):
-            self.found[tag] = (vr.decode("ascii"), start, start + length)
+            self.found[tag] = vr, bytes(self.data[start : start + length])
 
     def _fragments(self, position: int, end: int) -> int:
         """Skip an encapsulated value (PS3.5 A.4): items of defined length up to the sequence delimiter."""
@@ -365,6 +415,9 @@ class _Walk:
 _LE_TAG, _BE_TAG = struct.Struct("<HHI"), struct.Struct(">HHI")
 _LE_EXPLICIT, _BE_EXPLICIT = struct.Struct("<HH2sH"), struct.Struct(">HH2sH")
 _LE_LONG, _BE_LONG = struct.Struct("<I"), struct.Struct(">I")
+
+
+_shapes = Shapes()
 
 
 @lru_cache(maxsize=1)
@@ -433,22 +486,23 @@ def _header(walk: _Walk, transfer_syntax_uid: str) -> InstanceHeader:
     uids: dict[str, str] = {}
     irregular = False
     for tag, keyword in _IDENTITY.items():
-        _, start, end = walk.found.get(tag, ("", 0, 0))
-        if start == end:
+        _, raw = walk.found.pop(tag, _ABSENT)
+        if not raw:
             raise InvalidInstance(f"{keyword} is missing or empty")
-        uids[keyword], odd = normalise_uid(bytes(walk.data[start:end]).decode("latin-1"))
+        uids[keyword], odd = normalise_uid(raw.decode("latin-1"))
         irregular |= odd
-    _, start, end = walk.found.get(_CHARACTER_SET, ("", 0, 0))
-    character_set = bytes(walk.data[start:end]).decode("latin-1").strip("\0 ")
-    codecs = _codecs(character_set)
+    _, raw = walk.found.pop(_CHARACTER_SET, _ABSENT)
+    character_set = raw.decode("latin-1").strip("\0 ")
+    codecs, little = _codecs(character_set), walk.little
     attributes: dict[str, str] = {}
     wanted = _wanted()
-    for tag, (vr, start, end) in walk.found.items():
-        if tag in wanted:
-            # an implicit element, or one said to be UN, has the VR of the dictionary
-            known = vr if vr not in ("", "UN", "OB") else value_representation(wanted[tag])
-            if text := _text(bytes(walk.data[start:end]), known, codecs, walk.little):
-                attributes[wanted[tag]] = text
+    for tag, (vr, raw) in walk.found.items():
+        keyword = wanted[tag]
+        # an implicit element, or one said to be UN, has the VR of the dictionary
+        known = value_representation(keyword).encode() if vr in _UNSAID else vr
+        text = (_short_text if len(raw) <= SHORT_VALUE else _text)(raw, known, codecs, little)
+        if text:
+            attributes[keyword] = text
     return InstanceHeader(
         sop_class_uid=uids["SOPClassUID"],
         sop_instance_uid=uids["SOPInstanceUID"],
@@ -462,7 +516,11 @@ def _header(walk: _Walk, transfer_syntax_uid: str) -> InstanceHeader:
     )
 
 
-def _text(raw: bytes, vr: str, codecs: tuple[str, ...], little: bool) -> str:
+_ABSENT = b"", b""
+_UNSAID = frozenset({b"", b"UN", b"OB"})
+
+
+def _text(raw: bytes, vr: bytes, codecs: tuple[str, ...], little: bool) -> str:
     if (code := _NUMBERS.get(vr)) is not None:
         size = struct.calcsize(code)
         count = len(raw) // size
@@ -477,11 +535,14 @@ def _text(raw: bytes, vr: str, codecs: tuple[str, ...], little: bool) -> str:
     return "\\".join(value.strip("\0 ") for value in text.split("\\")) if "\\" in text else text.strip("\0 ")
 
 
-def _decode(raw: bytes, vr: str, codecs: tuple[str, ...]) -> str:
+_short_text = lru_cache(maxsize=4096)(_text)
+
+
+def _decode(raw: bytes, vr: bytes, codecs: tuple[str, ...]) -> str:
     """Decode before splitting at backslashes: in GB18030, GBK and Shift JIS they occur as second bytes."""
     if b"\x1b" not in raw:
         return raw.decode(codecs[0], "replace")
-    delimiters = _NAME_DELIMITERS if vr == "PN" else _DELIMITERS
+    delimiters = _NAME_DELIMITERS if vr == b"PN" else _DELIMITERS
     return "".join(_decode_fragment(part, codecs, delimiters) for part in _FRAGMENTS.findall(raw))
 
 

@@ -16,7 +16,7 @@ CORE = {
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
-    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests"),
+    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests", "shapes"),
 }
 # the composition root: may import anything
 ROOT = {

@@ -18,6 +18,7 @@ __all__ = [
     "element",
     "encode_command",
     "error_comment",
+    "store_response",
 ]
 
 CommandValue = str | int | Sequence[int] | Sequence[str]
@@ -70,7 +71,7 @@ _ELEMENTS: Mapping[str, tuple[int, str]] = {
     "MoveOriginatorApplicationEntityTitle": (0x1030, "AE"),
     "MoveOriginatorMessageID": (0x1031, "US"),
 }
-_MESSAGE_ID, _INSTANCE = 0x0110, 0x1000
+_MESSAGE_ID, _RESPONDED_TO, _INSTANCE = 0x0110, 0x0120, 0x1000
 
 
 def encode_command(fields: Mapping[str, CommandValue]) -> bytes:
@@ -112,6 +113,22 @@ class StoreRequests:
         return b"".join(
             (_GROUP_LENGTH.pack(0, 0, 4, length), self._before, message, self._between, instance, self._after)
         )
+
+
+def store_response(sop_class_uid: str, message_id: int, status: int, sop_instance_uid: str) -> bytes:
+    """A C-STORE-RSP that says no more than its status (PS3.7 table 9.3-2), as `encode_command` makes it."""
+    before, after = _around_message_id(sop_class_uid, status)
+    message, instance = _US.pack(0, _RESPONDED_TO, 2, message_id), _encode(_INSTANCE, "UI", sop_instance_uid)
+    length = len(before) + len(message) + len(after) + len(instance)
+    return b"".join((_GROUP_LENGTH.pack(0, 0, 4, length), before, message, after, instance))
+
+
+@lru_cache(maxsize=256)
+def _around_message_id(sop_class_uid: str, status: int) -> tuple[bytes, bytes]:
+    before = _elements(
+        {"AffectedSOPClassUID": sop_class_uid, "CommandField": CommandField.C_STORE | CommandField.RESPONSE}
+    )
+    return before, _elements({"CommandDataSetType": NO_DATA_SET, "Status": status})
 
 
 def element(keyword: str) -> int:

@@ -10,7 +10,14 @@ import time
 from collections.abc import Callable
 
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, Participant
-from dicom_node.dimse.commands import NO_DATA_SET, CommandField, CommandValue, encode_command, error_comment
+from dicom_node.dimse.commands import (
+    NO_DATA_SET,
+    CommandField,
+    CommandValue,
+    encode_command,
+    error_comment,
+    store_response,
+)
 from dicom_node.dimse.commitment import CommitmentService
 from dicom_node.dimse.contexts import (
     FIND_SOP_CLASSES,
@@ -233,6 +240,7 @@ class Requests:
 
     def _receive(self, request: Request) -> int:
         peer, sop_instance_uid = request.peer, request.uid("AffectedSOPInstanceUID")
+        sop_class_uid = request.uid("AffectedSOPClassUID")
         fields: dict[str, CommandValue] = {}
         if sop_instance_uid:
             fields["AffectedSOPInstanceUID"] = sop_instance_uid
@@ -251,7 +259,7 @@ class Requests:
                 StoreRequest(
                     context_sop_class_uid=request.sop_class_uid,
                     transfer_syntax_uid=request.transfer_syntax,
-                    sop_class_uid=request.uid("AffectedSOPClassUID"),
+                    sop_class_uid=sop_class_uid,
                     sop_instance_uid=sop_instance_uid,
                 ),
                 data_set,
@@ -270,6 +278,10 @@ class Requests:
             self._note_failure(peer)
         if comment and status:
             fields["ErrorComment"] = error_comment(comment)
+        elif sop_class_uid and sop_instance_uid:  # as nearly all are
+            answer = store_response(sop_class_uid, request.message_id, status, sop_instance_uid)
+            request.link.send_message(request.message.context_id, answer)
+            return status
         request.respond({"Status": status, **fields})
         return status
 

@@ -39,6 +39,7 @@ COERCED = 0xB000  # PS3.4 table B.2-1: a warning; here, the same instance is kep
 CONFLICT = 0xC409
 PROCESSING_FAILURE = 0x0110  # PS3.7 C.5.1
 
+_STORED = StoreResult(status=SUCCESS, outcome=StoreOutcome.NEW)
 _NODE = Source(calling_ae_title="", called_ae_title="", address="")
 _PIECE = 1024 * 1024
 
@@ -209,6 +210,8 @@ class Ingest:
     def _answer(self, record: InstanceRecord, outcome: StoreOutcome) -> StoreResult:
         if self._on_stored is not None:
             self._on_stored(record, outcome)
+        if outcome is StoreOutcome.NEW and not log.isEnabledFor(logging.DEBUG):
+            return _STORED
         extra = {
             "action": "instance_stored",
             "outcome": outcome.value,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import threading
+from collections import deque
 
 __all__ = ["BLOCK", "BUFFER", "RecordBuffer", "RecordBuffers", "blocks"]
 
@@ -24,19 +24,18 @@ class RecordBuffers:
     """Buffers that are used again. Whatever was in one is in it still."""
 
     def __init__(self) -> None:
-        self._free: list[RecordBuffer] = []
-        self._guard = threading.Lock()
+        self._free: deque[RecordBuffer] = deque(maxlen=_KEPT)  # one too many pushes another out
 
     def take(self) -> RecordBuffer:
         """One that nobody else uses."""
-        with self._guard:
-            return self._free.pop() if self._free else RecordBuffer()
+        try:
+            return self._free.pop()
+        except IndexError:
+            return RecordBuffer()
 
     def give_back(self, buffer: RecordBuffer) -> None:
         """It may be used again; no view of it may be used any more."""
-        with self._guard:
-            if len(self._free) < _KEPT:
-                self._free.append(buffer)
+        self._free.append(buffer)
 
 
 def blocks(length: int) -> int:

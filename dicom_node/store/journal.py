@@ -100,7 +100,8 @@ class Journal:
         self._segments: list[_Segment] = []
         self._active: _Segment | None = None
         self._sequence = 0
-        self._changed = threading.Condition()
+        self._guard = threading.Lock()
+        self._changed = threading.Condition(self._guard)
         self._wants = threading.Event()  # something for the thread to do
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -225,7 +226,10 @@ class Journal:
         except OSError as exc:
             self._failed("an object could not be written to the intake journal", exc)
             self.refused += 1
-            self._settle(segment, retire=True)
+            with self._guard:
+                if segment is self._active:
+                    segment.state, self._active = _State.FULL, None
+                self._settle(segment)
             return None
         finally:
             self._written()
@@ -234,7 +238,7 @@ class Journal:
     def _reserve(self, need: int, faults: int) -> tuple[_Segment, int, int] | None:
         """A place of its own in the active segment, or in the next one; None when none gets free in time."""
         deadline = None
-        with self._changed:
+        with self._guard:
             while self._thread is not None and not self._closing and faults == self.faults:
                 active = self._active
                 if active is not None and active.end + need <= active.size:
@@ -277,38 +281,40 @@ class Journal:
             done += count
 
     def _written(self) -> None:
-        with self._changed:
+        with self._guard:
             self._writing -= 1
-            self._changed.notify_all()
+            if self._closing:
+                self._changed.notify_all()
 
     def settled(self, place: JournalPlace, *, kept: bool = True) -> None:
         """The index has noted this record, or it will never be indexed: its segment need not wait for it.
 
         Not `kept`: nor shall it be found after a crash, as far as the disk allows.
         """
-        with self._changed:
-            segment = next((one for one in self._segments if one.name == place.segment), None)
-            if segment is None:
+        with self._guard:
+            for segment in self._segments:
+                if segment.name == place.segment:
+                    break
+            else:
                 return
-            withdrawn = not kept and not self._closing
-            self._writing += withdrawn
+            if kept or self._closing:
+                self._settle(segment)
+                return
+            self._writing += 1
         try:
-            if withdrawn:
-                self._put_block(segment.fd, bytes(BLOCK), place.offset)
+            self._put_block(segment.fd, bytes(BLOCK), place.offset)
         except OSError as exc:
             self._failed("a record of the intake journal could not be withdrawn", exc)
         finally:
-            if withdrawn:
-                self._written()
-            self._settle(segment)
+            self._written()
+            with self._guard:
+                self._settle(segment)
 
-    def _settle(self, segment: _Segment, *, retire: bool = False) -> None:
-        with self._changed:
-            segment.unsettled -= 1
-            if retire and segment is self._active:
-                segment.state, self._active = _State.FULL, None
-            if segment.state is _State.FULL and not segment.unsettled:
-                self._wants.set()
+    def _settle(self, segment: _Segment) -> None:
+        """`_guard` held."""
+        segment.unsettled -= 1
+        if not segment.unsettled and segment.state is _State.FULL:
+            self._wants.set()
 
     # --- bringing it to disk
 

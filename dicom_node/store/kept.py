@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from dicom_node.headers import value_representation
 from dicom_node.model import InstanceHeader
@@ -24,21 +25,29 @@ __all__ = [
 KEY_SUFFIX = ".key"  # beside a PN attribute in JSON: its folded form, for matching
 
 
-def kept_attributes(attributes: Mapping[str, str], keywords: Iterable[str]) -> dict[str, str]:
+def kept_attributes(attributes: Mapping[str, str], keywords: tuple[str, ...]) -> dict[str, str]:
     """The attributes of one level as the index keeps them, person names with their folded form."""
     kept: dict[str, str] = {}
-    for keyword in keywords:
+    for keyword, vr in _kinds(keywords):
         if text := attributes.get(keyword):
-            vr = value_representation(keyword)
-            # PS3.5 6.2: 1993.08.22 and 10:09:07 are the forms of ACR-NEMA; kept as today's, so that ranges work
-            if vr == "DA":
-                text = _OLD_DATE.sub(r"\1\2\3", text)
-            elif vr == "TM":
-                text = text.replace(":", "")
+            if vr:
+                # PS3.5 6.2: 1993.08.22 and 10:09:07 are the forms of ACR-NEMA; kept as today's, so that ranges work
+                if vr == "DA":
+                    text = _OLD_DATE.sub(r"\1\2\3", text) if "." in text else text
+                elif vr == "TM":
+                    text = text.replace(":", "")
+                else:
+                    kept[keyword] = text  # before its folded form
+                    kept[keyword + KEY_SUFFIX] = name_key(text)
             kept[keyword] = text
-            if vr == "PN":
-                kept[keyword + KEY_SUFFIX] = name_key(text)
     return kept
+
+
+@lru_cache(maxsize=64)
+def _kinds(keywords: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Each keyword with its VR where that makes a difference, else with ''."""
+    with_vr = ((keyword, value_representation(keyword)) for keyword in keywords)
+    return tuple((keyword, vr if vr in ("DA", "TM", "PN") else "") for keyword, vr in with_vr)
 
 
 def filled(old: Mapping[str, str], new: Mapping[str, str], overwrite: bool) -> dict[str, str] | None:

@@ -15,21 +15,41 @@ from dicom_node.headers import INDEXED, is_image
 from dicom_node.model import InstanceRecord, Level, Origin
 from dicom_node.store.kept import another_patient, filled, joined, kept_attributes
 from dicom_node.store.receipts import note_receipt
-from dicom_node.store.rows import json_text, source_text, utc_text
+from dicom_node.store.rows import source_text, texts_json, utc_text
 
 __all__ = ["LAST", "insert_plain", "write_instance"]
 
+_NUMBER = re.compile(r"[+-]?[0-9]{1,12}")
 LAST = 2**62  # instance_order of an instance whose number is none
 _STUDY_KEYWORDS = (*INDEXED[Level.PATIENT], *INDEXED[Level.STUDY])
 _SHARED_KEYWORDS = (*_STUDY_KEYWORDS, *INDEXED[Level.SERIES])
 
 _KNOWN = (
     "SELECT study.patient_id, study.issuer, study.attributes AS of_study, study.modalities, study.sop_classes, "
-    "patient.attributes AS of_patient, series.attributes AS of_series, series.routing, series.instance_count "
+    "patient.attributes AS of_patient, series.attributes AS of_series, series.routing, series.instance_count, "
+    "EXISTS (SELECT 1 FROM study_association WHERE study_instance_uid = study.study_instance_uid "
+    "AND association_id = :association) AS is_fed "
     "FROM series JOIN study ON study.study_instance_uid = series.study_instance_uid "
     "JOIN patient ON patient.id = study.patient "
-    "WHERE series.study_instance_uid = ? AND series.series_instance_uid = ?"
+    "WHERE series.study_instance_uid = :study AND series.series_instance_uid = :series"
 )
+_WHERE = "WHERE study_instance_uid = ? AND series_instance_uid = ?"
+_COUNT_OTHER = f"UPDATE series SET instance_count = instance_count + 1 {_WHERE}"
+_COUNT_IMAGE = (
+    "UPDATE series SET instance_count = instance_count + 1, image_count = image_count + 1, "
+    f"received_seq = received_seq + 1, source = ? {_WHERE}"
+)
+_COUNT_IN_STUDY = (
+    "UPDATE study SET instance_count = instance_count + 1, series_count = series_count + ?, modalities = ?, "
+    "sop_classes = ?, last_boot_s = ?, last_boot_id = ?, last_received_at = ? WHERE study_instance_uid = ?"
+)
+_INSERT = (
+    "INSERT INTO instance (sop_instance_uid, sop_class_uid, study_instance_uid, series_instance_uid, "
+    "transfer_syntax_uid, instance_number, instance_order, location, data_set_offset, data_set_length, sha256, "
+    "pixel_data_offset, origin, modality, is_image, attributes, source, received_at) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_INSERT_OR_IGNORE = f"{_INSERT} ON CONFLICT (sop_instance_uid) DO NOTHING"
 
 
 def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool:
@@ -39,7 +59,9 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
     """
     header = record.header
     study, series = header.study_instance_uid, header.series_instance_uid
-    known = connection.execute(_KNOWN, (study, series)).fetchone()
+    association = record.source.association_id
+    wanted = {"study": study, "series": series, "association": association}
+    known = connection.execute(_KNOWN, wanted).fetchone()
     image = is_image(header)
     if known is None or (image and known["routing"] != "open") or another_patient(known, header):
         return False
@@ -48,32 +70,31 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
         return False
     if not write_instance(connection, record, Origin.RECEIVED, or_ignore=True):
         return False
-    counted = "UPDATE series SET instance_count = instance_count + 1"
-    where = "WHERE study_instance_uid = ? AND series_instance_uid = ?"
     if image:
-        connection.execute(
-            f"{counted}, image_count = image_count + 1, received_seq = received_seq + 1, source = ? {where}",
-            (source_text(record.source), study, series),
-        )
+        connection.execute(_COUNT_IMAGE, (source_text(record.source), study, series))
     else:
-        connection.execute(f"{counted} {where}", (study, series))
+        connection.execute(_COUNT_OTHER, (study, series))
         note_receipt(connection, record)  # a document may be the first received in a series of the node's own
     connection.execute(
-        "UPDATE study SET instance_count = instance_count + 1, series_count = series_count + ?, modalities = ?, "
-        "sop_classes = ?, last_boot_s = ?, last_boot_id = ?, last_received_at = ? WHERE study_instance_uid = ?",
+        _COUNT_IN_STUDY,
         (
             int(known["instance_count"] == 0),
-            joined([*known["modalities"].split("\\"), header.attributes.get("Modality", "")]),
-            joined([*known["sop_classes"].split("\\"), header.sop_class_uid]),
+            _with(known["modalities"], header.attributes.get("Modality", "")),
+            _with(known["sop_classes"], header.sop_class_uid),
             *(record.received_boot.seconds, record.received_boot.boot_id, utc_text(record.received_at), study),
         ),
     )
-    if record.source.association_id is not None:
+    if association is not None and not known["is_fed"]:
         connection.execute(
             "INSERT OR IGNORE INTO study_association (study_instance_uid, association_id) VALUES (?, ?)",
-            (study, record.source.association_id),
+            (study, association),
         )
     return True
+
+
+@lru_cache(maxsize=256)
+def _with(several: str, one: str) -> str:
+    return joined([*several.split("\\"), one])
 
 
 @lru_cache(maxsize=256)
@@ -93,18 +114,14 @@ def write_instance(
     """Write the row; `or_ignore`: unless its UID has one. Returns whether it was written."""
     header, file = record.header, record.file
     number = header.attributes.get("InstanceNumber", "")
-    ignored = "ON CONFLICT (sop_instance_uid) DO NOTHING" if or_ignore else ""
     cursor = connection.execute(
-        "INSERT INTO instance (sop_instance_uid, sop_class_uid, study_instance_uid, series_instance_uid, "
-        "transfer_syntax_uid, instance_number, instance_order, location, data_set_offset, data_set_length, sha256, "
-        "pixel_data_offset, origin, modality, is_image, attributes, source, received_at) "
-        f"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) {ignored}",
+        _INSERT_OR_IGNORE if or_ignore else _INSERT,
         (
             *(header.sop_instance_uid, header.sop_class_uid, header.study_instance_uid, header.series_instance_uid),
             *(header.transfer_syntax_uid, number, _order(number)),
             *(file.location, file.data_set_offset, file.data_set_length, file.sha256, header.pixel_data_offset),
             *(origin.value, header.attributes.get("Modality", ""), int(is_image(header))),
-            json_text(kept_attributes(header.attributes, INDEXED[Level.IMAGE])),
+            texts_json(kept_attributes(header.attributes, INDEXED[Level.IMAGE])),
             *(source_text(record.source), utc_text(record.received_at)),
         ),
     )
@@ -112,4 +129,4 @@ def write_instance(
 
 
 def _order(number: str) -> int:
-    return int(number) if re.fullmatch(r"[+-]?\d{1,12}", number) and number.isascii() else LAST
+    return int(number) if _NUMBER.fullmatch(number) else LAST

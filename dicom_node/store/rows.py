@@ -6,7 +6,7 @@ import hashlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -37,12 +37,18 @@ def utc(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
+_quoted = json.encoder.encode_basestring
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 
 
 def json_text(value: Any) -> str:
     """Compact JSON; what JSON does not know is kept as its text."""
     return _encode(value)
+
+
+def texts_json(texts: Mapping[str, str]) -> str:
+    """As `json_text`, of texts under plain keywords: setting up an encoder costs more than encoding a few of them."""
+    return "{" + ",".join([f'"{keyword}":{_quoted(text)}' for keyword, text in texts.items()]) + "}"
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from dicom_node.errors import InvalidInstance
 from dicom_node.model import BootTime, ConflictPolicy, Origin, Receipt, Source
@@ -31,6 +32,7 @@ _SEGMENT_MAGIC = b"DCMNSEG1"
 _HEAD = struct.Struct("<8s16sQQII32s")
 _MAGIC = b"DCMNREC1"
 _CRC = struct.Struct("<I")
+_quoted = json.encoder.encode_basestring
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _LOOK = 256 * BLOCK  # bytes looked through at once
 
@@ -130,15 +132,16 @@ def _unpack_head(block: bytes) -> Head | None:
 
 def _pack_facts(head: Head) -> bytes:
     receipt = head.receipt
-    source = receipt.source
-    return _encode(
-        (
-            head.transfer_syntax_uid,
-            (source.calling_ae_title, source.called_ae_title, source.address, source.association_id),
-            *(receipt.origin.value, receipt.conflict_policy.value, receipt.received_at.isoformat()),
-            (receipt.received_boot.boot_id, receipt.received_boot.seconds),
-        )
-    ).encode()
+    boot = receipt.received_boot
+    common = _common_facts(head.transfer_syntax_uid, receipt.source, receipt.origin, receipt.conflict_policy)
+    return f'{common},"{receipt.received_at.isoformat()}",[{_quoted(boot.boot_id)},{boot.seconds!r}]]'.encode()
+
+
+@lru_cache(maxsize=256)
+def _common_facts(transfer_syntax_uid: str, source: Source, origin: Origin, policy: ConflictPolicy) -> str:
+    """The facts but their end: the same for all that an association sends."""
+    who = (source.calling_ae_title, source.called_ae_title, source.address, source.association_id)
+    return _encode((transfer_syntax_uid, who, origin.value, policy.value)).removesuffix("]")
 
 
 def _unpack_facts(text: bytes) -> tuple[str, Receipt]:

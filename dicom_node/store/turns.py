@@ -9,8 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from dicom_node.errors import CatalogBusy
@@ -36,18 +35,19 @@ class Turns:
         self._wait_s = wait_s
         self._had_at = float("-inf")
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> AbstractContextManager[object]:
         """Hold the lock for the block. Raises CatalogBusy when it is not had in time."""
+        return self
+
+    def __enter__(self) -> None:
         if time.monotonic() - self._had_at < BACK_AGAIN_S:
             self._give_way()
         if not _try(self._fd, fcntl.LOCK_EX):
             self._wait()
-        try:
-            yield
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-            self._had_at = time.monotonic()
+
+    def __exit__(self, *failure: object) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._had_at = time.monotonic()
 
     def _give_way(self) -> None:
         """Wait a moment while somebody else waits for a turn."""

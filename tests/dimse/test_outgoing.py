@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from dicom_node.dimse import outgoing
-from dicom_node.dimse.commands import WITH_DATA_SET, CommandField, StoreRequests, encode_command
+from dicom_node.dimse.commands import (
+    NO_DATA_SET,
+    WITH_DATA_SET,
+    CommandField,
+    StoreRequests,
+    encode_command,
+    store_response,
+)
 from dicom_node.dimse.link import SMALLEST_PDU
 from dicom_node.dimse.outgoing import ShortFile, StoredDataSet, Template, Templates
 
@@ -153,3 +160,17 @@ def test_a_prepared_request_is_the_one_that_is_encoded_as_a_whole(originator: tu
     if originator is not None:
         fields |= {"MoveOriginatorApplicationEntityTitle": originator[0], "MoveOriginatorMessageID": originator[1]}
     assert StoreRequests("1.2.840.1", originator).encode(65535, uid) == encode_command(fields)
+
+
+@pytest.mark.parametrize("uid", ["1.2.3", "1.2.34"])
+@pytest.mark.parametrize("status", [0, 0xB000, 0xA700])
+def test_a_store_response_is_what_any_other_command_would_be(uid: str, status: int) -> None:
+    fields = {
+        "AffectedSOPClassUID": "1.2.840.1",
+        "CommandField": CommandField.C_STORE | CommandField.RESPONSE,
+        "MessageIDBeingRespondedTo": 513,
+        "CommandDataSetType": NO_DATA_SET,
+        "Status": status,
+        "AffectedSOPInstanceUID": uid,
+    }
+    assert store_response("1.2.840.1", 513, status, uid) == encode_command(fields)
