@@ -20,6 +20,8 @@ from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Destination, TlsClient
 from dicom_node.settings import (
     AeTitle,
+    AuditSettings,
+    CollectorSettings,
     CommitmentSettings,
     CompletionOverride,
     CompletionSettings,
@@ -40,6 +42,8 @@ from dicom_node.settings import (
 )
 
 __all__ = [
+    "AuditSettings",
+    "CollectorSettings",
     "CommitmentSettings",
     "CompletionOverride",
     "CompletionSettings",
@@ -114,6 +118,8 @@ class NodeConfig(Settings):
     storage: StorageSettings = StorageSettings()
     jobs: JobSettings = JobSettings()
     delivery: DeliverySettings = DeliverySettings()
+    audit: AuditSettings | None = None
+    """null: no audit trail is kept."""
 
     @model_validator(mode="after")
     def _open_only_to_loopback(self) -> NodeConfig:

@@ -12,7 +12,7 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "auditing"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "auditing", "audited"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
@@ -22,7 +22,17 @@ CORE = {
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
-    *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
+    *(
+        "watching",
+        "deciding",
+        "gauges",
+        "handing_out",
+        "operations",
+        "doctor",
+        "doctor_checks",
+        "trails",
+        "audit_commands",
+    ),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),
@@ -34,7 +44,20 @@ FOLDERS: dict[str, set[str]] = {
     "engines": set(),
     "results": set(),
     "http": set(),
-    "demo": {"services", "dimse", "store", "routing", "pipeline", "models", "engines", "results", "http", *ROOT},
+    "audit": set(),
+    "demo": {
+        "services",
+        "dimse",
+        "store",
+        "routing",
+        "pipeline",
+        "models",
+        "engines",
+        "results",
+        "http",
+        "audit",
+        *ROOT,
+    },
 }
 OWNERS: dict[str, tuple[str, ...]] = {
     "pynetdicom": ("dimse/pynetdicom_*.py",),

@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from dicom_node.audited import peer_of
+from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail
 from dicom_node.dimse.commands import NO_DATA_SET, CommandField, CommandValue, encode_command, error_comment
 from dicom_node.dimse.commitment import CommitmentService
 from dicom_node.dimse.contexts import (
@@ -21,13 +23,13 @@ from dicom_node.dimse.contexts import (
 from dicom_node.dimse.link import AssociationLost, Link, Message
 from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
-from dicom_node.dimse.request import Peer, Request, encode_answers, read_query, respond_bad
+from dicom_node.dimse.request import Peer, Request, encode_answers, identifier_bytes, read_query, respond_bad
 from dicom_node.dimse.retrieval import Retrievals
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
 from dicom_node.services.find import SOME, FindService
-from dicom_node.services.identifier import BadIdentifier
+from dicom_node.services.identifier import BadIdentifier, Identifier
 from dicom_node.services.store import StoreRequest, StoreService
 
 __all__ = ["Requests"]
@@ -69,10 +71,11 @@ class Requests:
         commitment: CommitmentService,
         associations: AssociationLog,
         observe: WireObserver,
+        audit: AuditTrail,
     ) -> None:
         self._store, self._find, self._retrievals = store, find, retrievals
         self._commitment = commitment
-        self._associations, self._observe = associations, observe
+        self._associations, self._observe, self._audit = associations, observe, audit
 
     def serve(self, link: Link, peer: Peer, message: Message) -> None:
         """Answer one request, or abort the association when that is the only answer there is."""
@@ -81,6 +84,14 @@ class Requests:
         request = self._request(link, peer, message)
         if request is None:
             log.warning("message that cannot be answered", extra=dict(link.log_fields))
+            self._audit.record(
+                AuditEvent(
+                    kind=AuditKind.SECURITY_ALERT,
+                    outcome=AuditOutcome.MINOR_FAILURE,
+                    participants=peer_of(peer.source),
+                    detail="association aborted: a message that cannot be answered",
+                )
+            )
             link.abort()
             return
         handler, name = self._handler(request)
@@ -227,10 +238,31 @@ class Requests:
     # --- C-FIND
 
     def _query(self, request: Request) -> int:
+        encoded, status = b"", PROCESSING_FAILURE
         try:
-            identifier = read_query(request)
+            encoded = identifier_bytes(request)
+            status = self._answer_query(request, read_query(encoded, request.transfer_syntax))
         except BadIdentifier as exc:
-            return respond_bad(request, exc)
+            status = respond_bad(request, exc)
+        finally:  # also of one whose peer went away: it may have had answers by then
+            self._tell_query(request, encoded, status)
+        return status
+
+    def _tell_query(self, request: Request, encoded: bytes, status: int) -> None:
+        is_answered = status in (0x0000, 0xFE00)
+        self._audit.record(
+            AuditEvent(
+                kind=AuditKind.QUERY,
+                outcome=AuditOutcome.SUCCESS if is_answered else AuditOutcome.MINOR_FAILURE,
+                participants=peer_of(request.peer.source),
+                query=encoded,
+                sop_class_uid=request.sop_class_uid,
+                transfer_syntax_uid=request.transfer_syntax,
+                detail="" if is_answered else f"status {status:04X}H",
+            )
+        )
+
+    def _answer_query(self, request: Request, identifier: Identifier) -> int:
         status = PROCESSING_FAILURE
         for response in self._find.find(request.model, identifier, request.options, request.cancelled):
             status, answers = response.status, response.answers

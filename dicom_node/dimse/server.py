@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from functools import partial
 
+from dicom_node.audited import ReceivedStudies
+from dicom_node.auditing import AuditTrail
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.association import Association
 from dicom_node.dimse.link import FIRST_PDU_S, AssociationLost
@@ -65,6 +67,8 @@ class DicomServer:
         neighbours: Neighbours | None = None,
         tls_sock: socket.socket | None = None,
         commitments: Commitments | None = None,
+        audit: AuditTrail | None = None,
+        received: ReceivedStudies | None = None,
     ) -> None:
         self._config = config
         self._tls = for_listener(config.tls) if config.tls is not None else None
@@ -76,7 +80,11 @@ class DicomServer:
             observe=observe,
             open_link=open_link,
             commitments=commitments,
+            audit=audit,
+            received=received,
         )
+        if self._tls is not None:
+            self._tls.told = self._serving.recertified
         self._listener, self._tls_listener = sock, tls_sock
         self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
@@ -216,6 +224,7 @@ class DicomServer:
     def _untrusted(self, visit: Visit, reason: str) -> None:
         log.warning("TLS failed", extra={"reason": reason, "address": visit.address})
         self._serving.observe.association_rejected("tls")
+        self._serving.alert(f"TLS failed: {reason}", address=visit.address)
 
     def _go_on(self, visit: Visit, association: Association) -> bool:
         """Serve it as long as it has something to say; False when it is to be ended. Raises AssociationLost."""
@@ -273,6 +282,8 @@ class DicomServer:
         """Record how it ended, once."""
         with self._guard:
             is_first = self._links.pop(association, self) is not self
+        if is_first and association.violation:
+            self._serving.violated(visit.peer, visit.address, association.violation)
         if is_first and visit.peer is not None:
             self._serving.ended(visit.peer, over=association.released or association.was_idle)
 
@@ -289,6 +300,7 @@ class DicomServer:
     def _turn_away(self, visit: Visit) -> None:
         log.warning("too many connections")
         self._serving.observe.association_rejected("limit")
+        self._serving.alert("association rejected: limit", address=visit.address)
         if visit.over_tls:
             visit.sock.close()
         else:
