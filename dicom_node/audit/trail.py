@@ -91,8 +91,9 @@ class Floods:
         flood = self._floods.get(key)
         if flood is None and len(self._floods) >= MAX_FLOODS:
             key = (event.kind.value, "", "")
-            event = replace(event, detail="alerts of many kinds or places", participants=())
             flood = self._floods.get(key)
+            if flood is None:
+                event = replace(event, detail="alerts of many kinds or places", participants=())
         if flood is not None:
             flood.more += 1
             return None

@@ -133,7 +133,12 @@ def forward(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., Forwar
 
         def start(port: int, ca: str = "ca.pem", protocol: str = "tls", settle_s: float = 0.3) -> Forwarder:
             tls = {name: str(certificates / file) for name, file in (("certificate", "node.pem"), ("key", "node.key"))}
-            one = {"host": "127.0.0.1", "port": port, "protocol": protocol, "tls": {**tls, "ca": str(certificates / ca)}}
+            one = {
+                "host": "127.0.0.1",
+                "port": port,
+                "protocol": protocol,
+                "tls": {**tls, "ca": str(certificates / ca)},
+            }
             config = NodeConfig.model_validate({"audit": {"collectors": {"arr": one}}})
             assert config.audit is not None
             connect = collector(config, config.audit, "arr")
