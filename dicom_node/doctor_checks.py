@@ -22,6 +22,7 @@ from typing import Any
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.doctor import Check, Finding, State
+from dicom_node.doctor_audit import audit_trail, collector_of
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
 from dicom_node.pulse import fresh, read_pulse
@@ -50,7 +51,7 @@ def checks(config: NodeConfig) -> tuple[list[Check], list[Check]]:
         Check(what="clock", look=_clock, remedy="set up chrony or systemd-timesyncd"),
         Check(what="ports", look=partial(_ports, config), remedy="see the node's log"),
         Check(what="catalog", look=partial(_catalog, config), remedy="dicom-node fsck", limit_s=60),
-        Check(what="audit trail", look=partial(_audit_trail, config), remedy="see the message", limit_s=60),
+        Check(what="audit trail", look=partial(audit_trail, config), remedy="see the message", limit_s=60),
         Check(what="sandbox", look=partial(_sandbox, config), remedy="try it again: the machine is busy", limit_s=30),
     ]
     together = [
@@ -70,7 +71,7 @@ def checks(config: NodeConfig) -> tuple[list[Check], list[Check]]:
         *(
             Check(
                 what=f"audit collector {name}",
-                look=partial(_collector, config, name),
+                look=partial(collector_of, config, name),
                 remedy="see that it listens there, and that certificates and ca fit; the node keeps everything for it",
                 limit_s=4 * _PEER_S,
             )
@@ -119,45 +120,6 @@ def _rules(config: NodeConfig) -> Iterator[Finding]:
     yield _ok("rules", f"{len(rules.rules)} in {config.resolved_rules_dir()}")
     for warning in sender_warnings(config, rules):
         yield _note("rules", warning)
-
-
-def _audit_trail(config: NodeConfig) -> Iterator[Finding]:
-    from dicom_node.audit.chain import file_names
-    from dicom_node.audit.verify import read_anchor, verify
-    from dicom_node.trails import anchor_path, trail_folder
-
-    if config.audit is None:
-        if not is_loopback(config.host):
-            yield _note("audit trail", "none is kept", "set `audit:` (README, Keep an audit trail)")
-        return
-    folder, anchor = trail_folder(config), read_anchor(anchor_path(config))
-    if not folder.is_dir() and anchor is None:
-        yield _ok("audit trail", f"{folder} is made at the first start")
-        return
-    names = file_names(folder) if folder.is_dir() else []
-    size = sum((folder / name).stat().st_size for name in names)
-    if len(names) > 4:
-        yield _ok("audit trail", f"{len(names)} files, {size >> 20} MiB; `dicom-node audit verify` reads all of them")
-        return
-    report = verify(folder, [anchor] if anchor is not None else [])
-    for fault in report.faults:
-        yield _wrong("audit trail", str(fault), "copy the folder as it is, then ask who could write there")
-    if not report.faults:
-        yield _ok("audit trail", f"{report.lines} lines in {report.files} files, none changed")
-
-
-def _collector(config: NodeConfig, name: str) -> Iterator[Finding]:
-    from dicom_node.trails import collector
-
-    assert config.audit is not None
-    one = config.audit.collectors[name]
-    connection = collector(config, config.audit, name)()
-    try:
-        connection.check()
-    finally:
-        connection.close()
-    says = "takes connections" if one.protocol == "tls" else "UDP: nobody says whether it listens"
-    yield _ok(f"audit collector {name}", f"{one.host}:{one.effective_port()} {says}")
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------

@@ -89,11 +89,15 @@ def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
     verified = again.command("audit", "verify")
     assert re.search(r"\d+ lines in 1 files, none changed; head \d+:[0-9a-f]{64}", verified.stdout)
     wait_for(lambda: told(folder)[-1][0] == "110101", 20, "that somebody looked")
+    assert re.search(
+        r"ok +audit trail: \d+ lines in 1 files, none changed", again.command("doctor", check=False).stdout
+    )
     again.stop()
 
     name = file_names(folder)[-1]
     lines = (folder / name).read_bytes().splitlines(keepends=True)
     (folder / name).write_bytes(b"".join(lines[:-2]))
+    assert "WRONG audit trail: audit-000000000001.log:" in again.command("doctor", check=False).stdout
     broken = again.command("audit", "verify", check=False)
     assert broken.returncode == 2
     assert "are gone: 2 at the end of the trail" in broken.stderr

@@ -31,7 +31,7 @@ ROOT = {
         "doctor",
         "doctor_checks",
         "trails",
-        "audit_commands",
+        *("audit_commands", "doctor_audit"),
     ),
 }
 FOLDERS: dict[str, set[str]] = {

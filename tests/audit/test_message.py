@@ -4,7 +4,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, fromstring, tostring
 
 import pytest
 
@@ -100,6 +100,14 @@ def test_a_message_that_would_be_too_long_leaves_something_out_and_says_so(
     message = audit_message(event(**said), AT, identity, max_bytes=8192)
     assert len(message) <= 8192
     assert note in (parsed(message).findtext("EventIdentification/EventOutcomeDescription") or "")
+
+
+def test_the_tree_is_written_as_xml_etree_writes_it(event: Make, identity: Identity) -> None:
+    told = event(detail="a < b & \"c\" > 'd'", participants=(Participant(ae_title='<"&>', is_requestor=True),))
+    message = audit_message(told, AT, identity, max_bytes=32768)
+    assert message == tostring(fromstring(message), encoding="utf-8", xml_declaration=False).replace(
+        b'a &lt; b &amp; "c" &gt;', b"a &lt; b &amp; &quot;c&quot; &gt;"
+    )
 
 
 def test_a_failure_is_told_as_one(parsed: Parse, event: Make, identity: Identity) -> None:
