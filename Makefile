@@ -15,7 +15,7 @@ ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR
 # validator), prometheus (promtool), openssl, systemd (systemd-analyze)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
-  prometheus openssl systemd
+  prometheus openssl systemd rsyslog rsyslog-gnutls
 
 .PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 tools:           ## install the system tools the tests use, where root and apt are at hand
 	@if command -v storescu >/dev/null && command -v Orthanc >/dev/null && command -v dciodvfy >/dev/null \
 	    && command -v java >/dev/null && command -v promtool >/dev/null && command -v openssl >/dev/null \
-	    && command -v systemd-analyze >/dev/null && [ -e /usr/share/java/pixelmed.jar ]; then \
+	    && command -v systemd-analyze >/dev/null && command -v rsyslogd >/dev/null && [ -e /usr/share/java/pixelmed.jar ]; then \
 	  :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null; \

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Protocol
 
-__all__ = ["AuditEvent", "AuditKind", "AuditOutcome", "AuditTrail", "NoAuditTrail", "Participant"]
+__all__ = ["AlertType", "AuditEvent", "AuditKind", "AuditOutcome", "AuditTrail", "NoAuditTrail", "Participant", "Role"]
 
 
 class AuditKind(StrEnum):
@@ -20,7 +20,8 @@ class AuditKind(StrEnum):
     TRANSFERRED = "transferred"  # A.5.3.7 DICOM Instances Transferred
     ACCESSED = "accessed"  # A.5.3.6 DICOM Instances Accessed: by an engine, a person, a change of place
     STUDY_DELETED = "study-deleted"  # A.5.3.8 DICOM Study Deleted
-    EXPORTED = "exported"  # A.5.3.4 Data Export, A.5.3.5 Data Import: files of a person, an HTTP engine
+    EXPORTED = "exported"  # A.5.3.4 Data Export: files of a person, an HTTP engine
+    IMPORTED = "imported"  # A.5.3.5 Data Import
     QUERY = "query"  # A.5.3.10
     SECURITY_ALERT = "security-alert"  # A.5.3.11: a peer refused, a certificate or configuration that changed
     CONFIGURATION_CHANGED = "configuration-changed"  # A.5.3.11, Software Configuration or Security Configuration
@@ -36,15 +37,39 @@ class AuditOutcome(IntEnum):
     MAJOR_FAILURE = 12
 
 
+class AlertType(StrEnum):
+    """What a security alert is about (PS3.16 CID 403): codes of the DICOM Controlled Terminology."""
+
+    NODE_AUTHENTICATION = "110126"
+    NETWORK_CONFIGURATION = "110128"
+    SECURITY_CONFIGURATION = "110129"
+    SOFTWARE_CONFIGURATION = "110131"
+    USE_OF_RESTRICTED_FUNCTION = "110132"
+
+
+class Role(StrEnum):
+    """What a participant did (PS3.16 CID 402)."""
+
+    APPLICATION = "110150"
+    APPLICATION_LAUNCHER = "110151"
+    DESTINATION = "110152"
+    SOURCE = "110153"
+    DESTINATION_MEDIA = "110154"
+
+
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """One who took part. `host` is an address or a name, never "host:port"; `user` an authenticated name."""
+    """One who took part. `host` is an address or a name, never "host:port"; `user` an authenticated name.
+
+    Without a `role`, whoever asked for a transfer or a query is its source and the other its destination.
+    """
 
     ae_title: str = ""
     host: str = ""
     user: str = ""
     is_requestor: bool = False
     is_this_node: bool = False
+    role: Role | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +92,12 @@ class AuditEvent:
     """The identifier of a query as it came (A.5.3.10: base64 in the message)."""
     sop_class_uid: str = ""
     """Of the query."""
+    transfer_syntax_uid: str = ""
+    """Of the query."""
+    action: str = ""
+    """C, R, U, D or E (A.5.2) where the kind leaves a choice; '' = what it usually is."""
+    alert_type: AlertType | None = None
+    """Of a security alert or a changed configuration; None = what it usually is."""
 
 
 class AuditTrail(Protocol):

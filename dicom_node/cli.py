@@ -30,6 +30,7 @@ _MODULES = {
     "doctor": "doctor",
     "users_hash": "user_commands",
     "users_check": "user_commands",
+    "audit_verify": "audit_commands",
 }
 
 _SETTINGS = argparse.ArgumentParser(add_help=False)
@@ -137,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     backup.add_argument("path", metavar="PATH", help="a file that is not there yet")
     restore = command("restore", "restore", "Bring a saved catalog back, with the node stopped; overwrites nothing.")
     restore.add_argument("path", metavar="PATH", help="what `backup` wrote")
+    audit = group("audit", "The audit trail.")
+    check = command("verify", "audit_verify", "Whether the audit trail is what was written; exit status 2: no.", audit)
+    check.add_argument("--folder", metavar="DIR", help="a copy of it (default: the node's own)")
+    check.add_argument(
+        "--anchor", action="append", default=[], metavar="N:HASH", help="a head that the log or a verification told"
+    )
     command("version", "version", "The version.")
     return parser
 

@@ -28,6 +28,7 @@ from dicom_node.model import (
     StudyActivity,
 )
 from dicom_node.pulse import fresh, read_pulse
+from dicom_node.trails import acted, command_trail
 
 OK = 0
 FAILED = 2
@@ -185,14 +186,19 @@ def route(arguments: argparse.Namespace) -> int:
         matched = [verdict.rule for verdict in series.verdicts if verdict.matched]
         outcome = series.failure or (f"matched {', '.join(matched)}" if matched else "no rule matched")
         print(f"series {series.series_instance_uid}: {outcome}")
+    with command_trail(config) as trail:
+        detail = f"routed by hand: {len(routed.job_ids)} new jobs"
+        trail.record(acted(arguments.study, detail))
     print(f"new jobs: {', '.join(map(str, routed.job_ids)) or 'none'}")
     return OK
 
 
 def release(arguments: argparse.Namespace) -> int:
     """Let a study with an identity conflict be analysed."""
-    with open_here(offline(arguments)) as catalog:
+    config = offline(arguments)
+    with open_here(config) as catalog, command_trail(config) as trail:
         catalog.queue.release_study(arguments.study)
+        trail.record(acted(arguments.study, "released from its identity conflict"))
     print(f"study {arguments.study} is released")
     return OK
 
@@ -314,7 +320,8 @@ def deliveries_cancel(arguments: argparse.Namespace) -> int:
 
 def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
     wrong = 0
-    with open_here(offline(arguments)) as catalog:
+    config = offline(arguments)
+    with open_here(config) as catalog, command_trail(config) as trail:
         for number in arguments.id:
             try:
                 verb(catalog)(number)
@@ -322,6 +329,7 @@ def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], N
                 wrong += 1
                 print(f"dicom-node: {exc}", file=sys.stderr)
             else:
+                trail.record(acted("", f"by hand: {done.format(number)}"))
                 print(done.format(number))
     return FAILED if wrong else OK
 

@@ -21,6 +21,8 @@ from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Destination, TlsClient, UserCredentials
 from dicom_node.settings import (
     AeTitle,
+    AuditSettings,
+    CollectorSettings,
     CommitmentSettings,
     CompletionOverride,
     CompletionSettings,
@@ -43,7 +45,9 @@ from dicom_node.settings import (
 )
 
 __all__ = [
+    "AuditSettings",
     "BoundSettings",
+    "CollectorSettings",
     "CommitmentSettings",
     "CompletionOverride",
     "CompletionSettings",
@@ -125,6 +129,8 @@ class NodeConfig(Settings):
     storage: StorageSettings = StorageSettings()
     jobs: JobSettings = JobSettings()
     delivery: DeliverySettings = DeliverySettings()
+    audit: AuditSettings | None = None
+    """null: no audit trail is kept."""
 
     @model_validator(mode="after")
     def _open_only_to_loopback(self) -> NodeConfig:

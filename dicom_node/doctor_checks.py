@@ -22,6 +22,7 @@ from typing import Any
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.doctor import Check, Finding, State
+from dicom_node.doctor_audit import audit_trail, collector_of
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
 from dicom_node.pulse import fresh, read_pulse
@@ -50,6 +51,7 @@ def checks(config: NodeConfig) -> tuple[list[Check], list[Check]]:
         Check(what="clock", look=_clock, remedy="set up chrony or systemd-timesyncd"),
         Check(what="ports", look=partial(_ports, config), remedy="see the node's log"),
         Check(what="catalog", look=partial(_catalog, config), remedy="dicom-node fsck", limit_s=60),
+        Check(what="audit trail", look=partial(audit_trail, config), remedy="see the message", limit_s=60),
         Check(what="sandbox", look=partial(_sandbox, config), remedy="try it again: the machine is busy", limit_s=30),
     ]
     together = [
@@ -65,6 +67,15 @@ def checks(config: NodeConfig) -> tuple[list[Check], list[Check]]:
                 limit_s=4 * _PEER_S,
             )
             for name in config.destinations
+        ),
+        *(
+            Check(
+                what=f"audit collector {name}",
+                look=partial(collector_of, config, name),
+                remedy="see that it listens there, and that certificates and ca fit; the node keeps everything for it",
+                limit_s=4 * _PEER_S,
+            )
+            for name in (config.audit.collectors if config.audit is not None else ())
         ),
         *(
             Check(

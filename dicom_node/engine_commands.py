@@ -12,9 +12,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dicom_node.auditing import AuditTrail
 from dicom_node.clock import SystemClock
 from dicom_node.commands import FAILED, OK, offline, open_here, table
 from dicom_node.config import NodeConfig
@@ -23,6 +25,7 @@ from dicom_node.interfaces import Engine
 from dicom_node.model import ConflictPolicy, EngineTask, Level, StoredInstance
 from dicom_node.pulse import fresh, read_pulse
 from dicom_node.store.catalog import Catalog
+from dicom_node.trails import acted, command_trail
 from dicom_node.values import (
     Annotations,
     Document,
@@ -147,10 +150,11 @@ def engines_run(arguments: argparse.Namespace) -> int:
     kinds = tuple(arguments.results or (kind for kind in encoder_kinds() if kind != "labelmap"))  # as bits by seg
     if unknown := set(kinds) - set(encoder_kinds()):
         raise ConfigError(f"--results: {', '.join(sorted(unknown))} is none of {', '.join(encoder_kinds())}")
-    with open_here(config) as catalog:
+    with open_here(config) as catalog, command_trail(config) as trail:
         engine = engines(config, arguments.name, returns=catalog.queue)[arguments.name]
         try:
-            by_hand = _ByHand(config, catalog, engine, arguments, kinds)
+            by_hand = _ByHand(config, catalog, engine, arguments, kinds, trail)
+            trail.record(replace(acted(arguments.study, f"engine {arguments.name} run by hand"), action="R"))
             ended = [by_hand.series(uid) for uid in _series_of(catalog, arguments.study, arguments.series)]
         finally:
             put_away(arguments.name, engine)
@@ -172,8 +176,15 @@ class _ByHand:
     """One engine on series of one study."""
 
     def __init__(
-        self, config: NodeConfig, catalog: Catalog, engine: Engine, arguments: argparse.Namespace, kinds: Sequence[str]
+        self,
+        config: NodeConfig,
+        catalog: Catalog,
+        engine: Engine,
+        arguments: argparse.Namespace,
+        kinds: Sequence[str],
+        audit: AuditTrail,
     ) -> None:
+        self._audit = audit
         self._config, self._catalog, self._engine = config, catalog, engine
         self._clock = SystemClock()
         self._name, self._study = arguments.name, arguments.study
@@ -213,7 +224,7 @@ class _ByHand:
             instances=tuple(instances),
             header=read_series_header(instances),
             timeout_s=self._timeout_s,
-            record=recorder(self._catalog.queue, job=None, **names),
+            record=recorder(self._catalog.queue, job=None, audit=self._audit, **names),
             quarantine=quarantined(self._catalog.quarantine.keep, job_id=0, **names),
             study_instances=lambda: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [self._study]}),
         )

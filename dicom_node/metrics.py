@@ -22,6 +22,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from dicom_node.auditing import AuditKind, AuditOutcome
 from dicom_node.config import NodeConfig
 from dicom_node.errors import NodeError
 from dicom_node.model import (
@@ -62,6 +63,8 @@ STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
 RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
 OBJECT_KINDS = ("ANN", "DOC", "M3D", "SEG", "SR", "image", OTHER)
 DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
+AUDIT_KINDS = tuple(kind.value for kind in AuditKind)
+AUDIT_OUTCOMES = tuple(str(int(outcome)) for outcome in AuditOutcome)  # PS3.15 A.5.2
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WORK_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -100,6 +103,7 @@ class Metrics:
         self._studies()
         self._work()
         self._delivery()
+        self._audit(sorted(config.audit.collectors) if config.audit is not None else ())
 
     # --- definitions, each label set at zero
 
@@ -219,6 +223,24 @@ class Metrics:
         )
         self._delivery_seconds = self._histogram(
             "delivery_duration_seconds", "Queued to acknowledged.", STUDY_S, {"destination": self._destination.values}
+        )
+
+    def _audit(self, collectors: Sequence[str]) -> None:
+        self._sink = _Labels(("file", *collectors))
+        events = self._counter(
+            "audit_events_total",
+            "Messages of the audit trail, by Event Outcome Indicator (0: success).",
+            {"kind": AUDIT_KINDS, "outcome": AUDIT_OUTCOMES},
+        )
+        self._audited = {labels: events.labels(*labels) for labels in product(AUDIT_KINDS, AUDIT_OUTCOMES)}
+        self._audit_failures = self._counter(
+            "audit_sink_failures_total",
+            "Tries to write or to send the audit trail that failed.",
+            {"sink": self._sink.values},
+        )
+        self._audit_lost = self._counter(
+            "audit_messages_lost_total",
+            "Audit messages that were given up: the file could not be written for too long.",
         )
 
     # --- intake
@@ -342,6 +364,20 @@ class Metrics:
         """A whole delivery was acknowledged, `seconds` after it was queued."""
         self._delivery_seconds.labels(self._destination(destination)).observe(max(seconds, 0.0))
 
+    # --- audit trail
+
+    def audit_recorded(self, kind: str, outcome: int) -> None:
+        """A message was written; `kind` an AuditKind, `outcome` an AuditOutcome."""
+        self._audited[kind, str(outcome)].inc()
+
+    def audit_failed(self, sink: str) -> None:
+        """A try to write or to send failed; `sink`: file, or the name of a collector."""
+        self._audit_failures.labels(self._sink(sink)).inc()
+
+    def audit_lost(self, messages: int) -> None:
+        """So many events were given up."""
+        self._audit_lost.inc(messages)
+
 
 def status_class(status: int) -> str:
     """The class of a DIMSE status (PS3.7 Annex C): success, pending, warning, cancel or failure."""
@@ -409,6 +445,9 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("state",),
     ),
     "runtime_breaker_state": ("0 closed, 1 open: its work goes to the CPU, 2 one request tries it.", ("device",)),
+    "audit_backlog_messages": ("Messages of the audit trail that the collector has not got yet.", ("collector",)),
+    "audit_collector_up": ("1 if the last try to send to the collector got through.", ("collector",)),
+    "audit_trail_whole": ("0: what was verified of the audit trail is not what was written.", ()),
     "process_restarts": ("Times the supervisor started the process again.", ("process",)),
     "catalog_readable": ("0 when the gauges above could not be computed.", ()),
 }

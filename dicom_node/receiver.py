@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 
+from dicom_node.audited import ReceivedStudies
 from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
 from dicom_node.places import Places
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import receiver_role
+from dicom_node.trails import node_trail
 from dicom_node.wiring import CountedIngest, node_catalog, start_journal
 
 __all__ = ["Receiver"]
@@ -26,13 +28,19 @@ class Receiver:
         self._catalog.database.keep_tidy()
         start_journal(self._catalog, config, orders.receiver_number)
         metrics = Metrics(config, process=receiver_role(orders.receiver_number))
+        self._audit = node_trail(
+            config, receiver_role(orders.receiver_number), clock, metrics, self._catalog.index.patient_ids
+        )
+        received = ReceivedStudies(self._audit) if config.audit is not None else None
         self._server = server_class(config.wire)(
             config,
-            sink=CountedIngest(self._catalog, config, clock, metrics),
+            sink=CountedIngest(self._catalog, config, clock, metrics, received),
             index=self._catalog.index,
             associations=self._catalog.index,
             observe=metrics,
             commitments=self._catalog.queue,
+            audit=self._audit,
+            received=received,
             sock=adopted(orders),
             tls_sock=socket.socket(fileno=orders.tls_listen_fd) if orders.tls_listen_fd >= 0 else None,
             neighbours=(
@@ -56,4 +64,5 @@ class Receiver:
     def stop(self) -> None:
         """Requests under way may finish; the rest is aborted."""
         self._server.stop()
+        self._audit.close()
         self._catalog.close()

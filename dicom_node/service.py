@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dicom_node.auditing import AuditOutcome
 from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.committing import DimseCommitment
@@ -23,6 +25,7 @@ from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
 from dicom_node.routing.rules import RuleSet
+from dicom_node.trails import Forwarding, configuration_event, node_trail
 from dicom_node.wiring import destinations, engine_workers, node_catalog
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class Service:
         config = orders.config
         self._config, self._clock = config, clock
         self._metrics = Metrics(config, process="service")
+        self._audit = node_trail(config, "service", clock, self._metrics, self._patient_ids)
         self._rules_error = ""
         self._shelving: Shelving | None = None
         self._rules = self._first_rules()
@@ -58,6 +62,7 @@ class Service:
             clock=clock,
             observer=self._metrics,
             asker=commitment,
+            audit=self._audit,
         )
         self._committer = Committer(
             self._catalog.queue,
@@ -80,6 +85,10 @@ class Service:
         self._committer.start()
         self._bell.answer(self._courier.wake)
         self._http.start()
+        self._forwarding = Forwarding(config, self._metrics)
+
+    def _patient_ids(self, studies: Sequence[str]) -> Sequence[str]:
+        return self._catalog.index.patient_ids(studies)
 
     def _mounts(self) -> Mapping[str, Mount]:
         """What engines may ask of the HTTP port, where one of them does."""
@@ -139,10 +148,14 @@ class Service:
     def reload(self) -> None:
         """Take the rules in again, whole or not at all: a broken set leaves the old one in force."""
         try:
-            self._rules = self._read_rules()
+            before, self._rules = self._rules.digest, self._read_rules()
             self._rules_error = ""
+            same = " (as before)" if self._rules.digest == before else f", before {before[:12]}"
+            self._audit.record(configuration_event(f"rules reloaded: digest {self._rules.digest[:12]}{same}"))
         except NodeError as exc:
             self._refused(exc)
+            refused = configuration_event("rules reload refused: the old rules stay in force")
+            self._audit.record(replace(refused, outcome=AuditOutcome.MINOR_FAILURE))
         self._reloads += 1
 
     def _refused(self, exc: NodeError) -> None:
@@ -227,6 +240,7 @@ class Service:
         yield "ruleset_info", (self._rules.digest,), 1.0
         yield "ruleset_rules", (), float(len(self._rules.rules))
         yield "ruleset_load_failed", (), float(bool(self._rules_error))
+        yield from self._forwarding.readings()
 
     def stop(self) -> None:
         """What is being sent goes on after the next start."""
@@ -235,4 +249,6 @@ class Service:
         self._http.stop()
         self._courier.stop()
         self._committer.stop()
+        self._audit.close()
+        self._forwarding.stop()
         self._catalog.close()

@@ -14,6 +14,8 @@ from dicom_node.model import CommitmentTimes, ConflictPolicy
 
 __all__ = [
     "AeTitle",
+    "AuditSettings",
+    "CollectorSettings",
     "CommitmentSettings",
     "CompletionOverride",
     "CompletionSettings",
@@ -375,3 +377,34 @@ class DeliverySettings(Settings):
     breaker_probe_s: Seconds = 30.0
     connect_timeout_s: Seconds = 10.0
     response_timeout_s: Seconds = 60.0
+
+
+class CollectorSettings(Settings):
+    """An audit record repository: every message goes there too (PS3.15 A.6, A.7)."""
+
+    host: str
+    protocol: Literal["tls", "udp"] = "tls"
+    """`tls`: RFC 5425. `udp`: RFC 5426, neither encrypted nor sure to arrive."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 = 6514 for TLS, 514 for UDP."""
+    tls: TlsClientSettings = TlsClientSettings()
+
+    def effective_port(self) -> int:
+        """The port that is meant."""
+        return self.port or (6514 if self.protocol == "tls" else 514)
+
+
+class AuditSettings(Settings):
+    """The audit trail (PS3.15 A.5, IHE ATNA): a file that cannot be changed unseen, and collectors."""
+
+    folder: Path | None = None
+    """null = `audit` in the data folder."""
+    source_id: str = ""
+    """AuditSourceID; '' = the first AE title."""
+    site_id: str = ""
+    """AuditEnterpriseSiteID; '' = none."""
+    file_bytes: Annotated[int, Field(ge=64 * 1024)] = 64 * 1024**2
+    """A new file is begun when one has this size; none is ever removed."""
+    max_message_bytes: Annotated[int, Field(ge=4096, le=60_000)] = 32768
+    """What a longer message leaves out is told in it; collectors must take as much (PS3.15 A.6: 32768)."""
+    collectors: Mapping[Name, CollectorSettings] = Field(default_factory=dict)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dicom_node.auditing import AlertType, AuditEvent, AuditKind, AuditOutcome
 from dicom_node.bells import new_bell
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
@@ -30,6 +31,7 @@ from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
 from dicom_node.pulse import Pulse, beat, read_pulse, receiver_roles, run_folder
+from dicom_node.trails import ClosableTrail, changed_settings, close_trail, configuration_event, life_event, node_trail
 
 if TYPE_CHECKING:
     from dicom_node.store.catalog import Catalog
@@ -214,6 +216,7 @@ class _Supervisor:
         self._bells = (new_bell(), new_bell())
         self._epochs_to_close = False
         self._began_at = self._clock.wall().isoformat()
+        self._audit: ClosableTrail | None = None  # from the moment the folder is known to be ours
 
     # --- start
 
@@ -231,6 +234,16 @@ class _Supervisor:
         shutil.rmtree(run, ignore_errors=True)
         (run / "metrics").mkdir(parents=True)
         self._beat("starting")
+        self._audit = node_trail(self._config, "supervisor", self._clock)
+        if self._config.audit is not None and (changed := changed_settings(self._config)):
+            more = f" and {len(changed) - 20} more" if len(changed) > 20 else ""
+            self._audit.record(
+                configuration_event(
+                    f"settings differ from the last start: {', '.join(changed[:20])}{more}",
+                    alert_type=AlertType.SECURITY_CONFIGURATION,
+                )
+            )
+        self._audit.record(life_event(AuditKind.APPLICATION_STARTED))
 
     @contextlib.contextmanager
     def _catalog(self) -> Iterator[Catalog]:
@@ -384,6 +397,15 @@ class _Supervisor:
 
     def _receiver_died(self, child: _Child) -> None:
         child.epoch = ""
+        if self._audit is not None:
+            self._audit.record(
+                AuditEvent(
+                    kind=AuditKind.SECURITY_ALERT,
+                    outcome=AuditOutcome.SERIOUS_FAILURE,
+                    detail=f"receiver {child.receiver} died: transfers that had begun there are not told as ended",
+                    alert_type=AlertType.SOFTWARE_CONFIGURATION,
+                )
+            )
         if self._places_fd >= 0:
             Places(self._places_fd, child.receiver, len(self._config.peers)).leave()
         self._epochs_to_close = True
@@ -436,6 +458,9 @@ class _Supervisor:
                 log.error("a process did not stop in time and is killed", extra={"pid": process.pid})
                 process.kill()
                 process.wait(timeout=5.0)
+        if self._audit is not None:
+            self._audit.record(life_event(AuditKind.APPLICATION_STOPPED))
+            close_trail(self._config, self._audit)
         if self._holds_folder:
             self._beat("stopped")
         for fd in (*self._bells, *((self._places_fd,) if self._places_fd >= 0 else ())):

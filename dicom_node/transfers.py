@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, Participant, Role
 from dicom_node.commands import FAILED, OK, settings
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
 from dicom_node.logs import setup_logging
 from dicom_node.model import Destination, UserCredentials
+from dicom_node.trails import command_trail, person
 
 __all__ = ["fetch", "peer", "send"]
 
@@ -67,8 +69,25 @@ def send(arguments: argparse.Namespace) -> int:
 
     paths = list(_files(arguments.paths))
     send_files(paths, destination, on_result, settings=config.delivery, calling_ae_title=config.ae_titles[0])
+    _told(config, AuditKind.EXPORTED, destination, f"{sent} of {len(paths)} files sent", ok=not refused)
     print(f"{sent} of {len(paths)} files stored by {destination.ae_title}")
     return FAILED if refused or not paths else OK
+
+
+def _told(config: NodeConfig, kind: AuditKind, there: Destination, what: str, *, ok: bool, study: str = "") -> None:
+    """Tell the audit trail of a transfer of a person's files."""
+    is_source = kind is AuditKind.IMPORTED
+    me = replace(person(), role=Role.DESTINATION if is_source else Role.SOURCE)
+    other = Participant(ae_title=there.ae_title, host=there.host, role=Role.SOURCE if is_source else Role.DESTINATION)
+    event = AuditEvent(
+        kind=kind,
+        outcome=AuditOutcome.SUCCESS if ok else AuditOutcome.MINOR_FAILURE,
+        participants=(me, other),
+        study_instance_uids=(study,) if study else (),
+        detail=what,
+    )
+    with command_trail(config) as trail:
+        trail.record(event)
 
 
 def _files(named: Sequence[str]) -> Iterator[Path]:
@@ -93,6 +112,9 @@ def fetch(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.study!r} is no UID: 1-64 digits and dots")
     folder = Path(arguments.into or arguments.study)
     fetched = get_study(remote, arguments.study, folder, settings=config.delivery, calling_ae_title=config.ae_titles[0])
+    is_whole = fetched.status == 0x0000 and bool(fetched.files)
+    what = f"{len(fetched.files)} files fetched"
+    _told(config, AuditKind.IMPORTED, remote, what, ok=is_whole, study=arguments.study)
     print(f"{len(fetched.files)} files in {folder}")
     if fetched.status == 0x0000 and fetched.files:
         return OK

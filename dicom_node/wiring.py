@@ -9,6 +9,7 @@ from heapq import merge
 from pathlib import Path
 from typing import Any, Protocol
 
+from dicom_node.audited import ReceivedStudies
 from dicom_node.budget import VolumeMemory
 from dicom_node.clock import SystemClock
 from dicom_node.config import EngineSettings, NodeConfig, TlsClientSettings
@@ -193,8 +194,15 @@ def node_ingest(
 class CountedIngest:
     """The door for what peers send (`interfaces.InstanceSink`), with every answer counted."""
 
-    def __init__(self, catalog: Catalog, config: NodeConfig, clock: Clock, observer: IntakeObserver) -> None:
-        self._observer = observer
+    def __init__(
+        self,
+        catalog: Catalog,
+        config: NodeConfig,
+        clock: Clock,
+        observer: IntakeObserver,
+        received: ReceivedStudies | None = None,
+    ) -> None:
+        self._observer, self._received = observer, received
         self._ingest = node_ingest(catalog, config, clock, self._stored)
 
     def accept(
@@ -217,6 +225,8 @@ class CountedIngest:
         if result.outcome is None:  # nothing was stored: the sender's fault (A9xx, Cxxx) or the node's
             outcome = "invalid" if result.status >> 12 == 0xC or result.status >> 8 == 0xA9 else "failed"
             self._observer.instance_received(source.calling_ae_title, "", outcome)
+            if self._received is not None:
+                self._received.refused(source)
         return result
 
     def _stored(self, record: InstanceRecord, outcome: StoreOutcome) -> None:
@@ -228,6 +238,19 @@ class CountedIngest:
             irregular_uids=record.header.irregular_uids,
             durable_by="file" if record.file.journal is None else "journal",
         )
+        if self._received is None:
+            return
+        if outcome is StoreOutcome.REFUSED:
+            self._received.refused(record.source)
+        else:
+            header = record.header
+            self._received.stored(
+                record.source,
+                header.study_instance_uid,
+                header.sop_class_uid,
+                header.attributes.get("PatientID", ""),
+                outcome,
+            )
 
 
 # --- who is who

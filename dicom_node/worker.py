@@ -28,6 +28,7 @@ from dicom_node.nudge import Nudge
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
+from dicom_node.trails import node_trail
 from dicom_node.watching import WAIT_S, EngineWatch, Observing, Standing, observing
 from dicom_node.wiring import encoders, engine_workers, engines, node_catalog, node_ingest
 
@@ -55,6 +56,7 @@ class Work:
         self._engines = engines(self._config, stand_in=True, returns=self._catalog.queue)
         use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")
+        self._audit = node_trail(self._config, "work", clock, self._metrics, self._catalog.index.patient_ids)
         self._observe()
         self._watches = {
             name: EngineWatch(name, engine, clock, self._metrics.engine_misbehaved)
@@ -137,6 +139,7 @@ class Work:
             stopping=self._stopping.is_set,
             keep=self._catalog.quarantine.keep,
             study_instances=lambda study: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [study]}),
+            audit=self._audit,
         )
 
     def _run(self, name: str, take: Callable[[str], bool]) -> None:
@@ -235,4 +238,5 @@ class Work:
         for thread in (*self._threads, *self._others):
             if thread.ident is not None:
                 thread.join(timeout=5.0)
+        self._audit.close()
         self._catalog.close()

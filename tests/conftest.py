@@ -33,6 +33,7 @@ PACKAGES = {
     "java": "default-jre-headless",
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
+    "rsyslogd": "rsyslog, rsyslog-gnutls",
 }
 READY_S = 130.0
 COMMAND_LINE = "import sys; from dicom_node.cli import main; sys.exit(main())"

@@ -12,7 +12,8 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "access_settings", "auditing"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "access_settings"),
+    *("auditing", "audited"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
@@ -22,7 +23,17 @@ CORE = {
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
-    *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
+    *(
+        "watching",
+        "deciding",
+        "gauges",
+        "handing_out",
+        "operations",
+        "doctor",
+        "doctor_checks",
+        "trails",
+        *("audit_commands", "doctor_audit"),
+    ),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),
@@ -34,7 +45,20 @@ FOLDERS: dict[str, set[str]] = {
     "engines": set(),
     "results": set(),
     "http": set(),
-    "demo": {"services", "dimse", "store", "routing", "pipeline", "models", "engines", "results", "http", *ROOT},
+    "audit": set(),
+    "demo": {
+        "services",
+        "dimse",
+        "store",
+        "routing",
+        "pipeline",
+        "models",
+        "engines",
+        "results",
+        "http",
+        "audit",
+        *ROOT,
+    },
 }
 OWNERS: dict[str, tuple[str, ...]] = {
     "pynetdicom": ("dimse/pynetdicom_*.py",),

@@ -153,7 +153,8 @@ class Association(Transport):
         """A release in the middle of a message: to agree would be to say that all was well."""
         log.warning("a message did not come to its end", extra=dict(self.log_fields))
         self._connection.abort()
-        return self._lost("the peer released the association in the middle of a message")
+        self.violation = "the peer released the association in the middle of a message"
+        return self._lost(self.violation)
 
     def _silent(self) -> AssociationLost:
         log.warning("a message did not come to its end", extra=dict(self.log_fields))
@@ -191,7 +192,8 @@ class Association(Transport):
     def _nonsense(self, exc: BadMessage) -> AssociationLost:
         log.warning("message cannot be read", extra={"error": str(exc), **self.log_fields})
         self._connection.abort()
-        return self._lost("the peer sent what is no message")
+        self.violation = "the peer sent what is no message"
+        return self._lost(self.violation)
 
     def _data_set(self) -> Iterator[memoryview]:
         """The pieces of the data set under way, as they come."""

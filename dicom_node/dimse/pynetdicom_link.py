@@ -282,6 +282,7 @@ class _Dimse(DIMSEServiceProvider):
                 self._receive(Data(context_id, bool(control & 1), memoryview(value)[1:], bool(control & 2)))
         except Exception as exc:  # noqa: BLE001 - the SCP edge: whatever a peer's bytes do ends in an A-ABORT
             log.warning("message cannot be read", extra={"error": type(exc).__name__, **self._link.log_fields})
+            self._link.violation = "the peer sent what is no message"
             self._reader = MessageReader()
             self.dul.event_queue.put("Evt19")
 
@@ -351,6 +352,7 @@ class PynetdicomLink(Association):
         self.serving, self.not_before = False, 0.0
         self.was_idle = False
         self.log_fields: Mapping[str, str] = {}
+        self.violation = ""  # see `transport.Transport`
         self.on_associate: Callable[[PynetdicomLink], None] | None = None
         self.on_request: Callable[[PynetdicomLink, Message], None] | None = None
         self.on_end: Callable[[PynetdicomLink], None] | None = None

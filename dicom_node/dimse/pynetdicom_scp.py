@@ -22,6 +22,7 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.transport import AddressInformation
 
+from dicom_node.audited import ReceivedStudies
 from dicom_node.auditing import AuditTrail
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Rejection
@@ -70,6 +71,7 @@ class PynetdicomServer:
         tls_sock: socket.socket | None = None,
         commitments: Commitments | None = None,
         audit: AuditTrail | None = None,
+        received: ReceivedStudies | None = None,
     ) -> None:
         if config.tls is not None or tls_sock is not None:
             raise ConfigError("tls: pynetdicom's wire carries no TLS; set `wire: own`")
@@ -86,6 +88,7 @@ class PynetdicomServer:
             open_link=open_link,
             commitments=commitments,
             audit=audit,
+            received=received,
         )
         self._entity = ApplicationEntity(ae_title=config.ae_titles[0])
         name_implementation(self._entity)
@@ -166,6 +169,7 @@ class PynetdicomServer:
         if len(self._living()) >= self._config.max_associations + SPARE_CONNECTIONS:
             log.warning("too many connections")
             self._serving.observe.association_rejected("limit")
+            self._serving.alert("association rejected: limit", address=str(client.getpeername()[0]))
             client.close()
             return
         config = self._config
@@ -299,6 +303,8 @@ class PynetdicomServer:
         with self._guard:
             peer = self._links.pop(link, None)
         self._forget(link)
+        if link.violation:
+            self._serving.violated(peer, str(link.requestor.address), link.violation)
         if peer is not None:
             # a release over a message that is not whole, or not answered, leaves its sender something to do
             self._serving.ended(peer, over=link.was_idle or (link.is_released and link.messages.idle))

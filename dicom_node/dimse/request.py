@@ -44,6 +44,7 @@ __all__ = [
     "Request",
     "encode_answers",
     "encode_identifier",
+    "identifier_bytes",
     "read_encoded",
     "read_identifier",
     "read_information",
@@ -157,19 +158,19 @@ def _plain_response(field: int, affected: str | None, status: int, with_data_set
     return encoded[: -behind - 2], encoded[-behind:]
 
 
-def read_query(request: Request) -> Identifier:
-    """The request's identifier as a query reads it. Raises BadIdentifier as `read_identifier` does."""
-    encoded, syntax = _identifier_bytes(request), request.transfer_syntax
+def read_query(encoded: bytes, syntax: str) -> Identifier:
+    """An identifier as a query reads it. Raises BadIdentifier as `read_identifier` does."""
     found = scan_identifier(encoded, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE)
     return found if found is not None else identifier_of(_read_data_set(encoded, syntax))
 
 
 def read_identifier(request: Request) -> Dataset:
     """The request's identifier. Raises BadIdentifier when there is none, it is too long or cannot be read."""
-    return _read_data_set(_identifier_bytes(request), request.transfer_syntax)
+    return _read_data_set(identifier_bytes(request), request.transfer_syntax)
 
 
-def _identifier_bytes(request: Request) -> bytes:
+def identifier_bytes(request: Request) -> bytes:
+    """The request's identifier as it came. Raises BadIdentifier when there is none or it is too long."""
     try:
         encoded = gathered(request.message.data_set, MAX_IDENTIFIER_BYTES)
     except ValueError:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from dicom_node.audited import peer_of
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, Participant
 from dicom_node.dimse.commands import (
     NO_DATA_SET,
@@ -31,13 +32,13 @@ from dicom_node.dimse.messages import BadMessage
 from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.pacing import paced
 from dicom_node.dimse.policy import EVERYDAY_SERVICES, Policy
-from dicom_node.dimse.request import Peer, Request, encode_answers, read_query, respond_bad
+from dicom_node.dimse.request import Peer, Request, encode_answers, identifier_bytes, read_query, respond_bad
 from dicom_node.dimse.retrieval import Retrievals, move_destination
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
 from dicom_node.services.find import SOME, FindService
-from dicom_node.services.identifier import BadIdentifier
+from dicom_node.services.identifier import BadIdentifier, Identifier
 from dicom_node.services.store import StoreRequest, StoreService
 
 __all__ = ["Requests"]
@@ -97,6 +98,14 @@ class Requests:
         request = self._request(link, peer, message)
         if request is None:
             log.warning("message that cannot be answered", extra=dict(link.log_fields))
+            self._audit.record(
+                AuditEvent(
+                    kind=AuditKind.SECURITY_ALERT,
+                    outcome=AuditOutcome.MINOR_FAILURE,
+                    participants=peer_of(peer.source, peer.user),
+                    detail="association aborted: a message that cannot be answered",
+                )
+            )
             link.abort()
             return
         handler, name = self._handler(request)
@@ -304,10 +313,31 @@ class Requests:
     # --- C-FIND
 
     def _query(self, request: Request) -> int:
+        encoded, status = b"", PROCESSING_FAILURE
         try:
-            identifier = read_query(request)
+            encoded = identifier_bytes(request)
+            status = self._answer_query(request, read_query(encoded, request.transfer_syntax))
         except BadIdentifier as exc:
-            return respond_bad(request, exc)
+            status = respond_bad(request, exc)
+        finally:  # also of one whose peer went away: it may have had answers by then
+            self._tell_query(request, encoded, status)
+        return status
+
+    def _tell_query(self, request: Request, encoded: bytes, status: int) -> None:
+        is_answered = status in (0x0000, 0xFE00)
+        self._audit.record(
+            AuditEvent(
+                kind=AuditKind.QUERY,
+                outcome=AuditOutcome.SUCCESS if is_answered else AuditOutcome.MINOR_FAILURE,
+                participants=peer_of(request.peer.source, request.peer.user),
+                query=encoded,
+                sop_class_uid=request.sop_class_uid,
+                transfer_syntax_uid=request.transfer_syntax,
+                detail="" if is_answered else f"status {status:04X}H",
+            )
+        )
+
+    def _answer_query(self, request: Request, identifier: Identifier) -> int:
         status = PROCESSING_FAILURE
         for response in self._find.find(request.model, identifier, request.options, request.cancelled):
             status, answers = response.status, response.answers

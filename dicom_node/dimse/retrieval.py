@@ -6,10 +6,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from pydicom.dataset import Dataset
 
+from dicom_node.audited import SentStudies
+from dicom_node.auditing import AuditTrail, Participant, Role
 from dicom_node.config import DeliverySettings
 from dicom_node.dimse.commands import CommandValue, element, error_comment
 from dicom_node.dimse.contexts import ProposedContext
@@ -42,10 +45,15 @@ class Retrievals:
     """Serves C-GET and C-MOVE; each method returns the final status it answered. Raises AssociationLost."""
 
     def __init__(
-        self, retrieve: RetrieveService, delivery: DeliverySettings, ae_title: str, open_link: OpenLink
+        self,
+        retrieve: RetrieveService,
+        delivery: DeliverySettings,
+        ae_title: str,
+        open_link: OpenLink,
+        audit: AuditTrail,
     ) -> None:
         self._retrieve, self._delivery, self._ae_title = retrieve, delivery, ae_title
-        self._open_link = open_link
+        self._open_link, self._audit = open_link, audit
 
     def get(self, request: Request) -> int:
         """C-GET: the sub-operations go over the requester's own association, where it is SCP (PS3.4 C.4.3)."""
@@ -72,7 +80,7 @@ class Retrievals:
             return _sub_operation(request, instance, status, error)
 
         with StoreSender(request.link, contexts, self._delivery.response_timeout_s) as sender:
-            return self._report(request, plan.instances, send)
+            return self._report(request, plan.instances, send, None)
 
     def move(self, request: Request) -> int:
         """C-MOVE: the sub-operations go over associations of the node's own (PS3.4 C.4.2)."""
@@ -94,7 +102,7 @@ class Retrievals:
                 originator=MoveOriginator(ae_title=request.peer.source.calling_ae_title, message_id=request.message_id),
             )
             mover = _Mover(session, destination, request, plan.instances, stack)
-            return self._report(request, plan.instances, mover.send)
+            return self._report(request, plan.instances, mover.send, destination)
 
     def _planned(self, request: Request) -> RetrievePlan | int:
         """What to send, or the status that was answered instead."""
@@ -115,19 +123,46 @@ class Retrievals:
         request: Request,
         instances: Sequence[StoredInstance],
         send: Callable[[StoredInstance], SubOperationResult],
+        destination: Destination | None,
     ) -> int:
         """Answer with what was done so far, at most every `PENDING_S`: pending responses are the SCP's to choose
         (PS3.4 C.4.2.3.1, C.4.3.3.1), and of a thousand small objects nobody wants to hear one by one.
         """
         status, next_at = PROCESSING_FAILURE, 0.0
+        told = SentStudies(self._audit, _participants(request, destination))
+        told.begun(dict.fromkeys(instance.study_instance_uid for instance in instances))
+
+        def sent(instance: StoredInstance) -> SubOperationResult:
+            result = send(instance)
+            told.sent(instance, ok=result.outcome is not SubOperation.FAILED)
+            return result
 
         def is_time() -> bool:
             return time.monotonic() >= next_at
 
-        for progress in self._retrieve.retrieve(instances, send, request.cancelled, is_time):
-            status, next_at = progress.status, time.monotonic() + PENDING_S
-            request.respond(_counts(progress), _failures(progress, request.transfer_syntax))
+        try:
+            for progress in self._retrieve.retrieve(instances, sent, request.cancelled, is_time):
+                status, next_at = progress.status, time.monotonic() + PENDING_S
+                request.respond(_counts(progress), _failures(progress, request.transfer_syntax))
+        except AssociationLost:
+            told.ended("the requester's association ended before the retrieval did")
+            raise
+        finally:
+            told.ended("" if status == 0 else f"status {status:04X}H")
         return status
+
+
+def _participants(request: Request, destination: Destination | None) -> list[Participant]:
+    """The node, whoever receives, and, of a C-MOVE, whoever asked."""
+    source = request.peer.source
+    asked = Participant(
+        source.calling_ae_title, source.address, request.peer.user, is_requestor=True, role=Role.DESTINATION
+    )
+    here = Participant(ae_title=source.called_ae_title, is_this_node=True, role=Role.SOURCE)
+    if destination is None:
+        return [here, asked]
+    there = Participant(ae_title=destination.ae_title, host=destination.host, role=Role.DESTINATION)
+    return [here, there, replace(asked, role=Role.APPLICATION)]
 
 
 def move_destination(request: Request) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 
+from dicom_node.audited import ReceivedStudies
 from dicom_node.auditing import AuditTrail
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Rejection
@@ -70,6 +71,7 @@ class DicomServer:
         tls_sock: socket.socket | None = None,
         commitments: Commitments | None = None,
         audit: AuditTrail | None = None,
+        received: ReceivedStudies | None = None,
     ) -> None:
         self._config = config
         self._tls = for_listener(config.tls) if config.tls is not None else None
@@ -82,8 +84,11 @@ class DicomServer:
             open_link=open_link,
             commitments=commitments,
             audit=audit,
+            received=received,
         )
         self._patience = Patience(config.bounds.first_pdu_s, config.bounds.pdu_s, config.bounds.send_s)
+        if self._tls is not None:
+            self._tls.told = self._serving.recertified
         self._listener, self._tls_listener = sock, tls_sock
         self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
@@ -230,6 +235,7 @@ class DicomServer:
     def _untrusted(self, visit: Visit, reason: str) -> None:
         log.warning("TLS failed", extra={"reason": reason, "address": visit.address})
         self._serving.observe.association_rejected("tls")
+        self._serving.alert(f"TLS failed: {reason}", address=visit.address)
 
     def _go_on(self, visit: Visit, association: Association) -> bool:
         """Serve it as long as it has something to say; False when it is to be ended. Raises AssociationLost."""
@@ -288,6 +294,8 @@ class DicomServer:
         """Record how it ended, once."""
         with self._guard:
             is_first = self._links.pop(association, self) is not self
+        if is_first and association.violation:
+            self._serving.violated(visit.peer, visit.address, association.violation)
         if is_first and visit.peer is not None:
             self._serving.ended(visit.peer, over=association.released or association.was_idle)
 
@@ -304,6 +312,7 @@ class DicomServer:
     def _turn_away(self, visit: Visit) -> None:
         log.warning("too many connections")
         self._serving.observe.association_rejected("limit")
+        self._serving.alert("association rejected: limit", address=visit.address)
         if visit.over_tls:
             visit.sock.close()
         else:

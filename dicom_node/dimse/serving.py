@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from dicom_node.auditing import AuditTrail, NoAuditTrail
+from dicom_node.audited import ReceivedStudies
+from dicom_node.auditing import AlertType, AuditEvent, AuditKind, AuditOutcome, AuditTrail, NoAuditTrail, Participant
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.admission import Admission, Rejection
 from dicom_node.dimse.commitment import CommitmentService
@@ -99,15 +100,18 @@ class Serving:
         open_link: OpenLink,
         commitments: Commitments | None = None,
         audit: AuditTrail | None = None,
+        received: ReceivedStudies | None = None,
     ) -> None:
+        """`received` is told of associations that end; whoever keeps objects tells it of those."""
         self.config = config
         self.observe = observe or SilentObserver()
+        self._audit = audit or NoAuditTrail()
+        self._received = received
         self.acceptance = Acceptance(
             extra_sop_classes=frozenset(config.extra_sop_classes), unknown_sop_classes=config.unknown_sop_classes
         )
         self._commitment = CommitmentService(config, commitments)
         self._admission = Admission(config)
-        self._audit = audit or NoAuditTrail()
         self._identification = Identification(config.user_identity, self._audit)
         self._associations = associations
         destinations = {item.ae_title: config.destination(name) for name, item in config.destinations.items()}
@@ -115,7 +119,7 @@ class Serving:
         self._requests = Requests(
             store=StoreService(sink),
             find=FindService(index, config.ae_titles[0], config.find),
-            retrievals=Retrievals(retrieve, config.delivery, config.ae_titles[0], open_link),
+            retrievals=Retrievals(retrieve, config.delivery, config.ae_titles[0], open_link, self._audit),
             commitment=self._commitment,
             associations=associations,
             observe=self.observe,
@@ -164,6 +168,7 @@ class Serving:
         if rejection is not None:
             log.warning("association rejected", extra={"reason": rejection.reason, **fields})
             self.observe.association_rejected(rejection.reason)
+            self.alert(f"association rejected: {rejection.reason}", address=address, calling=calling, called=called)
         return rejection
 
     def identify(
@@ -189,6 +194,37 @@ class Serving:
         """Presentation contexts that cannot be told apart (PS3.8 9.3.1.3: an invalid PDU parameter value)."""
         log.warning("association aborted", extra={"reason": "presentation contexts", **fields})
         self.observe.association_rejected("protocol")
+        self.alert("association aborted: presentation contexts", address=fields.get("address", ""))
+
+    def alert(self, why: str, *, address: str, calling: str = "", called: str = "") -> None:
+        """Tell the audit trail of somebody who was not let in, or was thrown out; `why` in constant words."""
+        self._audit.record(
+            AuditEvent(
+                kind=AuditKind.SECURITY_ALERT,
+                outcome=AuditOutcome.MINOR_FAILURE,
+                participants=(
+                    Participant(ae_title=calling, host=address, is_requestor=True),
+                    Participant(ae_title=called or self.config.ae_titles[0], is_this_node=True),
+                ),
+                detail=why,
+            )
+        )
+
+    def recertified(self, where: str) -> None:
+        """Changed TLS files are in force."""
+        self._audit.record(
+            AuditEvent(
+                kind=AuditKind.CONFIGURATION_CHANGED,
+                detail=f"changed TLS files are in force: {where}",
+                alert_type=AlertType.SECURITY_CONFIGURATION,
+            )
+        )
+
+    def violated(self, peer: Peer | None, address: str, why: str) -> None:
+        """An association was aborted for what its peer did."""
+        source = peer.source if peer is not None else Source(calling_ae_title="", called_ae_title="", address=address)
+        called, calling = source.called_ae_title, source.calling_ae_title
+        self.alert(f"association aborted: {why}", address=address, calling=calling, called=called)
 
     def accepted(
         self,
@@ -236,6 +272,8 @@ class Serving:
         end = AssociationEnd.RELEASED if over else AssociationEnd.ABORTED
         if peer.recorded:
             _record(lambda: self._associations.end_association(str(peer.source.association_id), end))
+        if self._received is not None:
+            self._received.ended(peer.source, over=over, user=peer.user)
         log.info("association ended", extra={"association": peer.source.association_id, "result": end.value})
         self.observe.association_ended(peer.source.calling_ae_title, end.value)
 

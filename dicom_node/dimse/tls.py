@@ -193,6 +193,7 @@ class Credentials:
         self._guard = threading.Lock()
         self._seen = self._signature()
         self._reminded = -_REMIND_S
+        self.told: Callable[[str], None] = lambda where: None  # when changed files came into force
         self.not_after = 0.0  # of the certificate in force, seconds since the epoch; 0: there is none
         self.context = self._made()
         self._remind()
@@ -211,6 +212,7 @@ class Credentials:
                 else:
                     self._reminded = -_REMIND_S
                     log.info("changed TLS files are in force", extra={"where": self._where})
+                    self.told(self._where)
             self._remind()
 
     def _made(self) -> ssl.SSLContext:

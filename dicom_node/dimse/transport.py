@@ -106,6 +106,7 @@ class Transport:
         patience: Patience = PATIENT,
     ) -> None:
         self.log_fields: Mapping[str, str] = {}
+        self.violation = ""  # what the peer did for which it was aborted, in constant words
         self._acknowledge = False  # the next wait is to begin with an acknowledgement of what came
         self.traffic = self.released = self.was_idle = False
         self._sock, self._connection, self._buffers = sock, connection, buffers
@@ -299,7 +300,8 @@ class Transport:
     def _looked_at(self, event: UpperEvent) -> UpperEvent:
         if isinstance(event, ProtocolError):
             log.warning("the peer broke the protocol", extra={"error": event.message, **self.log_fields})
-            raise self._lost("the peer broke the protocol")
+            self.violation = "the peer broke the protocol"
+            raise self._lost(self.violation)
         if isinstance(event, Aborted):
             raise self._lost("the peer aborted the association")
         if isinstance(event, ConnectionLost):
@@ -328,7 +330,8 @@ class Transport:
                 return False
             log.warning("a PDU did not come to its end", extra=dict(self.log_fields))
             connection.abort()
-            raise self._lost("a PDU did not come to its end") from None
+            self.violation = "a PDU did not come to its end"
+            raise self._lost(self.violation) from None
         except OSError:
             received = 0
         if received:

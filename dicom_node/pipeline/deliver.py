@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dicom_node.audited import SentStudies, to_destination
+from dicom_node.auditing import AuditTrail, NoAuditTrail
 from dicom_node.config import DeliverySettings
 from dicom_node.errors import CommitmentNotTaken, DeliveryUnavailable, LeaseLost, NodeError
 from dicom_node.interfaces import Clock, CommitmentAsker, Outbox, Sender
@@ -92,12 +94,14 @@ class Courier:
         asker: CommitmentAsker | None = None,
         name: str = "courier",
         jitter: Callable[[], float] = random.random,
+        audit: AuditTrail | None = None,
     ) -> None:
         """Deliveries for a destination that is not in `destinations` stay where they are, reported by `status`.
 
         `asker` asks those that offer storage commitment; without it none is asked.
         """
         self._asker = asker
+        self._audit = audit or NoAuditTrail()
         self._outbox = outbox
         self._sender = sender
         self._destinations = destinations
@@ -209,16 +213,26 @@ class Courier:
         left = [item.instance for item in delivery.items if not item.sent and not item.error]
         refused = sum(1 for item in delivery.items if item.error)
         keeper, heartbeat = self._kept(delivery)
+        told, why = self._told(delivery), "the sending broke off"
 
         def on_result(instance: StoredInstance, dimse_status: int | None, error: str) -> None:
             nonlocal refused
+            told.sent(instance, ok=dimse_status is not None and is_sent(dimse_status))
             refused += self._noted(delivery, instance, dimse_status, error) == "refused"
             heartbeat()
 
-        if left:
-            with keeper:
-                self._sender.send(self._destinations[delivery.destination], left, on_result, heartbeat)
+        try:
+            if left:
+                with keeper:
+                    self._sender.send(self._destinations[delivery.destination], left, on_result, heartbeat)
+            why = ""
+        finally:  # of an association that could not be had nothing is told: nothing was transferred
+            told.ended(why)
         return refused
+
+    def _told(self, delivery: Delivery) -> SentStudies:
+        there = self._destinations[delivery.destination]
+        return SentStudies(self._audit, to_destination(there.ae_title, there.host, there.calling_ae_title))
 
     def _kept(self, delivery: Delivery) -> tuple[LeaseKeeper, Callable[[], None]]:
         """What keeps its lease, and what long work is to call."""
@@ -327,6 +341,8 @@ class Courier:
         for item in delivery.items:
             if not item.sent:
                 self._observer.object_delivered(delivery.destination, item.instance.modality, "failed")
+        told = self._told(delivery)
+        told.ended(f"delivery given up: {reason}", missing=[item.instance for item in delivery.items if not item.sent])
         log.error("delivery given up", extra=_fields(delivery) | {"reason": reason}, exc_info=exc)
 
 

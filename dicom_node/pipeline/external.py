@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from dicom_node.apart import Apart
+from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, NoAuditTrail, Participant, Role
 from dicom_node.errors import (
     EngineError,
     EngineRejected,
@@ -102,7 +103,13 @@ def _outcome(exc: NodeError) -> str:
 
 
 def recorder(
-    ledger: EngineLedger, *, engine: str, study_instance_uid: str, series_instance_uid: str, job: Job | None
+    ledger: EngineLedger,
+    *,
+    engine: str,
+    study_instance_uid: str,
+    series_instance_uid: str,
+    job: Job | None,
+    audit: AuditTrail | None = None,
 ) -> Callable[[Sending], AbstractContextManager[Tell]]:
     """`EngineTask.record` for one job, or (None) for a run by hand."""
 
@@ -121,18 +128,38 @@ def recorder(
             nonlocal latest
             latest = completed
 
+        def audited(outcome: AuditOutcome) -> None:
+            (audit or NoAuditTrail()).record(_export(engine, study_instance_uid, latest, outcome))
+
         try:
             yield tell
         except BaseException as exc:
+            audited(AuditOutcome.MINOR_FAILURE)
             why = str(exc) if isinstance(exc, NodeError) else type(exc).__name__  # foreign texts may hold anything
             try:
                 ledger.end_sending(number, latest, SendingState.FAILED, why)
             except NodeError as missed:  # it stays "about to send", which says as much
                 log.warning("the end of a sending could not be recorded", extra={"sending": number}, exc_info=missed)
             raise
+        audited(AuditOutcome.SUCCESS)
         ledger.end_sending(number, latest, SendingState.SENT)
 
     return record
+
+
+def _export(engine: str, study_instance_uid: str, sending: Sending, outcome: AuditOutcome) -> AuditEvent:
+    """PS3.15 A.5.3.4: what left the node for an engine; of one that failed, what may have left."""
+    identity = "identifiable" if sending.identifiable else "without identity"
+    return AuditEvent(
+        kind=AuditKind.EXPORTED,
+        outcome=outcome,
+        participants=(
+            Participant(is_this_node=True, is_requestor=True, role=Role.SOURCE),
+            Participant(user=engine, host=sending.host.rpartition(":")[0] or sending.host, role=Role.DESTINATION_MEDIA),
+        ),
+        study_instance_uids=(study_instance_uid,),
+        detail=f"{sending.objects} objects as {sending.what} to engine {engine}, {identity}",
+    )
 
 
 def quarantined(

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from pydicom.dataset import Dataset
 
+from dicom_node.auditing import AuditEvent, AuditKind, AuditTrail, NoAuditTrail, Participant, Role
 from dicom_node.config import JobSettings
 from dicom_node.errors import (
     ConfigError,
@@ -100,6 +102,7 @@ class Worker:
         jitter: Callable[[], float] = random.random,
         keep: Keep | None = None,
         study_instances: Callable[[str], Iterable[StoredInstance]] = lambda study: (),
+        audit: AuditTrail | None = None,
     ) -> None:
         """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent.
 
@@ -121,6 +124,7 @@ class Worker:
         self._jitter = jitter
         self._keep = keep
         self._study_instances = study_instances
+        self._audit = audit or NoAuditTrail()
         self._stops = Stops(queue, engines, clock, observer)
 
     def run_once(
@@ -265,7 +269,7 @@ class Worker:
             strikes=job.strikes,
             note=job.note,
             remember=lambda note: self._queue.remember(job, note),
-            record=recorder(self._queue, job=job, **names),
+            record=recorder(self._queue, job=job, audit=self._audit, **names),
             quarantine=quarantined(self._keep, job_id=job.id, **names),
             study_instances=lambda: self._study_instances(job.study_instance_uid),
         )
@@ -273,6 +277,7 @@ class Worker:
     def _ask(self, engine: Engine, job: Job, task: EngineTask, keeper: LeaseKeeper) -> EngineResult | Pending:
         handle = job.handle
         if handle is None:
+            self._tell_access(job, task)
             run: Asked = lambda: checked_answer(job.engine, engine.run(task, keeper))  # noqa: E731
             return counted_call(self._observer, self._clock, job.engine, run)
         poll = getattr(engine, "poll", None)
@@ -280,6 +285,21 @@ class Worker:
             raise EngineError(f"engine {job.engine!r} cannot be asked for the answer of an earlier run")
         asked: Asked = lambda: checked_answer(job.engine, poll(task, handle))  # noqa: E731
         return counted_call(self._observer, self._clock, job.engine, asked)
+
+    def _tell_access(self, job: Job, task: EngineTask) -> None:
+        """PS3.15 A.5.3.6: an engine is about to look at a series; what leaves the node for it is told by `recorder`."""
+        self._audit.record(
+            AuditEvent(
+                kind=AuditKind.ACCESSED,
+                participants=(
+                    Participant(user=job.engine, is_requestor=True, role=Role.APPLICATION),
+                    Participant(ae_title=self._node_name, is_this_node=True),
+                ),
+                study_instance_uids=(job.study_instance_uid,),
+                instances=Counter(instance.sop_class_uid for instance in task.instances),
+                detail=f"job {job.id}, rule {job.rule}, attempt {job.attempts}",
+            )
+        )
 
     def _finish(self, job: Job, task: EngineTask, result: EngineResult, keeper: LeaseKeeper) -> None:
         began = self._clock.boot().seconds

@@ -238,6 +238,14 @@ class SqliteIndex:
         )
         return self._stored([row[0] for row in found])
 
+    def patient_ids(self, study_instance_uids: Sequence[str]) -> tuple[str, ...]:
+        """The Patient IDs of these studies, as far as they are known, each once."""
+        rows = self._fetch(
+            "SELECT DISTINCT patient_id FROM study WHERE study_instance_uid IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(study_instance_uids))],
+        )
+        return tuple(row[0] for row in rows)
+
     def _stored(self, sop_instance_uids: Sequence[str]) -> Iterator[StoredInstance]:
         """These instances in this order, but those that are gone meanwhile."""
         for start in range(0, len(sop_instance_uids), PAGE):

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import generate_uid
 
+from dicom_node.audited import ReceivedStudies
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, StorageSettings
 from dicom_node.dimse.commands import encode_command
@@ -26,6 +27,7 @@ from dicom_node.dimse.server import DicomServer
 from dicom_node.model import ConflictPolicy, Origin
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.store.catalog import Catalog, open_catalog
+from dicom_node.wiring import CountedIngest
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 NO_RESERVE = {"reserve_bytes": 0, "reserve_ratio": 0.0}
@@ -62,6 +64,13 @@ class Counted:
         """Until `condition(self)`; fails after 20 s."""
         with self.changed:
             assert self.changed.wait_for(lambda: condition(self), timeout=20.0), vars(self)
+
+
+class Uncounted:
+    """Counts nothing of intake."""
+
+    def instance_received(self, *_: object, **__: object) -> None:
+        """Nothing."""
 
 
 @dataclass
@@ -115,6 +124,10 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
                 clock=SystemClock(),
             )
             counted = Counted()
+            received = None
+            if audit is not None:
+                received = ReceivedStudies(audit)
+                sink = CountedIngest(catalog, config, SystemClock(), Uncounted(), received)
             server = (DicomServer if wire == "own" else PynetdicomServer)(
                 config,
                 sink=sink or ingest,
@@ -125,6 +138,7 @@ def serve(tmp_path: Path, wire: str) -> Iterator[Callable[..., Running]]:
                 sock=sock,
                 neighbours=neighbours,
                 audit=audit,
+                received=received,
             )
             port = server.start()
             stack.callback(server.stop, 2.0)

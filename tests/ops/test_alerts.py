@@ -91,6 +91,12 @@ RAISED: Mapping[str, Case] = {
         {'rule_last_match_timestamp_seconds{rule="chest"}': f"60x{WEEK // 10 + 20}"}, WEEK + 10, {"rule": "chest"}, "",
     ),
     "DicomNodeIdentityConflicts": ({"identity_conflict_studies": "2x100"}, 90, {}, "2"),
+    "DicomNodeAuditTrailChanged": ({"audit_trail_whole": "0x5"}, 2, {}, ""),
+    "DicomNodeAuditNotWritten": ({'audit_sink_failures_total{sink="file"}': "0+1x30"}, 20, {}, ""),
+    "DicomNodeAuditCollectorDown": ({'audit_collector_up{collector="arr"}': "0x30"}, 20, {"collector": "arr"}, ""),
+    "DicomNodeAuditBacklog": (
+        {'audit_backlog_messages{collector="arr"}': "20000x60"}, 45, {"collector": "arr"}, "20000",
+    ),
 }  # fmt: skip
 
 # A busy node that is well: nothing of it may raise anything.
@@ -115,6 +121,9 @@ WELL: Mapping[str, str] = {
     'tls_certificate_expiry_timestamp_seconds{certificate="tls"}': "20000000x600", "ruleset_load_failed": "0x600",
     'rule_evaluations_total{rule="chest",verdict="error"}': "1x600",
     'rule_last_match_timestamp_seconds{rule="chest"}': "60+60x600", "identity_conflict_studies": "0x600",
+    "audit_trail_whole": "1x600", 'audit_sink_failures_total{sink="file"}': "3x600",
+    "audit_messages_lost_total": "9x600",
+    'audit_collector_up{collector="arr"}': "1x600", 'audit_backlog_messages{collector="arr"}': "40x600",
 }  # fmt: skip
 
 
