@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 
+from dicom_node.backpressure import disk_facts
 from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
@@ -26,6 +27,7 @@ class Receiver:
         self._catalog.database.keep_tidy()
         start_journal(self._catalog, config, orders.receiver_number)
         metrics = Metrics(config, process=receiver_role(orders.receiver_number))
+        self._catalog.pressure.observer = metrics
         self._server = server_class(config.wire)(
             config,
             sink=CountedIngest(self._catalog, config, clock, metrics),
@@ -45,6 +47,7 @@ class Receiver:
         facts = {
             "associations": self._server.active_associations,
             "certificate_ends": self._server.certificate_ends,
+            **disk_facts(self._catalog.pressure),
         }
         return accepting, "" if accepting else "no connections are taken", facts
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from dicom_node.backpressure import DiskWatch, disk_facts, pressed_elsewhere
 from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.committing import DimseCommitment
@@ -23,6 +24,7 @@ from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
 from dicom_node.routing.rules import RuleSet
+from dicom_node.store.pressure import Grade
 from dicom_node.wiring import destinations, engine_workers, node_catalog
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Service:
         self._rules = self._first_rules()
         self._reloads = 0
         self._catalog = node_catalog(config, clock)
+        self._catalog.pressure.observer = self._metrics
+        self._disk = DiskWatch(self._catalog.pressure, lambda: pressed_elsewhere(config, clock))
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
         commitment = DimseCommitment(config.delivery, config.ae_titles[0], open_link(config.wire))
         self._courier = Courier(
@@ -160,7 +164,9 @@ class Service:
             "rules_error": self._rules_error,
             "reloads": self._reloads,
             "destinations_up": dict(self._courier.up()),
+            **disk_facts(self._catalog.pressure),
         }
+        self._disk.look()
         running = self._timers.running
         return running, "" if running else "the timers do not run", facts
 
@@ -176,8 +182,11 @@ class Service:
             return Check(name="catalog", ok=True)
 
         def disk() -> Check:
-            free = self._catalog.archive.free_bytes()
-            return Check(name="disk", ok=free > 0, detail="" if free > 0 else "free space is below the reserve")
+            pressed = self._disk.pressed()
+            if pressed.grade >= Grade.REFUSING:
+                return Check(name="disk", ok=False, detail=f"C-STORE is refused: {pressed.reason}")
+            detail = f"background work pauses: {pressed.reason}" if pressed.grade is Grade.PAUSED else ""
+            return Check(name="disk", ok=True, detail=detail)
 
         def workers() -> Check:
             if self._config.jobs.workers == 0:
@@ -219,7 +228,8 @@ class Service:
     def _readings(self) -> Iterable[Reading]:
         rules = [rule.name for rule in self._rules.rules]
         yield from catalog_readings(self._catalog.queue.snapshot(), self._config, rules)
-        yield from node_readings(self._config, self._catalog.archive.free_bytes(), self._workers_alive())
+        yield "intake_state", (), float(min(self._disk.pressed().grade, Grade.REFUSING))
+        yield from node_readings(self._config, self._workers_alive())
         for name, up in self._courier.up().items():
             yield "destination_up", (name,), float(up)
         for name, is_open in self._courier.circuits().items():

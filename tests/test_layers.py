@@ -22,7 +22,7 @@ CORE = {
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
-    *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
+    *("watching", "deciding", "gauges", "backpressure", "handing_out", "operations", "doctor", "doctor_checks"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),
