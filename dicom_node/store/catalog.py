@@ -153,7 +153,7 @@ def open_catalog(
             data_dir / "quarantine",
             clock,
             fs=files,
-            free_bytes=lambda: archive.free_bytes() if pressure.background() is Grade.OPEN else 0,
+            free_bytes=lambda: archive.free_bytes() if pressure.space() is Grade.OPEN else 0,
             max_bytes=storage.quarantine_bytes,
             max_files=storage.quarantine_files,
         ),

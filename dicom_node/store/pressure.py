@@ -174,6 +174,13 @@ class Pressure:
             if space.grade >= (Grade.FULL if results else Grade.REFUSING):
                 raise StorageError(space.reason)
 
+    def space(self) -> Grade:
+        """What free space alone makes wait."""
+        try:
+            return max(one.grade for one in self._by_space())
+        except StorageError:
+            return Grade.REFUSING
+
     def _by_space(self) -> Sequence[Pressed]:
         now = self._now()
         if now < self._measured_at + MEASURE_S:
