@@ -5,12 +5,15 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -241,3 +244,31 @@ def test_a_full_disk_refuses_images_and_nothing_else_and_recovers_by_itself(
     logging.getLogger(__name__).info("a full disk", extra=told)
     assert node.stop() == 0
     assert node.command("fsck").returncode == 0
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(180)
+def test_a_node_without_descriptors_crashes_nowhere_and_takes_connections_again_when_some_are_free(
+    running_node: Start, wait_for: WaitFor, tool: Tool, tmp_path: Path
+) -> None:
+    limit = 96
+    node = running_node(
+        first=f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))",
+        engines={},
+        jobs={"workers": 0},
+    )
+    pids = {member.pid for member in node.members()}
+    receiver = psutil.Process(node.pid("receiver"))
+    peer = Peer(node, tool, tmp_path)
+    assert peer.store(100_000) == "0000"
+    with ExitStack() as held:
+        for _ in range(2 * limit):
+            held.enter_context(socket.create_connection(("127.0.0.1", node.dicom_port), timeout=5))
+        wait_for(lambda: receiver.num_fds() >= limit - 1, 20, "the descriptors to be used up")
+        time.sleep(1.0)  # it tries again and again
+    wait_for(lambda: peer.run("echoscu", *peer.where).returncode == 0, 30, f"an echo to be answered; {node.tail()}")
+    assert peer.store(100_000) == "0000"
+    assert {member.pid for member in node.members()} == pids, "a process was started anew"
+    wait_for(lambda: receiver.num_fds() < limit // 2, 30, "the descriptors to be given back")
+    told = node.log.read_text().count("connection could not be accepted")
+    assert 1 <= told <= 100, told
