@@ -14,11 +14,13 @@ from dicom_node.interfaces import Clock
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
 from dicom_node.store.pressure import Grade, Pressed, Pressure
 
-__all__ = ["DiskWatch", "disk_facts", "pressed_elsewhere"]
+__all__ = ["PROBE_S", "DiskWatch", "disk_facts", "pressed_elsewhere"]
 
 log = logging.getLogger(__name__)
 
 _KEY = "disk"
+PROBE_S = 1.5  # how often `DiskWatch.is_probe_due` is asked; of a disk that is well every SELDOM-th time means one
+SELDOM = 7
 
 
 def disk_facts(pressure: Pressure) -> Mapping[str, Any]:
@@ -44,10 +46,18 @@ class DiskWatch:
     def __init__(self, pressure: Pressure, elsewhere: Callable[[], Pressed]) -> None:
         self._pressure, self._elsewhere = pressure, elsewhere
         self._logged = Pressed(Grade.OPEN)
+        self._ticks = 0
 
     def pressed(self) -> Pressed:
         """How it stands now."""
         return max(self._pressure.look(), self._elsewhere(), key=lambda one: one.grade)
+
+    def is_probe_due(self) -> bool:
+        """Whether it is time to try the disk: often while it fails, seldom while all is well, not while it is full."""
+        self._ticks += 1
+        if self._pressure.space() >= Grade.REFUSING:
+            return False
+        return self.pressed().grade is not Grade.OPEN or self._ticks % SELDOM == 0
 
     def look(self) -> None:
         """Log a change since the last look; for one thread."""

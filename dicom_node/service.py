@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from dicom_node.backpressure import DiskWatch, disk_facts, pressed_elsewhere
+from dicom_node.backpressure import PROBE_S, DiskWatch, disk_facts, pressed_elsewhere
 from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.committing import DimseCommitment
@@ -78,6 +78,7 @@ class Service:
         self._sweeping = threading.Lock()
         self._timers = Timers()
         self._timers.every(config.completion.tick_s, self._sweep)
+        self._timers.every(PROBE_S, self._probe)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
@@ -110,6 +111,11 @@ class Service:
             log.error("the completion sweep failed", exc_info=exc)
         finally:
             self._sweeping.release()
+
+    def _probe(self) -> None:
+        """A disk that fails is noticed while nothing is received, and one that is well again too."""
+        if self._disk.is_probe_due():
+            self._catalog.archive.probe()
 
     # --- rules
 

@@ -188,19 +188,20 @@ class Database:
 
     def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
         with self._turns.taken():
+            before = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             try:
                 if len(batch) == 1:
                     batch[0].value = batch[0].fn(connection)
                 for piece in batch if len(batch) > 1 else ():
                     _in_savepoint(connection, piece)
-                self._make_durable(connection)
+                self._make_durable(connection, connection.total_changes != before)
             except BaseException:
                 self._roll_back(connection)
                 raise
 
-    def _make_durable(self, connection: sqlite3.Connection) -> None:
-        began = self._watch.begin() if self._watch is not None and self._durable else None
+    def _make_durable(self, connection: sqlite3.Connection, changed: bool) -> None:
+        began = self._watch.begin() if self._watch is not None and self._durable and changed else None
         connection.execute("COMMIT")
         if began is not None and self._watch is not None:
             self._watch.end("catalog", began)

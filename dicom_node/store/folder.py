@@ -35,6 +35,7 @@ from dicom_node.store.pressure import Pressure, Volume
 __all__ = ["FolderArchive", "FolderSpool"]
 
 PIECE = 64 * 1024  # bytes per write: bounds memory and how long one call holds the disk
+PROBE = 4096  # bytes
 _LOCATION = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.dcm")
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 
@@ -111,6 +112,22 @@ class FolderArchive:
                 raise
         temporary = _temporary(self._tmp)
         return self._fs.create(temporary), temporary
+
+    def probe(self) -> None:
+        """Write and sync a little, so that `pressure` knows how the disk does also while nothing is received."""
+        try:
+            fd, temporary = self._open()
+        except OSError:
+            return  # the pressure was told
+        try:
+            with suppress(OSError):
+                self._fs.write(fd, bytes(PROBE))
+                self._fs.fsync(fd)
+        finally:
+            self._fs.close(fd)
+            if temporary is not None:
+                with suppress(OSError):
+                    self._fs.unlink(temporary)
 
     def path(self, location: str) -> str:
         """See `interfaces.Archive.path`."""

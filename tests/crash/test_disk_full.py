@@ -272,3 +272,41 @@ def test_a_node_without_descriptors_crashes_nowhere_and_takes_connections_again_
     wait_for(lambda: receiver.num_fds() < limit // 2, 30, "the descriptors to be given back")
     told = node.log.read_text().count("connection could not be accepted")
     assert 1 <= told <= 100, told
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("volume", ["ext4"], indirect=True)
+def test_a_file_system_that_turns_read_only_refuses_images_and_nothing_else(
+    volume: Path, running_node: Start, wait_for: WaitFor, tool: Tool, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port = free_port()
+    node = running_node(
+        data_dir=str(volume / "data"),
+        engines={},
+        jobs={"workers": 0},
+        storage=STORAGE | {"journal_bytes": 16 * MIB},
+        destinations={"MOVED": {"ae_title": "MOVED", "host": "127.0.0.1", "port": port}},
+    )
+    node.move_port = port
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    peer, pids = Peer(node, tool, folder), {member.pid for member in node.members()}
+    assert [peer.store(100_000) for _ in range(3)] == ["0000"] * 3
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    (device,) = [line.split()[0] for line in mounts if line.split()[1] == str(volume)]
+    subprocess.run(["mount", "-o", "remount,errors=remount-ro", str(volume)], check=True, timeout=30)
+    trigger = Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error")
+    try:
+        trigger.write_text("1")  # as the kernel does when a disk fails; there is no way back but to mount it anew
+    except OSError:
+        pytest.skip("needs /sys/fs/ext4 to make a file system fail")
+    wait_for(lambda: _state(node) == 2, 15, "intake to be refused")
+    for _ in range(3):
+        assert not _disk_check(node)["ok"]
+        assert peer.store(100_000) == "a700"
+        peer.others_go_on()
+    time.sleep(8.0)  # longer than a sign of life may be silent; nobody tries to store
+    assert _state(node) == 2
+    peer.others_go_on()
+    assert {member.pid for member in node.members()} == pids, "a process was started anew"
