@@ -68,7 +68,7 @@ lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROUNDS=n
-	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
+	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m crash tests/crash tests/store $(PYTEST_ARGS)
 
 fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
 	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)

@@ -216,6 +216,7 @@ def timeline(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """The node on one screen."""
+    from dicom_node.backpressure import DiskWatch, pressed_elsewhere
     from dicom_node.deciding import due_now
     from dicom_node.screen import NodeFacts, render_status
 
@@ -230,6 +231,7 @@ def status(arguments: argparse.Namespace) -> int:
         stuck = catalog.queue.stuck(destinations=config.destinations, waits_for=waits_for)
         sendings = catalog.queue.sendings() if arguments.json else ()
         free_bytes = catalog.archive.free_bytes()
+        pressed = DiskWatch(catalog.pressure, lambda: pressed_elsewhere(config, clock)).pressed()
     # the node may have been started with other settings than these
     running = read_pulse(config.data_dir, "supervisor")
     roles = ("supervisor", *(running.facts.get("restarts", ()) if running else ()))
@@ -240,12 +242,14 @@ def status(arguments: argparse.Namespace) -> int:
         pulses=pulses,
         alive=frozenset(role for role, pulse in pulses.items() if fresh(pulse, clock) and pulse.detail != "stopped"),
         free_bytes=free_bytes,
+        pressed=pressed,
         snapshot=snapshot,
         stuck=stuck,
     )
     if arguments.json:
         more = {"sendings": [_sending(one) for one in sendings], "stuck": [asdict(one) for one in stuck]}
-        print(json.dumps({**snapshot, **more, "alive": sorted(facts.alive)}, indent=2))
+        disk = {"intake_state": min(pressed.grade, 2), "reason": pressed.reason, "free_bytes": free_bytes}
+        print(json.dumps({**snapshot, **more, "disk": disk, "alive": sorted(facts.alive)}, indent=2))
     else:
         print(render_status(facts), end="")
     return OK

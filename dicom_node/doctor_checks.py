@@ -26,6 +26,7 @@ from dicom_node.doctor_audit import audit_trail, collector_of
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
 from dicom_node.pulse import fresh, read_pulse
+from dicom_node.store.pressure import Grade, Volume, pressed_by, volumes
 
 __all__ = ["checks"]
 
@@ -163,21 +164,32 @@ def _data_folder(config: NodeConfig) -> Iterator[Finding]:
 def _disk(config: NodeConfig) -> Iterator[Finding]:
     if not config.data_dir.is_dir():
         return
-    volume = os.statvfs(config.data_dir)
-    total, free = volume.f_blocks * volume.f_frsize, volume.f_bavail * volume.f_frsize
-    reserve = max(config.storage.reserve_bytes, int(total * config.storage.reserve_ratio))
-    space = f"{free >> 20} MiB free, {reserve >> 20} MiB of it kept in reserve"
-    if free <= reserve:
-        yield _wrong("disk space", f"{space}: nothing is taken in", "make room, or use a larger volume for data_dir")
-    elif free - reserve < 20 * reserve // 10:
-        yield _note("disk space", space, "make room soon")
-    else:
-        yield _ok("disk space", space)
-    if volume.f_files and volume.f_favail < volume.f_files // 50:
-        yield _wrong("disk space", f"{volume.f_favail} inodes left", "make a file system with more of them")
+    for volume in volumes(config.data_dir, config.storage):
+        yield from _space(volume)
     yield from _file_system(config.data_dir)
     yield _sync_speed(config.data_dir)
     yield _direct(config)
+
+
+def _space(volume: Volume) -> Iterator[Finding]:
+    space = os.statvfs(volume.path)
+    total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+    reserve, pressed = volume.reserve(total), pressed_by(volume, space)
+    text = f"{volume.path}: {free >> 20} MiB free, {reserve >> 20} MiB of it kept in reserve"
+    if space.f_flag & os.ST_RDONLY:
+        remedy = "see the kernel's log for why, mend the disk, mount it for writing; the node goes on by itself"
+        yield _wrong("disk space", f"{volume.path} is read-only: C-STORE is refused", remedy)
+    elif pressed.grade >= Grade.REFUSING:
+        yield _wrong("disk space", f"{text}: C-STORE is refused", "make room, or use a larger volume")
+    elif pressed.grade is Grade.PAUSED:
+        text += f", below {volume.pause_at:g} times that routine and background jobs wait"
+        yield _wrong("disk space", text, "make room, or use a larger volume")
+    elif free - reserve < 20 * reserve // 10:
+        yield _note("disk space", text, "make room soon")
+    else:
+        yield _ok("disk space", text)
+    if space.f_files and space.f_favail < space.f_files // 50:
+        yield _wrong("disk space", f"{space.f_favail} inodes left", "make a file system with more of them")
 
 
 def _file_system(folder: Path) -> Iterator[Finding]:

@@ -9,10 +9,11 @@ from typing import Any
 from dicom_node.config import NodeConfig
 from dicom_node.metrics import DELIVERY_STATES, JOB_STATES, LEDGER, OTHER, QUEUE_STATES, VARIANT_KINDS, Reading
 from dicom_node.pulse import read_pulse, receiver_roles
+from dicom_node.store.pressure import volumes
 
 __all__ = ["catalog_readings", "node_readings"]
 
-VOLUME = "data"
+VOLUME, CATALOG_VOLUME = "data", "catalog"  # the latter where it is another
 ENGINE_GAUGES = ("breaker_state", "token_expires_seconds")  # of `Engine.gauges`
 
 
@@ -81,14 +82,13 @@ def _folded(
     return {name: values.get(name, zero) for name in sorted(known)} | {OTHER: fold(rest) if rest else zero}
 
 
-def node_readings(config: NodeConfig, free_above_reserve: int, workers_alive: int) -> Iterator[Reading]:
+def node_readings(config: NodeConfig, workers_alive: int) -> Iterator[Reading]:
     """Disk and processes."""
-    usage = shutil.disk_usage(config.data_dir)
-    yield "storage_free_bytes", (VOLUME,), usage.free
-    reserve = max(config.storage.reserve_bytes, int(usage.total * config.storage.reserve_ratio))
-    yield "storage_reserve_bytes", (VOLUME,), reserve
-    yield "storage_used_ratio", (VOLUME,), usage.used / usage.total if usage.total else 0.0
-    yield "intake_state", (), 0 if free_above_reserve > 0 else 2
+    for name, volume in zip((VOLUME, CATALOG_VOLUME), volumes(config.data_dir, config.storage), strict=False):
+        usage = shutil.disk_usage(volume.path)
+        yield "storage_free_bytes", (name,), usage.free
+        yield "storage_reserve_bytes", (name,), volume.reserve(usage.total)
+        yield "storage_used_ratio", (name,), usage.used / usage.total if usage.total else 0.0
     yield "workers_alive", (), workers_alive
     work = read_pulse(config.data_dir, "work")
     unusable = work.facts.get("unusable", {}) if work else {}

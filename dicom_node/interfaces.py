@@ -123,10 +123,18 @@ class Spool(Protocol):
 class Archive(Protocol):
     """Durable bytes. Names derive from digests, never from a peer's text."""
 
-    def begin(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str) -> Spool:
+    def begin(
+        self,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+        source_ae: str,
+        for_results: bool = False,
+    ) -> Spool:
         """Start receiving one data set; the arguments are for the file meta information (PS3.10 7.1).
 
-        Raises StorageError when free space is below the reserve.
+        Raises StorageError when free space is below the reserve; `for_results`: when that is used up too.
         """
         ...
 
@@ -427,9 +435,11 @@ class JobQueue(Protocol):
         at_least: Priority = Priority.BACKGROUND,
         engine: str | None = None,
         without: Collection[str] = (),
+        begin_at_least: Priority = Priority.BACKGROUND,
     ) -> Job | None:
         """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
         `at_least`: none that is less urgent. `engine`: of this one only; `without`: of none of these.
+        `begin_at_least`: of those no engine works on yet, none that is less urgent.
         """
         ...
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,7 @@ PREFIX = "dicom_node_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 OTHER = "other"
+FILE_BYTES = 1 << 20  # of one process's counters, or histograms; more would be added beyond it
 
 # PS3.3 C.7.3.1.1.1, the ones a node meets; any other is counted as `other`
 MODALITIES = ("CR", "CT", "DX", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "RF", "SEG", "SR", "US", "XA")
@@ -46,6 +48,8 @@ SERVICES = ("echo", "store", "find", "get", "move", "commit", "commit_report")
 STATUS_CLASSES = ("success", "pending", "warning", "cancel", "failure")
 OUTCOMES = (*(outcome.value for outcome in StoreOutcome), "invalid", "failed")
 DURABLE_BY = ("journal", "file")
+DURABLE_STEPS = ("write", "sync", "catalog")
+STEP_OUTCOMES = ("slow", "failed")
 ASSOCIATION_RESULTS = ("released", "aborted")
 REJECT_REASONS = ("calling_ae", "called_ae", "address", "certificate", "tls", "user", "limit", "rate", "protocol")
 CONTEXT_REFUSALS = ("abstract_syntax", "transfer_syntax", "role", "policy")
@@ -71,6 +75,19 @@ WORK_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 STUDY_S = (0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
 
 
+def _allocate(path: Path) -> None:
+    """Give the file its blocks: it is mapped, and to touch a hole of it on a full disk would end the process."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return  # the library will say so
+    try:
+        with suppress(OSError):  # started on a full disk: what is there has its blocks
+            os.posix_fallocate(fd, 0, FILE_BYTES)
+    finally:
+        os.close(fd)
+
+
 class _Labels:
     """A closed set of label values."""
 
@@ -88,7 +105,9 @@ class Metrics:
     """
 
     def __init__(self, config: NodeConfig, *, process: str = "main") -> None:
-        if os.environ.get(MULTIPROCESS_VARIABLE):
+        if folder := os.environ.get(MULTIPROCESS_VARIABLE):
+            for kind in ("counter", "histogram"):
+                _allocate(Path(folder) / f"{kind}_{process}.db")
             values.ValueClass = values.MultiProcessValue(lambda: process)  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._calling = _Labels(sorted({peer.ae_title for peer in config.peers.values()}))
@@ -153,6 +172,11 @@ class Metrics:
             {"by": DURABLE_BY},
         )
         self._durable = {by: durable.labels(by) for by in DURABLE_BY}
+        self._steps = self._counter(
+            "storage_steps_total",
+            "Writes, syncs and commits of the catalog that failed, or took longer than `storage.slow_step_s`.",
+            {"step": DURABLE_STEPS, "outcome": STEP_OUTCOMES},
+        )
         self._irregular = self._counter("irregular_uids_total", "Instances with padded UIDs or leading zeros in them.")
         self._bytes = self._counter("received_bytes_total", "Data set bytes that came by C-STORE.")
         self._contexts = self._counter(
@@ -262,6 +286,10 @@ class Metrics:
         count, duration = self._answered[service, status_class(status)]  # `labels` costs as much as counting
         count.inc()
         duration.observe(seconds)
+
+    def durable_step(self, step: str, outcome: str) -> None:
+        """A step toward the disk, one of DURABLE_STEPS, ended as one of STEP_OUTCOMES."""
+        self._steps.labels(step, outcome).inc()
 
     def instance_received(
         self,
@@ -427,7 +455,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "storage_free_bytes": ("Free space on the volume of the data folder.", ("volume",)),
     "storage_reserve_bytes": ("Of it, kept in reserve: below that nothing is taken in.", ("volume",)),
     "storage_used_ratio": ("Used part of that volume.", ("volume",)),
-    "intake_state": ("0 open, 2 refusing for lack of space.", ()),
+    "intake_state": ("0 open, 1 background work pauses, 2 C-STORE is refused: the disk is full or fails.", ()),
     "tls_certificate_expiry_timestamp_seconds": (
         "When the certificate under that key of the settings ends, or one of its chain, in seconds since 1970.",
         ("certificate",),

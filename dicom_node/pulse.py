@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,29 @@ def run_folder(data_dir: Path) -> Path:
 
 
 def beat(data_dir: Path, role: str, pulse: Pulse) -> bool:
-    """Give a sign of life; False when it could not be written. A full disk is no error here: silence says enough."""
+    """Give a sign of life; False when it could not be written, which is no error here: silence says enough.
+
+    On a full disk it is written over the last one, whose blocks are there; who reads at that very moment finds none.
+    """
     path = run_folder(data_dir) / f"{role}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    text = json.dumps(asdict(pulse)).encode()
     try:
-        temporary.write_text(json.dumps(asdict(pulse)), encoding="utf-8")
+        temporary.write_bytes(text)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not even that on a read-only file system
+            temporary.unlink()
+        return _overwrite(path, text)
+    return True
+
+
+def _overwrite(path: Path, text: bytes) -> bool:
+    try:
+        with path.open("r+b", buffering=0) as file:
+            missing = os.fstat(file.fileno()).st_size - len(text)
+            file.write(text + b" " * missing)  # JSON may end in blanks
+    except OSError:
         return False
     return True
 

@@ -6,6 +6,7 @@ import socket
 import threading
 
 from dicom_node.audited import ReceivedStudies
+from dicom_node.backpressure import disk_facts
 from dicom_node.dimse.wires import server_class
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Metrics
@@ -32,6 +33,7 @@ class Receiver:
             config, receiver_role(orders.receiver_number), clock, metrics, self._catalog.index.patient_ids
         )
         received = ReceivedStudies(self._audit) if config.audit is not None else None
+        self._catalog.pressure.observer = metrics
         self._server = server_class(config.wire)(
             config,
             sink=CountedIngest(self._catalog, config, clock, metrics, received),
@@ -55,6 +57,7 @@ class Receiver:
         facts = {
             "associations": self._server.active_associations,
             "certificate_ends": self._server.certificate_ends,
+            **disk_facts(self._catalog.pressure),
         }
         return accepting, "" if accepting else "no connections are taken", facts
 

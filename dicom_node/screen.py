@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicom_node.pulse import Pulse
+from dicom_node.store.pressure import Grade, Pressed
 from dicom_node.store.queue import Stuck
 
 __all__ = ["NodeFacts", "render_status"]
@@ -20,13 +21,16 @@ WHY_LINES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What the screen shows. `alive`: roles that gave a sign of life lately; `free_bytes`: above the reserve."""
+    """What the screen shows. `alive`: roles that gave a sign of life lately; `free_bytes`: above the reserve;
+    `pressed`: what the disk makes wait.
+    """
 
     name: str
     data_dir: str
     pulses: Mapping[str, Pulse]
     alive: frozenset[str]
     free_bytes: int
+    pressed: Pressed
     snapshot: Mapping[str, Any]
     stuck: Sequence[Stuck]
 
@@ -60,11 +64,19 @@ def _node(facts: NodeFacts) -> list[str]:
         for runtime in work.facts.get("runtimes", ()) if work else ():
             if runtime["breaker"]:
                 lines.append(f"device      {runtime['device']} FAILED AGAIN AND AGAIN, the CPU does its work"[:WIDTH])
-    if facts.free_bytes <= 0:
-        lines.append("disk        BELOW THE RESERVE: nothing is taken in")
-    else:
-        lines.append(f"disk        {_bytes(facts.free_bytes)} above the reserve")
+    lines.append(_disk(facts))
     return lines
+
+
+def _disk(facts: NodeFacts) -> str:
+    waits = {
+        Grade.PAUSED: "routine and background jobs WAIT",
+        Grade.REFUSING: "C-STORE IS REFUSED; urgent jobs and results go on",
+        Grade.FULL: "C-STORE IS REFUSED, and no job is done",
+    }.get(facts.pressed.grade)
+    if waits:
+        return f"disk        {waits}: {facts.pressed.reason}"
+    return f"disk        {_bytes(facts.free_bytes)} above the reserve"
 
 
 def _process(facts: NodeFacts, role: str) -> str:

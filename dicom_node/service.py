@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dicom_node.auditing import AuditOutcome
+from dicom_node.backpressure import PROBE_S, DiskWatch, disk_facts, pressed_elsewhere
 from dicom_node.bells import Bell
 from dicom_node.deciding import keep_rules, kept_rules, node_router, node_rules, sender_warnings
 from dicom_node.dimse.committing import DimseCommitment
@@ -25,6 +26,7 @@ from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
 from dicom_node.routing.rules import RuleSet
+from dicom_node.store.pressure import Grade
 from dicom_node.trails import Forwarding, configuration_event, node_trail
 from dicom_node.wiring import destinations, engine_workers, node_catalog
 
@@ -52,6 +54,8 @@ class Service:
         self._rules = self._first_rules()
         self._reloads = 0
         self._catalog = node_catalog(config, clock)
+        self._catalog.pressure.observer = self._metrics
+        self._disk = DiskWatch(self._catalog.pressure, lambda: pressed_elsewhere(config, clock))
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)
         commitment = DimseCommitment(config.delivery, config.ae_titles[0], open_link(config.wire))
         self._courier = Courier(
@@ -79,6 +83,7 @@ class Service:
         self._sweeping = threading.Lock()
         self._timers = Timers()
         self._timers.every(config.completion.tick_s, self._sweep)
+        self._timers.every(PROBE_S, self._probe)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
@@ -115,6 +120,11 @@ class Service:
             log.error("the completion sweep failed", exc_info=exc)
         finally:
             self._sweeping.release()
+
+    def _probe(self) -> None:
+        """A disk that fails is noticed while nothing is received, and one that is well again too."""
+        if self._disk.is_probe_due():
+            self._catalog.archive.probe()
 
     # --- rules
 
@@ -173,7 +183,9 @@ class Service:
             "rules_error": self._rules_error,
             "reloads": self._reloads,
             "destinations_up": dict(self._courier.up()),
+            **disk_facts(self._catalog.pressure),
         }
+        self._disk.look()
         running = self._timers.running
         return running, "" if running else "the timers do not run", facts
 
@@ -189,8 +201,11 @@ class Service:
             return Check(name="catalog", ok=True)
 
         def disk() -> Check:
-            free = self._catalog.archive.free_bytes()
-            return Check(name="disk", ok=free > 0, detail="" if free > 0 else "free space is below the reserve")
+            pressed = self._disk.pressed()
+            if pressed.grade >= Grade.REFUSING:
+                return Check(name="disk", ok=False, detail=f"C-STORE is refused: {pressed.reason}")
+            detail = f"background work pauses: {pressed.reason}" if pressed.grade is Grade.PAUSED else ""
+            return Check(name="disk", ok=True, detail=detail)
 
         def workers() -> Check:
             if self._config.jobs.workers == 0:
@@ -232,7 +247,8 @@ class Service:
     def _readings(self) -> Iterable[Reading]:
         rules = [rule.name for rule in self._rules.rules]
         yield from catalog_readings(self._catalog.queue.snapshot(), self._config, rules)
-        yield from node_readings(self._config, self._catalog.archive.free_bytes(), self._workers_alive())
+        yield "intake_state", (), float(min(self._disk.pressed().grade, Grade.REFUSING))
+        yield from node_readings(self._config, self._workers_alive())
         for name, up in self._courier.up().items():
             yield "destination_up", (name,), float(up)
         for name, is_open in self._courier.circuits().items():

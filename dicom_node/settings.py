@@ -324,6 +324,13 @@ class StorageSettings(Settings):
     reserve_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
     reserve_ratio: Annotated[float, Field(ge=0, le=0.9)] = 0.02
     """Free space kept: the larger of the two; below it C-STORE is answered 0xA700. Set both 0 to switch it off."""
+    pause_at: Annotated[float, Field(ge=1)] = 1.5
+    """Below so many times the reserve no routine or background job is begun; urgent ones are."""
+    catalog_reserve_bytes: Annotated[int, Field(ge=0)] = 512 * 1024**2
+    """Of the reserve (at most half of it) the last, for catalog and journal alone: below it results wait too. Where the
+    catalog is on another volume than the archive, the reserve there."""
+    slow_step_s: Annotated[float, Field(ge=0)] = 2.0
+    """A sync or commit that takes longer pauses background work for half a minute. 0: none does."""
     journal_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
     """Of the intake journal of each receiver, which makes objects durable before their files are. An object larger than
     an eighth of it is synced by itself; 0: every one is."""

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from dicom_node.apart import Call
+from dicom_node.backpressure import disk_facts, pressed_elsewhere
 from dicom_node.bells import Bell
 from dicom_node.decoding import close_decoders, use_decoders
 from dicom_node.errors import EngineTimeout, LeaseLost, NodeError
@@ -28,6 +29,7 @@ from dicom_node.nudge import Nudge
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.work import TIMEOUT_S, Worker, job_bound_s
 from dicom_node.process import Facts, Orders
+from dicom_node.store.pressure import Grade
 from dicom_node.trails import node_trail
 from dicom_node.watching import WAIT_S, EngineWatch, Observing, Standing, observing
 from dicom_node.wiring import encoders, engine_workers, engines, node_catalog, node_ingest
@@ -57,6 +59,7 @@ class Work:
         use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")
         self._audit = node_trail(self._config, "work", clock, self._metrics, self._catalog.index.patient_ids)
+        self._catalog.pressure.observer = self._metrics
         self._observe()
         self._watches = {
             name: EngineWatch(name, engine, clock, self._metrics.engine_misbehaved)
@@ -138,9 +141,17 @@ class Work:
             observer=self._metrics,
             stopping=self._stopping.is_set,
             keep=self._catalog.quarantine.keep,
+            begin_at_least=self._begin_at_least,
             study_instances=lambda study: self._catalog.index.instances(Level.STUDY, {"StudyInstanceUID": [study]}),
             audit=self._audit,
         )
+
+    def _begin_at_least(self) -> Priority | None:
+        """How urgent a job must be to be begun, as the disk stands; what engines work on already is gone on with."""
+        grade = self._catalog.pressure.background()
+        if grade is Grade.FULL:
+            return None
+        return Priority.BACKGROUND if grade is Grade.OPEN else Priority.URGENT
 
     def _run(self, name: str, take: Callable[[str], bool]) -> None:
         while not self._stopping.is_set():
@@ -192,6 +203,8 @@ class Work:
         stuck = sum(seconds_since(since, now) > self._bound_s for since in list(self._busy_since.values()))
         standings = self._standings()
         facts = {"workers_alive": alive, "workers_stuck": stuck, "runtimes": self._runtimes(standings.values())}
+        facts |= disk_facts(self._catalog.pressure)
+        self._catalog.pressure.told(pressed_elsewhere(self._config, self._clock))
         facts["unusable"] = {name: one.trouble for name, one in standings.items() if one.trouble}
         facts["engines"] = {name: dict(one.gauges) for name, one in standings.items()}
         facts["misbehaving"] = {name: watch.fault for name, watch in self._watches.items() if watch.fault}

@@ -135,7 +135,12 @@ def test_a_taken_port_is_named(config: Callable[..., NodeConfig]) -> None:
 def test_a_disk_below_the_reserve_is_wrong(config: Callable[..., NodeConfig]) -> None:
     made = config(storage={"reserve_bytes": 1 << 60, "reserve_ratio": 0.0})
     (finding,) = wrong(found(made, "disk"))
-    assert "nothing is taken in" in finding.text
+    assert "C-STORE is refused" in finding.text
+    space = os.statvfs(made.data_dir.parent)
+    free = space.f_bavail * space.f_frsize
+    near = config(storage={"reserve_bytes": free // 2, "reserve_ratio": 0.0, "pause_at": 4})
+    (finding,) = wrong(found(near, "disk"))
+    assert "routine and background jobs wait" in finding.text
 
 
 def test_a_disk_that_syncs_slowly_is_wrong(config: Callable[..., NodeConfig], monkeypatch: pytest.MonkeyPatch) -> None:

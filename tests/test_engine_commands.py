@@ -394,7 +394,7 @@ def test_whatever_an_engine_answers_is_told_by_hand_in_a_line() -> None:
 def test_what_the_work_process_says_of_engines_becomes_gauges(here: Path) -> None:
     beaten(here, engines={"outside": {"breaker_state": 2.0, "token_expires_seconds": 60.5, "of_its_own": 1.0}})
     config = load_config(here / "config" / "node.yaml", environ={})
-    readings = {(name, labels): value for name, labels, value in node_readings(config, 1, 1)}
+    readings = {(name, labels): value for name, labels, value in node_readings(config, 1)}
     assert readings[("engine_breaker_state", ("outside",))] == 2.0
     assert readings[("engine_token_expires_seconds", ("outside",))] == 60.5
     assert not any("of_its_own" in name for name, _ in readings)

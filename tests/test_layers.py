@@ -23,17 +23,8 @@ CORE = {
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
-    *(
-        "watching",
-        "deciding",
-        "gauges",
-        "handing_out",
-        "operations",
-        "doctor",
-        "doctor_checks",
-        "trails",
-        *("audit_commands", "doctor_audit"),
-    ),
+    *("watching", "deciding", "gauges", "backpressure", "handing_out", "operations", "doctor", "doctor_checks"),
+    *("trails", "audit_commands", "doctor_audit"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

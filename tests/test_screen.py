@@ -5,6 +5,7 @@ from typing import Any
 
 from dicom_node.pulse import Pulse
 from dicom_node.screen import NodeFacts, render_status
+from dicom_node.store.pressure import Grade, Pressed
 from dicom_node.store.queue import Stuck
 
 SNAPSHOT: dict[str, Any] = {
@@ -50,6 +51,7 @@ def screen(found: list[Stuck] | None = None, **changes: Any) -> str:
         },
         "alive": frozenset({"receiver", "service", "work"}),
         "free_bytes": 5 * 1024**3,
+        "pressed": Pressed(Grade.OPEN),
         "snapshot": SNAPSHOT,
         "stuck": found or [],
         **changes,
@@ -81,12 +83,14 @@ def test_an_engine_that_cannot_run_and_a_device_that_fails_are_said() -> None:
 def test_a_silent_process_broken_rules_and_a_full_disk_are_said() -> None:
     text = screen(
         alive=frozenset({"service"}),
-        free_bytes=-1,
+        pressed=Pressed(Grade.REFUSING, "free space is below the reserve"),
         pulses={"supervisor": pulse(), "service": pulse(rules=3, rules_error="x.yaml:1: wrong")},
     )
     assert "receiver SILENT" in text
     assert "the rules on disk are broken" in text
-    assert "BELOW THE RESERVE" in text
+    assert "C-STORE IS REFUSED; urgent jobs and results go on: free space is below the reserve" in text
+    assert "jobs WAIT: the disk is slow" in screen(pressed=Pressed(Grade.PAUSED, "the disk is slow"))
+    assert "no job is done" in screen(pressed=Pressed(Grade.FULL, "the reserve is used up"))
 
 
 def test_a_node_that_does_not_run_says_so() -> None:

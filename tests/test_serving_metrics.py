@@ -43,7 +43,7 @@ def test_loaded_models_and_breakers_are_read_from_the_work_processs_pulse(tmp_pa
     facts = {"runtimes": runtimes, "unusable": {"cxr-findings": "disabled"}}
     pulse = Pulse(pid=1, boot_id=now.boot_id, boot_s=now.seconds, started_at="", ok=True, facts=facts)
     assert beat(tmp_path, "work", pulse)
-    readings = {(name, labels): value for name, labels, value in node_readings(NodeConfig(data_dir=tmp_path), 1, 1)}
+    readings = {(name, labels): value for name, labels, value in node_readings(NodeConfig(data_dir=tmp_path), 1)}
     assert readings["runtime_breaker_state", ("auto",)] == 1
     assert readings["model_loaded", ("demo-ct-abdomen", "1.0.0", "auto")] == 1
     assert readings["engine_usable", ("cxr-findings",)] == 0 and readings["engine_usable", ("ct-abdomen",)] == 1

@@ -167,6 +167,7 @@ class Ingest:
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
             source_ae=source.calling_ae_title,
+            for_results=origin is not Origin.RECEIVED,
         )
         try:
             for fragment in incoming:

@@ -103,11 +103,13 @@ class Worker:
         keep: Keep | None = None,
         study_instances: Callable[[str], Iterable[StoredInstance]] = lambda study: (),
         audit: AuditTrail | None = None,
+        begin_at_least: Callable[[], Priority | None] = lambda: Priority.BACKGROUND,
     ) -> None:
         """`engines` and `timeouts_s` by the names rules use; `encoders` in the order their results are sent.
 
         `stopping`: whether the node is being stopped; what then fails is not the job's fault. `keep`: the quarantine's.
-        `study_instances`: the visible instances of a study by its UID.
+        `study_instances`: the visible instances of a study by its UID. `begin_at_least`: how urgent a job must be to be
+        begun now; None: nothing is done at all, for no result could be kept.
         """
         self._queue = queue
         self._engines = engines
@@ -121,6 +123,7 @@ class Worker:
         self._clock = clock
         self._observer = observer
         self._stopping = stopping
+        self._begin_at_least = begin_at_least
         self._jitter = jitter
         self._keep = keep
         self._study_instances = study_instances
@@ -140,7 +143,17 @@ class Worker:
         However it ends (done, refused, later, never, taken over), it ends in the catalog. Raises StorageError only when
         the catalog itself cannot be had; the job's lease then runs out and it is done again.
         """
-        job = self._queue.lease_job(worker, self._settings.lease_s, at_least=at_least, engine=engine, without=without)
+        begin_at_least = self._begin_at_least()
+        if begin_at_least is None:
+            return False
+        job = self._queue.lease_job(
+            worker,
+            self._settings.lease_s,
+            at_least=at_least,
+            engine=engine,
+            without=without,
+            begin_at_least=begin_at_least,
+        )
         if job is None:
             return False
         try:

@@ -22,7 +22,7 @@ from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.catalog import Catalog
 from dicom_node.store.copying import copy_database, forget_cut_off
 from dicom_node.store.folder import FolderArchive
-from dicom_node.store.fs import RealFileSystem
+from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.migrations import check_version
 
 __all__ = ["Saved", "back_up", "bring_back"]
@@ -69,11 +69,11 @@ def back_up(catalog: Catalog, target: Path) -> Saved:
 
     with closing(sqlite3.connect(catalog.database.path, isolation_level=None)) as source:
         source.execute("PRAGMA query_only=ON")
-        copy_database(source, target, prepare)
+        copy_database(source, target, prepare, fs=catalog.files)
     return found[0]
 
 
-def bring_back(data_dir: Path, saved: Path) -> Saved:
+def bring_back(data_dir: Path, saved: Path, fs: FileSystem | None = None) -> Saved:
     """Put a backup in the place of a catalog that is gone. Under `data_lock`, with the node stopped.
 
     Raises ConfigError when there is a catalog (it is never overwritten), when `saved` is no backup of a catalog or one
@@ -85,12 +85,13 @@ def bring_back(data_dir: Path, saved: Path) -> Saved:
     if in_the_way:
         raise ConfigError(f"{data_dir}: {', '.join(in_the_way)} would be overwritten; move it away first")
     found: list[Saved] = []
-    archive = FolderArchive(data_dir / "archive", fs=RealFileSystem())
+    fs = fs or RealFileSystem()
+    archive = FolderArchive(data_dir / "archive", fs=fs)
     try:
         with closing(sqlite3.connect(f"file:{_quoted(saved)}?mode=ro", uri=True, isolation_level=None)) as source:
             _check_is_catalog(source, saved)
             forget_cut_off(target)  # nobody else restores under the data folder's lock
-            copy_database(source, target, lambda copy: found.append(_look(copy, archive.status)))
+            copy_database(source, target, lambda copy: found.append(_look(copy, archive.status)), fs=fs)
     except sqlite3.DatabaseError as exc:
         raise ConfigError(f"{saved}: no backup of a catalog: {exc}") from exc
     finally:

@@ -31,6 +31,7 @@ from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
 from dicom_node.store.migrations import is_current, migrate
+from dicom_node.store.pressure import Grade, Pressure, WatchedFileSystem, volumes
 from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 
@@ -53,6 +54,7 @@ class Catalog:
     data_dir: Path
     storage: StorageSettings
     files: FileSystem
+    pressure: Pressure
 
     # --- the intake journals
 
@@ -123,18 +125,24 @@ def open_catalog(
     is a new name. Raises ConfigError when the folder cannot be used, StorageError when
     its disk fails.
     """
-    files = fs or RealFileSystem()
+    files: FileSystem = fs or RealFileSystem()
     _make_data_dir(files, data_dir)
     if not os.access(data_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"data_dir: {data_dir} cannot be written by this user; name a folder that can")
+    pressure = Pressure(files, volumes(data_dir, storage), slow_step_s=storage.slow_step_s)
+    files = WatchedFileSystem(files, pressure)
     archive = FolderArchive(
-        data_dir / "archive", fs=files, reserve_bytes=storage.reserve_bytes, reserve_ratio=storage.reserve_ratio
+        data_dir / "archive",
+        fs=files,
+        reserve_bytes=storage.reserve_bytes,
+        reserve_ratio=storage.reserve_ratio,
+        pressure=pressure,
     )
     path = data_dir / "catalog.db"
     _create_private(path)
     migrate(path)
     _sync_folder(files, data_dir)
-    database = Database(path)
+    database = Database(path, watch=pressure)
     epoch = epoch or f"{os.getpid()}-{uuid.uuid4().hex}"
     return Catalog(
         database=database,
@@ -144,7 +152,8 @@ def open_catalog(
         quarantine=Quarantine(
             data_dir / "quarantine",
             clock,
-            free_bytes=archive.free_bytes,
+            fs=files,
+            free_bytes=lambda: archive.free_bytes() if pressure.space() is Grade.OPEN else 0,
             max_bytes=storage.quarantine_bytes,
             max_files=storage.quarantine_files,
         ),
@@ -152,6 +161,7 @@ def open_catalog(
         data_dir=data_dir,
         storage=storage,
         files=files,
+        pressure=pressure,
     )
 
 

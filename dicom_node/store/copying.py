@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from dicom_node.errors import ConfigError, StorageError
+from dicom_node.store.fs import FileSystem, RealFileSystem
 
 __all__ = ["copy_database", "forget_cut_off"]
 
@@ -16,7 +17,11 @@ _PAGES = 8192  # between two looks at whether to go on: 32 MiB
 
 
 def copy_database(
-    source: sqlite3.Connection, target: Path, prepare: Callable[[sqlite3.Connection], None] = lambda copy: None
+    source: sqlite3.Connection,
+    target: Path,
+    prepare: Callable[[sqlite3.Connection], None] = lambda copy: None,
+    *,
+    fs: FileSystem | None = None,
 ) -> None:
     """Copy what `source` sees at one moment to `target`, mode 0600, in one file without a WAL; others go on writing.
 
@@ -24,21 +29,18 @@ def copy_database(
     copy is synced, and so is its name. Raises ConfigError when `target` is there already or its folder is not,
     StorageError when the disk fails or the copy is not sound.
     """
-    partial = _partial(target)
+    fs, partial = fs or RealFileSystem(), _partial(target)
     if target.exists() or target.is_symlink():
         raise ConfigError(f"{target} is there already; name a file that is not")
     try:
-        os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        fs.close(fs.create(partial))
     except FileExistsError:
         raise ConfigError(f"{partial} is there: another copy is being made, or was cut off; then remove it") from None
     except OSError as exc:
         raise ConfigError(f"{target.parent}: {exc.strerror}; name a folder that can be written") from exc
     try:
         _fill(source, partial, prepare)
-        _sync(partial)
-        os.link(partial, target)  # unlike a rename it never takes the place of anything
-        os.unlink(partial)
-        _sync(target.parent)
+        _name(fs, partial, target)
     except FileExistsError:
         raise ConfigError(f"{target} is there already; name a file that is not") from None
     except OSError as exc:
@@ -77,9 +79,21 @@ def _fill(source: sqlite3.Connection, partial: Path, prepare: Callable[[sqlite3.
             raise StorageError("the copy of the catalog is not sound: the disk it is on, or the catalog, is damaged")
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _name(fs: FileSystem, partial: Path, target: Path) -> None:
+    """Sync the file, give it its name, sync the folder: unlike a rename it never takes the place of anything."""
+    fd = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        folder_fd = fs.open_folder(target.parent)
+        try:
+            fs.fsync(fd)
+            fs.link(fd, target.name, folder_fd)
+            try:
+                fs.fsync_dir(folder_fd)
+            except OSError:
+                with suppress(OSError):
+                    fs.unlink(target)
+                raise
+        finally:
+            fs.close(folder_fd)
     finally:
         os.close(fd)

@@ -23,12 +23,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dicom_node.errors import CatalogBusy, NodeError, StorageError
 from dicom_node.store.turns import Turns
 
-__all__ = ["Database"]
+__all__ = ["Database", "StepWatch"]
 
 T = TypeVar("T")
 Write = Callable[[sqlite3.Connection], T]
@@ -42,6 +42,22 @@ WAL_SMALL = 8 * 1024**2  # bytes above which `tidy` writes the WAL back
 WAL_LARGE = 32 * 1024**2  # bytes above which writers must wait for that
 TIDY_S = 0.25
 _WAL_PAGES = 16_384  # 64 MiB: a committing writer writes the WAL back itself only where nobody tidies
+
+
+class StepWatch(Protocol):
+    """`pressure.Pressure`, as far as commits go."""
+
+    def begin(self) -> float:
+        """A step begins that somebody waits for."""
+        ...
+
+    def end(self, step: str, began: float) -> None:
+        """It is durable."""
+        ...
+
+    def failed(self, step: str, exc: BaseException) -> None:
+        """It is not, or what it was for has failed."""
+        ...
 
 
 class _Piece:
@@ -62,8 +78,10 @@ class _Piece:
 class Database:
     """A SQLite file. `write(fn)` runs `fn(connection)` in a durable transaction; `read()` lends a reader."""
 
-    def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> None:
+    def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S, watch: StepWatch | None = None) -> None:
+        """`watch` is told how durable commits go."""
         self.path = path
+        self._watch = watch
         self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
         self._lock_wait_s = lock_wait_s
         self._turns = Turns(path.with_name("catalog.lock"), lock_wait_s)
@@ -133,6 +151,8 @@ class Database:
             failure = None
         except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
             failure = _mapped(exc)
+            if self._watch is not None:
+                self._watch.failed("catalog", exc)
         finally:
             with self._guard:
                 for piece in batch:
@@ -168,17 +188,34 @@ class Database:
 
     def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
         with self._turns.taken():
+            before = connection.total_changes
             connection.execute("BEGIN IMMEDIATE")
             try:
                 if len(batch) == 1:
                     batch[0].value = batch[0].fn(connection)
                 for piece in batch if len(batch) > 1 else ():
                     _in_savepoint(connection, piece)
-                connection.execute("COMMIT")
+                self._make_durable(connection, connection.total_changes != before)
             except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._roll_back(connection)
                 raise
+
+    def _make_durable(self, connection: sqlite3.Connection, changed: bool) -> None:
+        began = self._watch.begin() if self._watch is not None and self._durable and changed else None
+        connection.execute("COMMIT")
+        if began is not None and self._watch is not None:
+            self._watch.end("catalog", began)
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        """What cannot even be rolled back, on a disk that fails, must not stand in the way of the next transaction."""
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass
+        if connection.in_transaction:
+            connection.close()
+            self._connection, self._durable = None, True
 
     def sync(self) -> None:
         """Make every transaction durable that `write` has returned from. Raises OSError."""

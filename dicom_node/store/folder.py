@@ -16,9 +16,10 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from dicom_node.digests import digest_of_file, digest_text, is_old, new_digest, old_digest_of
@@ -29,10 +30,12 @@ from dicom_node.store.buffers import RecordBuffer, RecordBuffers
 from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import build_file_meta, parse_file_meta
+from dicom_node.store.pressure import Pressure, Volume
 
 __all__ = ["FolderArchive", "FolderSpool"]
 
 PIECE = 64 * 1024  # bytes per write: bounds memory and how long one call holds the disk
+PROBE = 4096  # bytes
 _LOCATION = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.dcm")
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 
@@ -41,14 +44,22 @@ class FolderArchive:
     """`interfaces.Archive` on one file system. Many processes may use one root at a time."""
 
     def __init__(
-        self, root: Path, *, fs: FileSystem | None = None, reserve_bytes: int = 0, reserve_ratio: float = 0.0
+        self,
+        root: Path,
+        *,
+        fs: FileSystem | None = None,
+        reserve_bytes: int = 0,
+        reserve_ratio: float = 0.0,
+        pressure: Pressure | None = None,
     ) -> None:
-        """`root` is made if need be (StorageError if it cannot be); free space below the larger reserve is not used."""
+        """`root` is made if need be (StorageError if it cannot be); free space below the larger reserve is not used but
+        for results. `pressure` decides what is begun; without it the reserve alone does.
+        """
         self._root = root.absolute()
         self._root_text = str(self._root)
         self._fs: FileSystem = fs or RealFileSystem()
-        self._reserve_bytes = reserve_bytes
-        self._reserve_ratio = reserve_ratio
+        self._volume = Volume(path=self._root, reserve_bytes=reserve_bytes, reserve_ratio=reserve_ratio)
+        self.pressure = pressure or Pressure(self._fs, (self._volume,))
         self._tmp = root / "tmp"
         self._syncing_fd = -1
         self.buffers = RecordBuffers()
@@ -68,25 +79,31 @@ class FolderArchive:
             sync_folder(self._fs, folder)
 
     def begin(
-        self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str
+        self,
+        *,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+        source_ae: str,
+        for_results: bool = False,
     ) -> FolderSpool:
         """See `interfaces.Archive.begin`."""
-        if self.free_bytes() <= 0:
-            raise StorageError("free space is below the reserve")
+        self.pressure.admit(results=for_results)
         meta = build_file_meta(
             sop_class_uid=sop_class_uid,
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
             source_ae=source_ae,
         )
-        return self._spool(meta, transfer_syntax_uid)
+        admit = partial(self.pressure.admit, results=for_results)
+        return self._spool(meta, transfer_syntax_uid, admit)
 
-    def _spool(self, meta: bytes, transfer_syntax_uid: str) -> FolderSpool:
+    def _spool(self, meta: bytes, transfer_syntax_uid: str, admit: Callable[[], None] = lambda: None) -> FolderSpool:
         try:
             fd, temporary = self._open()
         except OSError as exc:
             raise _storage_error("a new file cannot be opened", exc) from exc
-        return FolderSpool(self, self._fs, self._root, fd, temporary, meta, transfer_syntax_uid)
+        return FolderSpool(self, self._fs, self._root, fd, temporary, meta, transfer_syntax_uid, admit)
 
     def _open(self) -> tuple[int, Path | None]:
         try:
@@ -96,6 +113,22 @@ class FolderArchive:
                 raise
         temporary = _temporary(self._tmp)
         return self._fs.create(temporary), temporary
+
+    def probe(self) -> None:
+        """Write and sync a little, so that `pressure` knows how the disk does also while nothing is received."""
+        try:
+            fd, temporary = self._open()
+        except OSError:
+            return  # the pressure was told
+        try:
+            with suppress(OSError):
+                self._fs.write(fd, bytes(PROBE))
+                self._fs.fsync(fd)
+        finally:
+            self._fs.close(fd)
+            if temporary is not None:
+                with suppress(OSError):
+                    self._fs.unlink(temporary)
 
     def path(self, location: str) -> str:
         """See `interfaces.Archive.path`."""
@@ -110,7 +143,7 @@ class FolderArchive:
         except OSError as exc:
             raise _storage_error("free space is unknown", exc) from exc
         total = space.f_blocks * space.f_frsize
-        return space.f_bavail * space.f_frsize - max(self._reserve_bytes, int(total * self._reserve_ratio))
+        return space.f_bavail * space.f_frsize - self._volume.reserve(total)
 
     def locations(self) -> Iterator[str]:
         """See `interfaces.Archive.locations`; in the order of their names."""
@@ -304,8 +337,10 @@ class FolderSpool:
         temporary: Path | None,
         meta: bytes,
         transfer_syntax_uid: str,
+        admit: Callable[[], None],
     ) -> None:
         self._fs = fs
+        self._admit = admit
         self._root = root
         self._fd = fd
         self._temporary = temporary
@@ -348,6 +383,7 @@ class FolderSpool:
         while len(view):
             room = len(self._bytes) - self._filled
             if not room:
+                self._admit()  # one large object must not use up what is kept for others
                 self._flush(self._filled)
                 self._before += self._filled
                 self._filled = self._written = self._hashed = 0

@@ -51,7 +51,7 @@ WHERE job.state IN ('pending', 'leased', 'waiting')
   AND CASE job.state
         WHEN 'leased' THEN job.lease_boot_id IS NOT :boot OR job.lease_until_s <= :now
         ELSE job.not_before_boot_id IS NOT :boot OR job.not_before_s <= :now END
-  AND (:conflicts OR held IS NOT 1) AND job.rank <= :rank
+  AND (:conflicts OR held IS NOT 1) AND job.rank <= :rank AND (job.rank <= :begin_rank OR job.handle IS NOT NULL)
   AND (:engine IS NULL OR job.engine = :engine) AND job.engine NOT IN (SELECT value FROM json_each(:without))
 ORDER BY job.rank, job.id LIMIT 1
 """
@@ -71,14 +71,17 @@ class Jobs(CatalogPart):
         at_least: Priority = Priority.BACKGROUND,
         engine: str | None = None,
         without: Collection[str] = (),
+        begin_at_least: Priority = Priority.BACKGROUND,
     ) -> Job | None:
         """The first runnable job (priority, age), leased, or None. A lease not extended in time is given to another.
         `at_least`: none that is less urgent. `engine`: of this one only; `without`: of none of these.
+        `begin_at_least`: of those no engine works on yet, none that is less urgent.
 
         A lease counts as an attempt, except one that only polls an external engine. A worker that dies each time thus
         still runs out of attempts.
         """
         wanted: dict[str, Any] = {"rank": at_least.rank, "engine": engine, "without": json.dumps(list(without))}
+        wanted["begin_rank"] = begin_at_least.rank
 
         def write(connection: sqlite3.Connection) -> Job | None:
             row = connection.execute(_RUNNABLE, wanted | self._runnable_now()).fetchone()

@@ -321,7 +321,8 @@ class Journal:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._wants.wait(IDLE_S if self._active else None)
+                # without a segment nobody asks for one: there may be room for it by now
+                self._wants.wait(IDLE_S if self._active or (self._max and not self._segments) else None)
                 self._wants.clear()
                 self._pause_after_failure()
                 try:

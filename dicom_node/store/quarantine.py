@@ -15,13 +15,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import Clock
+from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.rows import utc_text
 
 __all__ = ["Quarantine", "Quarantined"]
@@ -54,6 +55,7 @@ class Quarantine:
         folder: Path,
         clock: Clock,
         *,
+        fs: FileSystem | None = None,
         free_bytes: Callable[[], int],
         max_bytes: int,
         max_files: int,
@@ -62,6 +64,7 @@ class Quarantine:
         file is kept, and those that are there stay.
         """
         self._folder = folder
+        self._fs: FileSystem = fs or RealFileSystem()
         self._clock = clock
         self._free_bytes = free_bytes
         self._max_bytes = max_bytes
@@ -79,10 +82,10 @@ class Quarantine:
             if self._max_files < 1 or size > self._max_bytes or size > self._free_bytes():
                 log.warning("no room in the quarantine", extra={"engine": engine, "job": job_id, "bytes": size})
                 return ""
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            self._fs.mkdir(self._folder)
             temporary = self._folder / f".{os.getpid()}-{job_id}.tmp"
             try:
-                digest = _copied(path, temporary)
+                digest = self._copied(path, temporary)
                 name = f"job-{job_id}-{digest[:12]}.bin"
                 described = Quarantined(
                     name=name,
@@ -111,9 +114,42 @@ class Quarantine:
         if target.exists():
             return
         self._make_room(described.bytes)
-        _description(target).write_text(json.dumps(asdict(described)), encoding="utf-8")
-        _description(target).chmod(0o600)
-        temporary.rename(target)
+        description = _description(target)
+        folder_fd = self._fs.open_folder(self._folder)
+        try:
+            with suppress(FileNotFoundError):  # of a file that never came under its name
+                self._fs.unlink(description)
+            self._write(description, [json.dumps(asdict(described)).encode()])
+            self._fs.rename(temporary, target.name, folder_fd)
+        except OSError:
+            with suppress(OSError):
+                self._fs.unlink(description)
+            raise
+        finally:
+            self._fs.close(folder_fd)
+
+    def _copied(self, source: Path, target: Path) -> str:
+        """Copy, for the owner only; the SHA-256."""
+        digest = hashlib.sha256()
+        with source.open("rb") as reading:
+
+            def pieces() -> Iterator[bytes]:
+                while piece := reading.read(_PIECE):
+                    digest.update(piece)
+                    yield piece
+
+            self._write(target, pieces())
+        return digest.hexdigest()
+
+    def _write(self, target: Path, pieces: Iterable[bytes]) -> None:
+        fd = self._fs.create(target)
+        try:
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[self._fs.write(fd, view) :]
+        finally:
+            self._fs.close(fd)
 
     def _make_room(self, size: int) -> None:
         """Remove the oldest until one more of that size fits."""
@@ -153,14 +189,3 @@ class Quarantine:
 
 def _description(file: Path) -> Path:
     return file.with_suffix(".json")
-
-
-def _copied(source: Path, target: Path) -> str:
-    """Copy, for the owner only; the SHA-256."""
-    digest = hashlib.sha256()
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with source.open("rb") as reading, os.fdopen(fd, "wb") as writing:
-        while piece := reading.read(_PIECE):
-            digest.update(piece)
-            writing.write(piece)
-    return digest.hexdigest()

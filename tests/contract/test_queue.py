@@ -324,6 +324,24 @@ def test_jobs_are_leased_of_one_engine_or_without_some(bench: Bench) -> None:
     assert bench.leased().id == slow
 
 
+def test_only_urgent_jobs_are_begun_where_asked_and_what_an_engine_works_on_is_gone_on_with(bench: Bench) -> None:
+    bench.receive("1.2.3.1.1")
+    priorities = (Priority.ROUTINE, Priority.BACKGROUND, Priority.URGENT)
+    routine, background, urgent = bench.route(*(bench.plan(rule=one.value, priority=one) for one in priorities))
+
+    def begun() -> int | None:
+        job = bench.queue.lease_job("w", 30, begin_at_least=Priority.URGENT)
+        return None if job is None else job.id
+
+    assert (begun(), begun()) == (urgent, None)
+    job = bench.leased()
+    assert job.id == routine
+    bench.queue.park_job(job, Pending(handle="ext-7", poll_after_s=10))
+    bench.clock.sleep(10)
+    assert (begun(), begun()) == (routine, None)
+    assert bench.leased().id == background
+
+
 def test_the_timeline_tells_of_looks_at_a_working_engine_once(bench: Bench) -> None:
     job = _with_job(bench)
     for _ in range(6):

@@ -36,6 +36,10 @@ RAISED: Mapping[str, Case] = {
         {'dead_letters_total{kind="job",reason="error"}': "0x5 1x20"}, 10, {"kind": "job"}, "",
     ),
     "DicomNodeRefusesImages": ({"intake_state": "2x10"}, 5, {}, ""),
+    "DicomNodeBackgroundPaused": ({"intake_state": "1x20"}, 15, {}, ""),
+    "DicomNodeDiskFails": (
+        {'storage_steps_total{step="sync",outcome="slow"}': "0+1x30"}, 20, {"outcome": "slow"}, "15",
+    ),
     "DicomNodeDiskFillsSoon": (
         {'storage_free_bytes{volume="data"}': "1000000-1000x500", 'storage_reserve_bytes{volume="data"}': "50000x500"},
         420, {"volume": "data"}, "",
@@ -104,6 +108,7 @@ WELL: Mapping[str, str] = {
     'up{job="dicom-node"}': "1x600", "catalog_readable": "1x600", 'process_restarts{process="work"}': "1x600",
     "ledger_imbalance_studies": "0x600", "ledger_imbalance_series": "0x600",
     'dead_letters_total{kind="job",reason="error"}': "3x600", "intake_state": "0x600",
+    'storage_steps_total{step="sync",outcome="slow"}': "1x600",
     'storage_free_bytes{volume="data"}': "1000000-1x600", 'storage_reserve_bytes{volume="data"}': "50000x600",
     'instances_received_total{calling_ae="CT1",modality="CT",outcome="new"}': "0+100x600",
     'instances_received_total{calling_ae="CT1",modality="CT",outcome="failed"}': "1x600",

@@ -399,7 +399,12 @@ class Bench:
         return list(self.queue.route_series(activity, [routed], CloseTrigger.IDLE, "digest"))
 
     def worker(
-        self, stage: Any = None, observer: Any = None, stopping: Callable[[], bool] = lambda: False, **settings: Any
+        self,
+        stage: Any = None,
+        observer: Any = None,
+        stopping: Callable[[], bool] = lambda: False,
+        begin_at_least: Callable[[], Any] = lambda: Priority.BACKGROUND,
+        **settings: Any,
     ) -> Worker:
         return Worker(
             self.queue,
@@ -414,6 +419,7 @@ class Bench:
             clock=self.clock,
             observer=observer or Unobserved(),
             stopping=stopping,
+            begin_at_least=begin_at_least,
             jitter=lambda: 0.5,
             keep=self.catalog.quarantine.keep,
         )

@@ -395,7 +395,7 @@ def test_whatever_call_fails_the_object_is_refused_or_fully_there(door: Door, co
             assert door.send(body, uid).status == 0x0000  # recovered, without a restart
         if not failed or result.status == 0x0000:
             break
-    assert nth >= 6
+    assert nth >= 5
 
 
 def stored(door: Door) -> list[StoredInstance]:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from dicom_node.errors import (
     SeriesRejected,
     StorageError,
 )
-from dicom_node.model import JobState
+from dicom_node.model import JobState, Priority
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.work import data_set_bytes
+from dicom_node.store.pressure import Volume
 from dicom_node.values import Pending
 
 
@@ -233,6 +235,30 @@ def test_an_engine_that_is_away_for_a_while_costs_no_job(with_job: Any) -> None:
         worker.run_once("w")
         with_job.clock.sleep(5)
     assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+def test_while_the_disk_presses_no_routine_job_is_begun_and_none_at_all_when_no_result_could_be_kept(
+    with_job: Any,
+) -> None:
+    least: list[Any] = [None, Priority.URGENT, Priority.BACKGROUND]
+    worker = with_job.worker(begin_at_least=lambda: least[0])
+    assert [worker.run_once("w"), least.pop(0)] == [False, None]
+    assert worker.run_once("w") is False
+    least.pop(0)
+    assert worker.run_once("w") is True
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+
+
+def test_below_the_reserve_images_are_refused_and_the_results_of_a_job_in_hand_are_kept(with_job: Any) -> None:
+    space = os.statvfs(with_job.folder)
+    free = space.f_bavail * space.f_frsize
+    with_job.archive.pressure._volumes = (Volume(path=with_job.folder, reserve_bytes=free * 2, floor_bytes=free // 2),)
+    with_job.archive.pressure._measured_at = float("-inf")
+    with pytest.raises(AssertionError, match="42752"):
+        with_job.receive(with_job.dataset("1.2.3.1.9"))
+    assert with_job.worker().run_once("w") is True
+    assert with_job.queue.job(with_job.job_id).state is JobState.DONE
+    assert [delivery.state.value for delivery in with_job.queue.deliveries()] == ["pending"]
 
 
 def test_stopping_the_node_costs_a_job_nothing(with_job: Any) -> None:

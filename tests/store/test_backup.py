@@ -269,7 +269,7 @@ def test_a_catalog_that_cannot_be_copied_is_not_changed(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dicom_node.store.copying._sync", full)
+    monkeypatch.setattr("dicom_node.store.copying._name", full)
     with pytest.raises(StorageError, match="No space left"):
         migrate(path)
     assert rows(path, "SELECT DISTINCT migration_set FROM _sqlite_migrations") == [("index",)]

@@ -31,7 +31,7 @@ from dicom_node.store import journal as journal_module
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffers
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.database import Database
-from dicom_node.store.folder import FolderSpool
+from dicom_node.store.folder import FolderArchive, FolderSpool
 from dicom_node.store.fs import RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
@@ -343,6 +343,22 @@ def test_an_object_is_in_the_journal_before_it_has_a_name_and_a_segment_synced_b
     catalog.archive.settled(file)
     catalog.close()
     assert disk.steps == ["syncfs", "sync rows", "pwrite", "fdatasync", "forget"]
+
+
+def test_a_journal_for_which_there_was_no_room_is_there_when_there_is(
+    opened: Callable[[], Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "IDLE_S", 0.02)
+    room = [0]
+    monkeypatch.setattr(FolderArchive, "free_bytes", lambda self: room[0])
+    catalog = opened()
+    journal = in_use(catalog)
+    assert spooled(catalog, b"f" * 3000).commit(RECEIPT).journal is None
+    room[0] = 1 << 30
+    until(lambda: any(one.state.value == "free" for one in journal._segments))
+    file = spooled(catalog, b"j" * 3000).commit(RECEIPT)
+    assert file.journal is not None
+    catalog.archive.settled(file)
 
 
 @pytest.mark.parametrize("size", [3000, BUFFER + 1])
