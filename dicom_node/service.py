@@ -72,7 +72,7 @@ class Service:
         self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
         self._sweeping = threading.Lock()
-        self._timers = Timers()
+        self._timers = Timers(clock)
         self._timers.every(config.completion.tick_s, self._sweep)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
@@ -154,6 +154,7 @@ class Service:
 
     def health(self) -> Facts:
         """Timers run; the rule set in force."""
+        self._timers.follow_clock()
         facts = {
             "rules_digest": self._rules.digest,
             "rules": len(self._rules.rules),
