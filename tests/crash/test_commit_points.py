@@ -26,7 +26,8 @@ run: {engine: quick, results: [sr]}
 send: {to: [PACS], what: both}
 """
 RULE_ONWARD = "rule: onward\nwhen: ['Modality == \"CT\"']\nsend: {to: [PACS], what: source}\n"
-JOURNAL_IDLE_S = 6.0  # then what is in the journal is brought to disk
+JOURNAL_IDLE_S = 11.0  # then what is in the journal is brought to disk
+FIRED_S = 13.0
 TRIES = 3  # studies until a point that depends on the moment must have been passed
 QUICK = {"lease_s": 2.0, "backoff_s": 0.2, "backoff_max_s": 0.5, "breaker_probe_s": 0.5, "response_timeout_s": 5.0}
 JOBS = {"lease_s": 2.0, "backoff_s": 0.2, "backoff_max_s": 0.5, "max_attempts": 100, "workers": 1}
@@ -197,7 +198,7 @@ def test_a_death_at_any_commit_point_loses_nothing_and_repeats_nothing(
         for _ in range(TRIES):
             another()
             try:
-                wait_until(lambda: seam.fired, 10)
+                wait_until(lambda: seam.fired, FIRED_S)
                 break
             except TimeoutError:
                 continue
