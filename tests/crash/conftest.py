@@ -187,7 +187,7 @@ def look() -> Iterator[Callable[[Any], Look]]:
 @pytest.fixture
 def leftovers() -> Callable[[Path], list[str]]:
     """`leftovers(data_dir)`: files that are neither the node's own nor archived; the run folder is emptied at start."""
-    known = {"catalog.db", "catalog.lock", "node.lock", "children.lock", "rules_in_force.json"}
+    known = {"catalog.db", "catalog.lock", "catalog.wanted", "node.lock", "children.lock", "rules_in_force.json"}
 
     def find(data_dir: Path) -> list[str]:
         files = [path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file()]
