@@ -105,6 +105,7 @@ class Unreliable(threading.Thread):
 @pytest.mark.timeout(900)
 def test_every_object_reaches_three_unreliable_destinations_once(
     running_node: Callable[..., Any],
+    seam: Any,
     tool: Callable[[str], str],
     free_port: Callable[[], int],
     ct_study: Callable[..., Any],
