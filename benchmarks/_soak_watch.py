@@ -126,6 +126,9 @@ class Figures:
     files_per_min: float
     threads: int
     files: int
+    more_mib: float  # the least of the last third above the most of the one before: not what comes and goes
+    more_threads: float
+    more_files: float
 
 
 class Leaks:
@@ -168,7 +171,12 @@ class Leaks:
             longest = max(lives, key=lambda samples: samples[-1][0] - samples[0][0], default=[])
             if not longest or longest[-1][0] - longest[0][0] < SHORT_LIFE_S:
                 continue
-            late = longest[len(longest) // 3 :]
+            third = len(longest) // 3
+            late = longest[third:]
+            more = [
+                min(one[n] for one in longest[-third:]) - max(one[n] for one in longest[third:-third])
+                for n in (1, 2, 3)
+            ]
             found.append(
                 Figures(
                     role=role,
@@ -179,6 +187,9 @@ class Leaks:
                     files_per_min=_slope(late, 3),
                     threads=late[-1][2],
                     files=late[-1][3],
+                    more_mib=more[0],
+                    more_threads=more[1],
+                    more_files=more[2],
                 )
             )
         return found

@@ -39,8 +39,8 @@ from dicom_node.store.catalog import Catalog, open_catalog
 CALIBRATE_S = 15.0
 DRAIN_S = 600.0
 THREADS = 8
-# what no process may do to the end of its life, by slopes after its first third; memory settles slowly
-MAX_THREADS_PER_MIN, MAX_FILES_PER_MIN, MAX_MIB_PER_MIN = 0.5, 1.0, 10.0
+# what a process may have more, all through the last third of its life, than ever in the third before
+MORE_THREADS, MORE_FILES, MORE_MIB = 4, 8, 50
 RULES = """
 rule: findings
 when: ['Modality == "DX"']
@@ -272,12 +272,10 @@ def _print(figures: dict[str, dict[str, Any]], grown: Sequence[Figures], load: L
 
 def _leaking(grown: Sequence[Figures]) -> list[str]:
     return [
-        f"the {one.role} process grows: {one.mib_per_min:+.1f} MiB, {one.threads_per_min:+.1f} threads, "
-        f"{one.files_per_min:+.1f} files a minute"
+        f"the {one.role} process grows: {one.more_mib:+.0f} MiB, {one.more_threads:+.0f} threads, "
+        f"{one.more_files:+.0f} files from the second to the last third of its life"
         for one in grown
-        if one.threads_per_min > MAX_THREADS_PER_MIN
-        or one.files_per_min > MAX_FILES_PER_MIN
-        or one.mib_per_min > MAX_MIB_PER_MIN
+        if one.more_threads > MORE_THREADS or one.more_files > MORE_FILES or one.more_mib > MORE_MIB
     ]
 
 
