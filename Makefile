@@ -12,12 +12,17 @@ BENCH_ARGS ?= --quick --plot build/peers.svg
 PEERS ?= build/peers
 PEERS_PYTHON ?= $(PYTHON)
 ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
+# of `make crash`: a script that kills at random moments and cuts the power, where there is one
+KILL9 ?= $(wildcard ../shared/bench/dicom_kill9.py)
+POWERCUTS ?= 5
+# of `make soak`
+MINUTES ?= 30
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR
 # validator), prometheus (promtool), openssl, systemd (systemd-analyze)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd rsyslog rsyslog-gnutls
 
-.PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint crash soak fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -67,8 +72,12 @@ lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROUNDS=n
-	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m crash tests/crash tests/store $(PYTEST_ARGS)
+crash: $(STAMP) tools  ## kill -9 at every commit point and at random moments, power cuts, outages; ROUNDS=n POWERCUTS=n
+	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) TEST_KILL9="$(abspath $(KILL9))" TEST_KILL9_ROUNDS=$(ROUNDS) TEST_KILL9_POWERCUTS=$(POWERCUTS) \
+	  $(BIN)/python -m pytest -m crash tests/crash tests/store -o log_cli=true -o log_cli_level=WARNING $(PYTEST_ARGS)
+
+soak: $(STAMP)   ## everything at once at 80 % of capacity, a fault each minute, then every promise is checked; MINUTES=n
+	$(BIN)/python -W ignore benchmarks/soak.py --minutes $(MINUTES) --json build/soak.json
 
 fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
 	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """A client for `peers.py` that costs the server's cores as little as Python can: blocking socket, objects in memory.
 
 It speaks the node's own PDUs and command sets (`dicom_node.dimse`), but walks P-DATA-TF itself: every microsecond here
-is a microsecond in both columns of the table. Associate, C-ECHO, C-STORE, C-FIND, C-GET, release; linux only.
+is a microsecond in both columns of the table. Associate, C-ECHO, C-STORE, C-FIND, C-GET, C-MOVE, release; linux only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from dicom_node.dimse.upper_layer.pdus import (
     encode_pdu,
 )
 
-__all__ = ["IMPLICIT_LE", "STUDY_FIND", "STUDY_GET", "VERIFICATION", "RawAssociation", "ServerFault"]
+__all__ = ["IMPLICIT_LE", "STUDY_FIND", "STUDY_GET", "STUDY_MOVE", "VERIFICATION", "RawAssociation", "ServerFault"]
 
 VERIFICATION = "1.2.840.10008.1.1"
 STUDY_FIND, STUDY_GET = "1.2.840.10008.5.1.4.1.2.2.1", "1.2.840.10008.5.1.4.1.2.2.3"
+STUDY_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 IMPLICIT_LE = "1.2.840.10008.1.2"
 MAX_PDU = 131_072
 BUFFER = 1024 * 1024
@@ -129,6 +130,14 @@ class RawAssociation:
                     "AffectedSOPInstanceUID": uid,
                 },
             )
+
+    def move(self, study_uid: str, destination: str) -> None:
+        """C-MOVE of a study to another AE."""
+        keys = {0x0008_0052: "STUDY", 0x0020_000D: study_uid}
+        self._ask(STUDY_MOVE, CommandField.C_MOVE, [identifier(keys)], Priority=0, MoveDestination=destination)
+        while (command := self._message()[1]).status in (0xFF00, 0xFF01):
+            pass
+        _expect_success(command)
 
     def release(self) -> None:
         """Release it and close."""

@@ -5,14 +5,18 @@ Each role's module is imported only in its own process: a receiver loads no rule
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from dicom_node.interfaces import Clock
 from dicom_node.process import Orders, Part
 
 __all__ = ["Timers", "part_class"]
+
+log = logging.getLogger(__name__)
 
 
 def part_class(role: str) -> Callable[[Orders, Clock], Part]:
@@ -33,12 +37,20 @@ def part_class(role: str) -> Callable[[Orders, Clock], Part]:
     return Receiver
 
 
-class Timers:
-    """Calls functions every so many seconds: never one beside itself, and once for all ticks missed meanwhile."""
+JUMP_S = 1.0  # of the wall clock against the boot clock; what time servers slew is far less in a second
 
-    def __init__(self) -> None:
+
+class Timers:
+    """Calls functions every so many seconds: never one beside itself, and once for all ticks missed meanwhile.
+
+    The scheduler knows the wall clock only: set back by an hour it would be silent for an hour. See `follow_clock`.
+    """
+
+    def __init__(self, clock: Clock) -> None:
         from apscheduler.schedulers.background import BackgroundScheduler
 
+        self._clock = clock
+        self._wall_ahead_s = self._ahead_s()
         make: Any = BackgroundScheduler  # without types
         self._scheduler = make(timezone="UTC")
         self._scheduler.start()
@@ -51,8 +63,22 @@ class Timers:
 
     def once(self, seconds: float, tick: Callable[[], None]) -> None:
         """Call `tick` once, so many seconds from now; in place of one that was asked for before and is to come."""
-        at = datetime.now(UTC) + timedelta(seconds=seconds)
+        at = self._clock.wall() + timedelta(seconds=seconds)
         self._scheduler.add_job(tick, "date", run_date=at, id="once", replace_existing=True, misfire_grace_time=None)
+
+    def follow_clock(self) -> None:
+        """Call it every second or so: when the wall clock was set, every timer ticks now and goes on from there."""
+        ahead_s = self._ahead_s()
+        jump_s, self._wall_ahead_s = ahead_s - self._wall_ahead_s, ahead_s
+        if abs(jump_s) < JUMP_S:
+            return
+        log.warning("the wall clock was set; timers go on from its new time", extra={"jump_s": round(jump_s)})
+        for job in self._scheduler.get_jobs():
+            with suppress(LookupError):  # one that was to tick once has just done so
+                job.modify(next_run_time=self._clock.wall())
+
+    def _ahead_s(self) -> float:
+        return self._clock.wall().timestamp() - self._clock.boot().seconds
 
     @property
     def running(self) -> bool:

@@ -81,7 +81,7 @@ class Service:
         self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
         self._sweeping = threading.Lock()
-        self._timers = Timers()
+        self._timers = Timers(clock)
         self._timers.every(config.completion.tick_s, self._sweep)
         self._timers.every(PROBE_S, self._probe)
         if self._shelving is not None:
@@ -177,6 +177,7 @@ class Service:
 
     def health(self) -> Facts:
         """Timers run; the rule set in force."""
+        self._timers.follow_clock()
         facts = {
             "rules_digest": self._rules.digest,
             "rules": len(self._rules.rules),

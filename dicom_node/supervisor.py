@@ -8,6 +8,7 @@ that after a crash a new node does not begin while a child of the old one still 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -41,6 +42,7 @@ __all__ = ["serve"]
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # all children ready within, else the start has failed
+PORT_S = 10.0  # after a kill: a child that was just launched holds the ports until it sees that nobody orders it about
 STOP_S = 15.0  # then SIGKILL: whatever is left is repeated after the next start
 POLL_S = 0.05
 BACKOFF_S = 0.2
@@ -90,10 +92,11 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
             from dicom_node.store.catalog import data_lock
 
             stack.enter_context(data_lock(config.data_dir))
-            _bind(dicom, config.host, config.dicom_port, "dicom_port")
+            until_s = time.monotonic() + (PORT_S if _was_killed(config) else 0.0)
+            _bind(dicom, config.host, config.dicom_port, "dicom_port", until_s)
             if tls is not None and tls_port is not None:
-                _bind(tls, config.host, tls_port, "tls.port")
-            _bind(http, config.http_host, config.http_port, "http_port")
+                _bind(tls, config.host, tls_port, "tls.port", until_s)
+            _bind(http, config.http_host, config.http_port, "http_port", until_s)
             supervisor.prepare()
             supervisor.start_receivers()
             check()
@@ -149,10 +152,24 @@ def _socket(host: str) -> socket.socket:
     return made
 
 
-def _bind(made: socket.socket, host: str, port: int, key: str) -> None:
+def _was_killed(config: NodeConfig) -> bool:
+    """Whether an earlier node on this folder did not stop by itself: a process of it may be about to end."""
+    pulse = read_pulse(config.data_dir, "supervisor")
+    return pulse is not None and pulse.detail != "stopped"
+
+
+def _bind(made: socket.socket, host: str, port: int, key: str, until_s: float) -> None:
+    """Until then a port that is taken may still be that of an earlier node's last process."""
     try:
-        made.bind((host, port))
-        made.listen(BACKLOG)
+        while True:
+            try:
+                made.bind((host, port))
+                made.listen(BACKLOG)
+                return
+            except OSError as exc:
+                if exc.errno != errno.EADDRINUSE or time.monotonic() > until_s:
+                    raise
+            time.sleep(POLL_S)
     except (OSError, OverflowError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "no such port"
         raise ConfigError(f"{key}: {host}:{port} cannot be bound: {reason}; choose another (0 = any free one)") from exc

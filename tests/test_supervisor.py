@@ -197,3 +197,23 @@ def test_rules_are_kept_as_they_were_read_or_not_at_all(config: NodeConfig) -> N
     kept.write_text(kept.read_text().replace("CT", "MR"))
     with pytest.raises(ConfigError, match="not what was kept"):
         kept_rules(config)
+
+
+def test_a_port_that_the_last_process_of_a_killed_node_holds_is_waited_for(config: NodeConfig) -> None:
+    run_folder(config.data_dir).mkdir(parents=True)
+    assert not supervisor._was_killed(config)  # there was none before
+    for detail, was_killed in (("ready", True), ("starting", True), ("stopped", False)):
+        pulse = Pulse(pid=1, boot_id="b", boot_s=1.0, started_at="", ok=detail == "ready", detail=detail)
+        assert beat(config.data_dir, "supervisor", pulse)
+        assert supervisor._was_killed(config) is was_killed
+    with ExitStack() as stack:
+        holder = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = holder.getsockname()[1]
+        made = stack.enter_context(supervisor._socket("127.0.0.1"))
+        with pytest.raises(ConfigError, match="Address already in use"):
+            supervisor._bind(made, "127.0.0.1", port, "dicom_port", 0.0)
+        ending = threading.Timer(0.3, holder.close)
+        stack.callback(ending.join)
+        ending.start()
+        supervisor._bind(made, "127.0.0.1", port, "dicom_port", time.monotonic() + 20.0)
+        assert made.getsockname()[1] == port

@@ -179,6 +179,15 @@ def storage_commitment(db: Database) -> None:
             db.execute(statement)
 
 
+@queue_migrations()
+def jobs_by_due_time(db: Database) -> None:
+    """Whether any job is due is known without a look at each that is not, however many wait for an engine."""
+    db.execute(
+        "CREATE INDEX job_due ON job (engine, rank, not_before_boot_id, not_before_s) "
+        "WHERE state IN ('pending', 'waiting')"
+    )
+
+
 _RECEIPT_TABLES = """
 CREATE TABLE receipt (                           -- one row for each series that was received; see store.receipts
     study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,

@@ -117,19 +117,6 @@ def _kill(node: Any, role: str, start: Start, wait_for: WaitFor) -> Any:
     return node
 
 
-def _temporaries(data_dir: Path) -> list[str]:
-    """Files that are neither the node's own nor an archived object; the run folder is emptied at each start."""
-    known = {"catalog.db", "catalog.lock", "node.lock", "children.lock", "rules_in_force.json"}
-    files = [path.relative_to(data_dir) for path in data_dir.rglob("*") if path.is_file()]
-    strange = [path for path in files if path.parts[0] not in {"run", "journal", *known}]
-    return [
-        str(path)
-        for path in strange
-        if not path.name.startswith("catalog.db-")
-        and not (path.parts[0] == "archive" and path.suffix == ".dcm" and path.parts[1] == path.name[:2])
-    ]
-
-
 @pytest.fixture(autouse=True)
 def settings_of_the_test_do_not_reach_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SETTINGS_OF_THE_TEST:
@@ -139,7 +126,7 @@ def settings_of_the_test_do_not_reach_the_node(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.crash
 @pytest.mark.timeout(180 + 60 * ROUNDS)
 def test_nothing_acknowledged_is_lost_whoever_is_killed_whenever(
-    running_node: Start, wait_for: WaitFor, free_port: Callable[[], int], tmp_path: Path
+    running_node: Start, wait_for: WaitFor, free_port: Callable[[], int], tmp_path: Path, leftovers: Any
 ) -> None:
     port = free_port()
 
@@ -185,7 +172,7 @@ def test_nothing_acknowledged_is_lost_whoever_is_killed_whenever(
                 assert hashlib.sha256(data_set).hexdigest() == digest, f"{uid}: {told}"
     finally:
         catalog.close()
-    assert _temporaries(node.data_dir) == [], told
+    assert leftovers(node.data_dir) == [], told
     # a file that was named but never entered was never acknowledged either: the one thing fsck may find
     found = node.command("fsck", check=False).stdout.splitlines()[1:-1]
     assert [line for line in found if not line.startswith("unindexed: ")] == [], told
