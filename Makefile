@@ -17,7 +17,7 @@ ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd
 
-.PHONY: help demo serve test test-peers peers lint crash fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint crash fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -72,6 +72,9 @@ crash: $(STAMP) tools  ## kill -9 at random moments while objects stream in; ROU
 
 fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
 	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)
+
+fuzz: $(STAMP)  ## coverage-guided fuzzing of all that takes strangers' bytes, target by target; MINUTES=n, ONLY=names
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) --only "$(ONLY)" --corpus build/fuzz/corpus
 
 bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py

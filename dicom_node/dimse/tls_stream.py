@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from dicom_node.dimse.sending import send_all
 from dicom_node.dimse.tls import failure
 
 __all__ = ["TlsStream"]
@@ -189,7 +190,7 @@ class TlsStream:
 
     def _send_out(self) -> None:
         if self._outgoing.pending:
-            self._sock.sendall(self._outgoing.read())
+            send_all(self._sock, [self._outgoing.read()])
 
     def fileno(self) -> int:
         """As of the socket."""

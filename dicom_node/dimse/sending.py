@@ -1,0 +1,58 @@
+"""Writing to a peer that may read slowly, or not at all.
+
+Sockets here block with a short timeout of the kernel's (`SEND_TICK_S`), after which they say how much went; how long a
+peer is waited for is decided here. Without that a partial write would be given its whole time again and again.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from dicom_node.dimse.link import SEND_S
+
+__all__ = ["send_all", "send_timeout"]
+
+SEND_TICK_S = 2.0
+SLOWEST_BYTES_S = 1024  # of one write on the whole: a peer that reads a byte now and then is gone, too
+
+
+def send_timeout() -> bytes:
+    """The value of SO_SNDTIMEO for a socket that `send_all` writes to."""
+    return struct.pack("ll", int(SEND_TICK_S), int(SEND_TICK_S % 1 * 1e6))
+
+
+def send_all(sock: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
+    """All of `parts`, in as few writes as the system takes.
+
+    Raises OSError; TimeoutError when the peer made no room for `SEND_S`, or hardly any for longer. The socket's own
+    timeout, if it has one, comes before that.
+    """
+    sent, total = _sent(sock, parts), sum(map(len, parts))
+    if sent == total:
+        return
+    started = moved = time.monotonic() - SEND_TICK_S  # the kernel came back: so long ago there was room
+    views = [memoryview(part) for part in parts if len(part)]
+    while True:
+        while views and sent >= len(views[0]):
+            sent -= len(views.pop(0))
+        if not views:
+            return
+        views[0] = views[0][sent:]
+        sent = _sent(sock, views)
+        now = time.monotonic()
+        if sent:
+            moved = now
+        elif now - moved >= SEND_S:
+            raise TimeoutError("the peer reads nothing")
+        if now - started > SEND_S + total / SLOWEST_BYTES_S:
+            raise TimeoutError("the peer hardly reads")
+
+
+def _sent(sock: socket.socket, parts: Sequence[bytes | memoryview]) -> int:
+    try:
+        return sock.sendmsg(parts)
+    except BlockingIOError:  # a tick went by
+        return 0
