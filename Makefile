@@ -11,13 +11,15 @@ BENCH_ARGS ?= --quick --plot build/peers.svg
 # engines of others for `make test-peers`; their pins are those of Python 3.11
 PEERS ?= build/peers
 PEERS_PYTHON ?= $(PYTHON)
+# the probe of faults that is run on the node and on Orthanc; our own cases need none
+FAULTS_SCRIPT ?= ../shared/bench/dicom_faults.py
 ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # the system tools the tests use: dcmtk (clients), orthanc (a foreign PACS), dicom3tools (dciodvfy), PixelMed (SR
 # validator), prometheus (promtool), openssl, systemd (systemd-analyze)
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd
 
-.PHONY: help demo serve test test-peers peers lint crash fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint crash faults fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -75,6 +77,10 @@ fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; S
 
 fuzz: $(STAMP)  ## coverage-guided fuzzing of all that takes strangers' bytes, target by target; MINUTES=n, ONLY=names
 	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) --only "$(ONLY)" --corpus build/fuzz/corpus
+
+faults: $(STAMP) tools  ## faults and attacks on a running node, beside Orthanc; FAULTS_SCRIPT=path, FAULTS_ARGS="--only slow"
+	$(BIN)/python benchmarks/faults.py --script "$(FAULTS_SCRIPT)" $(FAULTS_ARGS)
+	$(BIN)/python -m pytest -m crash tests/faults --timeout 1800 $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py

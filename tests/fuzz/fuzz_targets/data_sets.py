@@ -69,6 +69,16 @@ def _image(syntax: str, pixels: bytes = b"\1\2\3\4") -> bytes:
     return b"".join(_element(tag, vr, value, syntax) for tag, vr, value in sorted(parts))
 
 
+def _beginning(raw: bytes) -> int:
+    """Where the data set begins: behind what looks like file meta information, whatever its group length says."""
+    at = 132 if raw[128:132] == b"DICM" else 0
+    while raw[at : at + 2] == b"\2\0" and at + 12 <= len(raw):
+        long = raw[at + 4 : at + 6] in (b"OB", b"UN", b"SQ")
+        field = raw[at + 8 : at + 12] if long else raw[at + 6 : at + 8]
+        at += (12 if long else 8) + int.from_bytes(field, "little")
+    return min(at, len(raw))
+
+
 def _corpus_data_sets(corpus: Path | None) -> Iterator[tuple[str, bytes]]:
     """Transfer syntax and data set of the small files of the corpus, those made to be hostile among them."""
     if corpus is None:
@@ -81,8 +91,7 @@ def _corpus_data_sets(corpus: Path | None) -> Iterator[tuple[str, bytes]]:
         if raw[128:132] != b"DICM" or at < 0:
             continue
         length = int.from_bytes(raw[at + 6 : at + 8], "little")
-        (group,) = struct.unpack_from("<I", raw, 140)
-        yield raw[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace"), raw[144 + group :]
+        yield raw[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace"), raw[_beginning(raw) :]
 
 
 # --- the header scanner ----------------------------------------------------------------------------------------------
