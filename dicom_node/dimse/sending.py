@@ -16,7 +16,7 @@ from dicom_node.dimse.link import SEND_S
 __all__ = ["send_all", "send_timeout"]
 
 SEND_TICK_S = 2.0
-SLOWEST_BYTES_S = 1024  # of one write on the whole: a peer that reads a byte now and then is gone, too
+LEAST_BYTES = 16 * 1024  # in `SEND_S`: a window probe, or a peer that reads a byte now and then, is no progress
 
 
 def send_timeout() -> bytes:
@@ -27,13 +27,13 @@ def send_timeout() -> bytes:
 def send_all(sock: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
     """All of `parts`, in as few writes as the system takes.
 
-    Raises OSError; TimeoutError when the peer made no room for `SEND_S`, or hardly any for longer. The socket's own
+    Raises OSError; TimeoutError when the peer made room for less than `LEAST_BYTES` in `SEND_S`. The socket's own
     timeout, if it has one, comes before that.
     """
-    sent, total = _sent(sock, parts), sum(map(len, parts))
-    if sent == total:
+    sent = _sent(sock, parts)
+    if sent == sum(map(len, parts)):
         return
-    started = moved = time.monotonic() - SEND_TICK_S  # the kernel came back: so long ago there was room
+    progress, since = 0, time.monotonic() - SEND_TICK_S  # the kernel came back: so long ago there was room
     views = [memoryview(part) for part in parts if len(part)]
     while True:
         while views and sent >= len(views[0]):
@@ -42,13 +42,11 @@ def send_all(sock: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
             return
         views[0] = views[0][sent:]
         sent = _sent(sock, views)
-        now = time.monotonic()
-        if sent:
-            moved = now
-        elif now - moved >= SEND_S:
-            raise TimeoutError("the peer reads nothing")
-        if now - started > SEND_S + total / SLOWEST_BYTES_S:
-            raise TimeoutError("the peer hardly reads")
+        progress += sent
+        if progress >= LEAST_BYTES:
+            progress, since = 0, time.monotonic()
+        elif time.monotonic() - since >= SEND_S:
+            raise TimeoutError("the peer reads nothing, or hardly anything")
 
 
 def _sent(sock: socket.socket, parts: Sequence[bytes | memoryview]) -> int:

@@ -52,7 +52,7 @@ def test_a_peer_that_reads_nothing_is_gone(ends: tuple[socket.socket, socket.soc
 def test_a_peer_that_reads_a_byte_now_and_then_is_gone(
     ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sending, "SLOWEST_BYTES_S", 1 << 20)
+    monkeypatch.setattr(sending, "LEAST_BYTES", 1 << 30)
     ours, theirs = ends
     over = threading.Event()
 
