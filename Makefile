@@ -11,6 +11,8 @@ BENCH_ARGS ?= --quick --plot build/peers.svg
 # engines of others for `make test-peers`; their pins are those of Python 3.11
 PEERS ?= build/peers
 PEERS_PYTHON ?= $(PYTHON)
+# the probe of faults that is run on the node and on Orthanc; our own cases need none
+FAULTS_SCRIPT ?= ../shared/bench/dicom_faults.py
 ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
 # of `make crash`: a script that kills at random moments and cuts the power, where there is one
 KILL9 ?= $(wildcard ../shared/bench/dicom_kill9.py)
@@ -22,7 +24,7 @@ MINUTES ?= 30
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd rsyslog rsyslog-gnutls
 
-.PHONY: help demo serve test test-peers peers lint crash soak fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint crash soak faults fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -81,6 +83,13 @@ soak: $(STAMP)   ## everything at once at 80 % of capacity, a fault each minute,
 
 fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; STREAMS=n SEED=n
 	TEST_WIRE_STREAMS=$(or $(STREAMS),3000) TEST_WIRE_SEED=$(or $(SEED),1) $(BIN)/python -m pytest tests/dimse/test_differential.py --timeout 1800 $(PYTEST_ARGS)
+
+fuzz: $(STAMP)  ## coverage-guided fuzzing of all that takes strangers' bytes, target by target; MINUTES=n, ONLY=names
+	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) --only "$(ONLY)" --corpus build/fuzz/corpus
+
+faults: $(STAMP) tools  ## faults and attacks on a running node, beside Orthanc; FAULTS_SCRIPT=path, FAULTS_ARGS="--only slow"
+	$(BIN)/python benchmarks/faults.py --script "$(FAULTS_SCRIPT)" $(FAULTS_ARGS)
+	$(BIN)/python -m pytest -m crash tests/faults --timeout 1800 $(PYTEST_ARGS)
 
 bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 	$(BIN)/python benchmarks/segment_ct.py

@@ -219,7 +219,7 @@ class DicomServer:
     def _is_shaken(self, visit: Visit) -> bool:
         """Go on with its handshake as far as the peer has; no thread waits for it. When it fails it is closed."""
         assert self._tls is not None
-        stream = visit.stream = visit.stream or TlsStream(visit.sock, self._tls.context)
+        stream = visit.stream = visit.stream or TlsStream(visit.sock, self._tls.context, send_s=self._patience.send_s)
         try:
             if stream.shake():
                 return True

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from dicom_node.dimse.link import SEND_S
+from dicom_node.dimse.sending import send_all
 from dicom_node.dimse.tls import failure
 
 __all__ = ["TlsStream"]
@@ -36,8 +38,10 @@ _raw = _Raw()
 class TlsStream:
     """One side of a TLS connection. From one thread at a time, but `shutdown(SHUT_RD)`, which any thread may call."""
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, server_name: str | None = None) -> None:
-        self._sock = sock
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, *, server_name: str | None = None, send_s: float = SEND_S
+    ) -> None:
+        self._sock, self._send_s = sock, send_s
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
@@ -189,7 +193,7 @@ class TlsStream:
 
     def _send_out(self) -> None:
         if self._outgoing.pending:
-            self._sock.sendall(self._outgoing.read())
+            send_all(self._sock, [self._outgoing.read()], self._send_s)
 
     def fileno(self) -> int:
         """As of the socket."""

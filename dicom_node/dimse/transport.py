@@ -27,6 +27,7 @@ from dicom_node.dimse.link import (
     Patience,
 )
 from dicom_node.dimse.messages import BadMessage, MessageReader
+from dicom_node.dimse.sending import send_all, send_timeout
 from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.upper_layer.connection import (
     Aborted,
@@ -81,7 +82,7 @@ def prepare(sock: socket.socket | TlsStream, send_s: float) -> None:
     """Set what an association needs of its socket; those that a listener accepts have it from the listener (Linux)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_s))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send_timeout(send_s))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(TICK_S))
 
 
@@ -122,7 +123,7 @@ class Transport:
         self._interrupted = False
         self._deadline = (time.monotonic() if opened_at is None else opened_at) + patience.first_pdu_s
         """Of the PDU under way."""
-        self._pdu_s = patience.pdu_s
+        self._pdu_s, self._send_s = patience.pdu_s, patience.send_s
         self._filled_at = 0.0
         self._pdus = 1 if connection.artim_running else 0  # PDUs whose deadline is set: an acceptor's first one is
         self._discarded = 0
@@ -383,17 +384,10 @@ class Transport:
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         """All of `parts`, in as few writes as the system takes."""
         try:
-            sent = self._sock.sendmsg(parts)
-            if sent == sum(map(len, parts)):
-                return
-            views = [memoryview(part) for part in parts if len(part)]
-            while True:
-                while views and sent >= len(views[0]):
-                    sent -= len(views.pop(0))
-                if not views:
-                    return
-                views[0] = views[0][sent:]
-                sent = self._sock.sendmsg(views)
+            if isinstance(self._sock, TlsStream):
+                self._sock.sendmsg(parts)
+            else:
+                send_all(self._sock, parts, self._send_s)
         except OSError as exc:
             with suppress(OSError):  # what is queued would keep the connection open as long as the peer reads nothing
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as DataSets
 
 from dicom_node.errors import NodeError
 from dicom_node.model import CommitmentReport, ObjectReference
+from dicom_node.services.identifier import UNREADABLE
 
 __all__ = [
     "ALL_COMMITTED",
@@ -119,8 +122,8 @@ class _Writer:
 
 
 def _items(information: Dataset, keyword: str) -> Sequence[Dataset]:
-    found = information.get(keyword)
-    return found if found is not None and not isinstance(found, str | bytes) else ()
+    found = _value(information, keyword)
+    return found if isinstance(found, DataSets) else ()
 
 
 def _reference(item: Dataset) -> ObjectReference:
@@ -128,7 +131,7 @@ def _reference(item: Dataset) -> ObjectReference:
 
 
 def _reason(item: Dataset) -> int:
-    reason = item.get("FailureReason")
+    reason = _value(item, "FailureReason")
     return reason if isinstance(reason, int) and reason else 0x0110
 
 
@@ -137,7 +140,15 @@ def _transaction_uid(information: Dataset) -> str:
 
 
 def _uid(data_set: Dataset, keyword: str) -> str:
-    found = str(data_set.get(keyword) or "").strip(" \0")
-    if not _UID.fullmatch(found):
+    found = _value(data_set, keyword)
+    uid = found.strip(" \0") if isinstance(found, str) else ""
+    if not _UID.fullmatch(uid):
         raise BadInformation(f"{keyword} is missing or no UID")
-    return found
+    return uid
+
+
+def _value(data_set: Dataset, keyword: str) -> Any:
+    try:
+        return data_set.get(keyword)
+    except UNREADABLE as exc:
+        raise BadInformation(f"{keyword} cannot be understood") from exc

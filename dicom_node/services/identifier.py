@@ -6,6 +6,7 @@ data set of pydicom's by `identifier_of`, and mostly, much quicker, by `scanner.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.tag import BaseTag, Tag
 
 from dicom_node.errors import InvalidIdentifier
@@ -21,6 +23,7 @@ from dicom_node.model import Level
 
 __all__ = [
     "UNIQUE_KEYS",
+    "UNREADABLE",
     "BadIdentifier",
     "Element",
     "Identifier",
@@ -33,7 +36,11 @@ __all__ = [
     "uids_of",
 ]
 
-_UNREADABLE = (ValueError, TypeError, KeyError, ArithmeticError, NotImplementedError)
+# what pydicom raises for values that are none of their VR, and sequences that are none
+UNREADABLE = (
+    *(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, NotImplementedError),
+    *(OSError, EOFError, RecursionError, struct.error, BytesLengthException),
+)
 
 
 # One element of a query's identifier: its tag, its keyword ('' for what is not the Standard's), the Standard's VR, and
@@ -80,14 +87,14 @@ def read_element(identifier: Dataset, keyword: str) -> DataElement | None:
         return None
     try:
         return identifier[tag]
-    except _UNREADABLE as exc:
+    except UNREADABLE as exc:
         raise BadIdentifier(f"{keyword} cannot be understood", int(tag)) from exc
 
 
 def text_of(element: DataElement) -> str:
     """The element's value as decoded text; several values are joined by backslashes, padding is gone."""
     value = element.value
-    if value is None or isinstance(value, bytes):
+    if value is None or isinstance(value, bytes) or element.VR == "SQ":
         return ""
     values = value if element.VM > 1 else [value]
     return "\\".join(str(item).strip(" \0") for item in values)
@@ -143,7 +150,7 @@ def identifier_of(data_set: Dataset) -> Identifier:
 def _element(data_set: Dataset, tag: BaseTag) -> Element:
     try:
         element = data_set[tag]
-    except _UNREADABLE as exc:
+    except UNREADABLE as exc:
         raise BadIdentifier("a key has a value that is none of its VR", int(tag)) from exc
     keyword = element.keyword  # looked up by pydicom each time
     # the VR the Standard gives the attribute: an Explicit VR sender may say UN

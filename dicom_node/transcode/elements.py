@@ -216,6 +216,9 @@ class _Rewriter:
             return
         if length == UNDEFINED:
             raise TranscodeError("encapsulated pixel data in a native transfer syntax")
+        if length and not self._to.explicit and vr != b"UN" and _vr_of(tag, scope) == b"SQ":
+            # without its VR every reader would take it for a sequence
+            raise TranscodeError("a value stands where the Standard has a sequence")
         self._value(tag, vr, length, coding, scope)
 
     def _sequence(self, tag: int, length: int, coding: _Coding, scope: _Scope, depth: int) -> None:

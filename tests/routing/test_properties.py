@@ -231,3 +231,18 @@ def test_any_text_is_a_condition_or_a_fault_inside_it(text: str) -> None:
     if isinstance(parsed, list):
         assert parsed
         assert all(0 <= fault.offset <= len(text) for fault in parsed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(conditions, min_size=2, max_size=4, unique=True), view=views(), data=st.data())
+def test_the_order_of_rules_changes_no_verdict_of_any(texts: list[str], view: SeriesView, data: st.DataObject) -> None:
+    """Without `stop` and fallbacks each rule is asked for itself; and asked again it says the same."""
+    compiled = [parsed for text in texts if isinstance(parsed := parse_expression(text), Expression)]
+    rules = [Rule(name=f"r{n}", conditions=(c,), engine="e", results=("sr",)) for n, c in enumerate(compiled)]
+
+    def verdicts(asked: list[Rule]) -> dict[str, str]:
+        found = RuleSet(rules=tuple(asked), digest="").evaluate(view, now=NOON, destination_of=lambda title: None)
+        return {verdict.rule: repr(verdict) for verdict in found.verdicts}
+
+    first = verdicts(rules)
+    assert first == verdicts(rules) == verdicts(data.draw(st.permutations(rules)))

@@ -61,3 +61,12 @@ def test_what_is_missing_or_no_uid_is_refused_without_its_value(change: str) -> 
     with pytest.raises(BadInformation) as caught:
         read_action(information)
     assert caught.value.dimse_status == 0x0115 and "secret" not in str(caught.value)
+
+
+def test_a_sequence_that_cannot_be_read_is_an_invalid_argument() -> None:
+    # TransactionUID, then a ReferencedSOPSequence whose item is cut short
+    encoded = b"\x08\0\x95\x11\x04\0\0\x001.2\0" + b"\x08\0\x99\x11\x04\0\0\0\xfe\xff\0\xe0"
+    for read in (read_action, read_event):
+        with pytest.raises(BadInformation) as refused:
+            read(read_dataset(BytesIO(encoded), True, True))
+        assert refused.value.dimse_status == 0x0115

@@ -1,17 +1,20 @@
 """What a query is answered: kinds of matching, levels, character sets, statuses (PS3.4 C.2.2, C.4.1)."""
 
+import io
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
 from pydicom.sequence import Sequence
 
 from dicom_node.config import FindSettings
 from dicom_node.services.find import FindOptions, FindResponse
-from dicom_node.services.identifier import InformationModel
+from dicom_node.services.identifier import BadIdentifier, InformationModel, identifier_of
 from dicom_node.store.catalog import Catalog
 
 Find = Callable[..., list[FindResponse]]
@@ -297,6 +300,26 @@ def test_a_value_that_is_none_of_its_vr_is_refused(find: Find) -> None:
     broken.add(DataElement(0x00280010, "LO", "many"))  # US: Rows
     (response,) = find("IMAGE", extra=broken)
     assert (response.status, response.offending) == (0xA900, (0x00280010,))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "tag"),
+    [
+        (b"\x28\0\x10\0\x03\0\0\0\1\2\3", 0x00280010),  # Rows: half a number
+        (b"\x08\0\x99\x11\x04\0\0\0\xfe\xff\0\xe0", 0x00081199),  # a sequence whose item is cut short
+    ],
+)
+def test_what_pydicom_cannot_read_is_the_requesters_fault(encoded: bytes, tag: int) -> None:
+    with pytest.raises(BadIdentifier) as refused:
+        identifier_of(read_dataset(io.BytesIO(encoded), True, True))
+    assert (refused.value.dimse_status, refused.value.tag) == (0xA900, tag)
+
+
+def test_a_level_that_is_a_sequence_is_none() -> None:
+    encoded = b"\x08\0\x52\0SQ\0\0\x10\0\0\0\xfe\xff\0\xe0\x08\0\0\0\x08\0\x16\0XY\0\0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert identifier_of(read_dataset(io.BytesIO(encoded), False, True)).level == ""
 
 
 def test_an_index_that_fails_is_out_of_resources(catalog: Catalog, keep: Keep, find: Find) -> None:

@@ -307,6 +307,12 @@ def test_bytes_that_are_no_data_set_are_refused(tmp_path: Path, content: bytes, 
         run(tmp_path, content, from_syntax, BIG)
 
 
+def test_a_value_where_the_standard_has_a_sequence_cannot_go_without_its_vr(tmp_path: Path) -> None:
+    content = b"\x08\0\x40\x11US\x02\0\2\0"  # Referenced Image Sequence, said to be a number
+    with pytest.raises(TranscodeError, match="has a sequence"):
+        run(tmp_path, content, EXPLICIT, IMPLICIT)
+
+
 def test_what_inflates_beyond_the_bound_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elements, "MAX_INFLATED_BYTES", 100_000)
     deflate = zlib.compressobj(wbits=-15)
