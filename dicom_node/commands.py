@@ -85,6 +85,7 @@ def serve(arguments: argparse.Namespace) -> int:
     setup_logging(config.log_level, "supervisor")
     config.resolved_rules_dir()
     _check_tls(config)
+    _check_token(config)
     return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
 
 
@@ -94,6 +95,14 @@ def _check_tls(config: NodeConfig) -> None:
         from dicom_node.dimse.tls import check_tls
 
         check_tls(config)
+
+
+def _check_token(config: NodeConfig) -> None:
+    """Raises ConfigError when the token of HTTP is missing, too short, or where others can read it."""
+    if config.http_token_env or config.http_token_file:
+        from dicom_node.http.token import read_token
+
+        read_token(config.http_token_env, config.http_token_file)
 
 
 def _check_before_work(config: NodeConfig) -> None:
@@ -118,6 +127,7 @@ def config_check(arguments: argparse.Namespace) -> int:
 
     config = settings(arguments)
     _check_tls(config)
+    _check_token(config)
     rules = node_rules(config)
     for name, engine in engines(config).items():
         put_away(name, engine)

@@ -61,6 +61,7 @@ ENGINE_METHODS = ("trouble", "gauges", "facts", "hangs", "observe", "warm_up", "
 STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
 RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
 OBJECT_KINDS = ("ANN", "DOC", "M3D", "SEG", "SR", "image", OTHER)
+HTTP_REFUSALS = ("no_token", "token", "host", "malformed", "timeout", "busy")
 DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
 
 FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -220,6 +221,13 @@ class Metrics:
         self._delivery_seconds = self._histogram(
             "delivery_duration_seconds", "Queued to acknowledged.", STUDY_S, {"destination": self._destination.values}
         )
+        self._http_refusals = self._counter(
+            "http_refusals_total", "HTTP requests that were not served, by why.", {"reason": HTTP_REFUSALS}
+        )
+
+    def http_refused(self, reason: str) -> None:
+        """`reason`: one of HTTP_REFUSALS."""
+        self._http_refusals.labels(reason if reason in HTTP_REFUSALS else "malformed").inc()
 
     # --- intake
 
