@@ -56,7 +56,7 @@ class Secret:
         return value
 
     def _read(self, path: Path) -> str:
-        return read_private(f"the secret {self._source}", path, MAX_BYTES).decode("latin-1").strip("\r\n")
+        return read_private("a secret", path, MAX_BYTES).decode("latin-1").strip("\r\n")
 
     def __repr__(self) -> str:
         return f"Secret({self._source})"

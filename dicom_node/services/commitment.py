@@ -1,4 +1,4 @@
-"""Storage Commitment Push Model: what its messages say (PS3.4 annex J). Data sets in and out; knows no wire."""
+"""Storage Commitment Push Model: what its messages say (PS3.4 annex J). Knows no wire."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 
 from dicom_node.errors import NodeError
 from dicom_node.model import CommitmentReport, ObjectReference
+from dicom_node.services.commitment_scanner import Information, Item
 
 __all__ = [
     "ALL_COMMITTED",
@@ -20,6 +21,7 @@ __all__ = [
     "BadInformation",
     "encode_information",
     "event_of",
+    "information_of",
     "read_action",
     "read_event",
 ]
@@ -42,30 +44,34 @@ class BadInformation(NodeError):
         self.dimse_status = dimse_status
 
 
-def read_action(information: Dataset) -> tuple[str, tuple[ObjectReference, ...]]:
+def read_action(information: Information) -> tuple[str, tuple[ObjectReference, ...]]:
     """Transaction UID and references of a request (PS3.4 table J.3-1), a repeated reference once.
 
     Raises BadInformation. More than `MAX_REFERENCES` are answered 0x0213, resource limitation.
     """
-    items = _items(information, "ReferencedSOPSequence")
-    if len(items) > MAX_REFERENCES:
-        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
-    references = tuple(dict.fromkeys(map(_reference, items)))
+    _check_count(information)
+    references = tuple(dict.fromkeys(map(_reference, information.committed)))
     if not references:
         raise BadInformation("no reference")
     return _transaction_uid(information), references
 
 
-def read_event(information: Dataset) -> CommitmentReport:
+def read_event(information: Information) -> CommitmentReport:
     """What a report says, whatever its Event Type ID (PS3.4 tables J.3-2, J.3-3). Raises BadInformation."""
-    committed = _items(information, "ReferencedSOPSequence")
-    failed = _items(information, "FailedSOPSequence")
-    if len(committed) + len(failed) > MAX_REFERENCES:
-        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
+    _check_count(information)
     return CommitmentReport(
         transaction_uid=_transaction_uid(information),
-        committed=tuple(map(_reference, committed)),
-        failed=tuple((_reference(item), _reason(item)) for item in failed),
+        committed=tuple(map(_reference, information.committed)),
+        failed=tuple((_reference(item), item[2] or 0x0110) for item in information.failed),
+    )
+
+
+def information_of(data_set: Dataset) -> Information:
+    """The same from a data set of pydicom's, which reads what `scan_information` leaves to it."""
+    return Information(
+        _text(data_set, "TransactionUID"),
+        [_item(item) for item in _items(data_set, "ReferencedSOPSequence")],
+        [_item(item) for item in _items(data_set, "FailedSOPSequence")],
     )
 
 
@@ -118,26 +124,36 @@ class _Writer:
         return self._item.pack(0xFFFE, 0xE000, len(value)) + value
 
 
-def _items(information: Dataset, keyword: str) -> Sequence[Dataset]:
-    found = information.get(keyword)
-    return found if found is not None and not isinstance(found, str | bytes) else ()
+def _items(data_set: Dataset, keyword: str) -> Sequence[Dataset]:
+    found = data_set.get(keyword)
+    return found[: MAX_REFERENCES + 1] if found is not None and not isinstance(found, str | bytes) else ()
 
 
-def _reference(item: Dataset) -> ObjectReference:
-    return ObjectReference(_uid(item, "ReferencedSOPClassUID"), _uid(item, "ReferencedSOPInstanceUID"))
-
-
-def _reason(item: Dataset) -> int:
+def _item(item: Dataset) -> Item:
     reason = item.get("FailureReason")
-    return reason if isinstance(reason, int) and reason else 0x0110
+    told = reason if isinstance(reason, int) else 0
+    return _text(item, "ReferencedSOPClassUID"), _text(item, "ReferencedSOPInstanceUID"), told
 
 
-def _transaction_uid(information: Dataset) -> str:
-    return _uid(information, "TransactionUID")
+def _text(data_set: Dataset, keyword: str) -> str:
+    return str(data_set.get(keyword) or "").strip(" \0")
 
 
-def _uid(data_set: Dataset, keyword: str) -> str:
-    found = str(data_set.get(keyword) or "").strip(" \0")
-    if not _UID.fullmatch(found):
-        raise BadInformation(f"{keyword} is missing or no UID")
-    return found
+def _check_count(information: Information) -> None:
+    if len(information.committed) + len(information.failed) > MAX_REFERENCES:
+        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
+
+
+def _reference(item: Item) -> ObjectReference:
+    sop_class_uid, sop_instance_uid, _ = item
+    if not _UID.fullmatch(sop_class_uid):
+        raise BadInformation("ReferencedSOPClassUID is missing or no UID")
+    if not _UID.fullmatch(sop_instance_uid):
+        raise BadInformation("ReferencedSOPInstanceUID is missing or no UID")
+    return ObjectReference(sop_class_uid, sop_instance_uid)
+
+
+def _transaction_uid(information: Information) -> str:
+    if not _UID.fullmatch(information.transaction_uid):
+        raise BadInformation("TransactionUID is missing or no UID")
+    return information.transaction_uid
