@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from sqlite_utils import Database, Migrations
 
+from dicom_node.store.tally import SCHEMA
+
 queue_migrations = Migrations("queue")
 
 _TABLES = """
@@ -177,6 +179,13 @@ def storage_commitment(db: Database) -> None:
     for statement in _COMMITMENT_TABLES.split(";\n"):
         if statement.strip():
             db.execute(statement)
+
+
+@queue_migrations()
+def tallies(db: Database) -> None:
+    """Counts of what there is, kept by triggers (`store.tally`)."""
+    for statement in SCHEMA:
+        db.execute(statement)
 
 
 _RECEIPT_TABLES = """
