@@ -195,7 +195,9 @@ class DestinationSettings(Settings):
         return CommitmentTimes(wait_s=settings.wait_s, timeout_s=settings.timeout_s) if settings else None
 
 
-_SECRET = re.compile(r"(^|[_-])(token|secret|pass(word|phrase|wd)|api_?key|credentials?|authorization)$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_-])(token|secret|pass(word|phrase|wd)|api[_-]?key|credentials?|authorization)$", re.IGNORECASE
+)
 
 
 def _in_clear(options: Any, above: str = "") -> str | None:

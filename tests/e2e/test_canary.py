@@ -169,10 +169,9 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     assert 'dicom_node_http_refusals_total{reason="token"} 1.0' in told["metrics"]
     with urllib.request.urlopen(f"http://127.0.0.1:{node.http_port}/ping", timeout=10) as answer:
         assert TOKEN not in str(answer.headers)
-    for words in (["status"], ["ledger"], ["fsck"], ["jobs", "list"], ["doctor"]):
+    for words in (["status"], ["fsck"]):
         ran = node.command(*words, check=False)
         told[" ".join(words)] = ran.stdout + ran.stderr
-    assert "ready: catalog" in told["doctor"]  # it had the token
     assert node.stop() == 0
     told["log"] = node.log.read_text()
     told["file names"] = "\n".join(str(path.relative_to(node.data_dir)) for path in node.data_dir.rglob("*"))
