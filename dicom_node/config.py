@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -166,6 +167,16 @@ class NodeConfig(Settings):
         return self.metrics_host or self.http_host
 
     @model_validator(mode="after")
+    def _no_secret_in_clear(self) -> NodeConfig:
+        for name, engine in self.engines.items():
+            if (key := _in_clear(engine.options)) is not None:
+                raise ValueError(
+                    f"engines.{name}.options.{key}: a secret must not be given as a value; write env:NAME or "
+                    "file:/absolute/path"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _tls_where_it_can_be(self) -> NodeConfig:
         asks = [f"destinations.{name}.tls" for name, one in self.destinations.items() if one.tls is not False]
         asks += ["tls"] if self.tls is not None else []
@@ -238,6 +249,28 @@ class NodeConfig(Settings):
         if not folder.is_dir():
             raise ConfigError(f"rules_dir: {folder} does not exist; create it (an empty one is a plain archive)")
         return folder
+
+
+_SECRET = re.compile(
+    r"(^|[_-])(token|secret|pass(word|phrase|wd)|api[_-]?key|credentials?|authorization)$", re.IGNORECASE
+)
+
+
+def _in_clear(options: Any, above: str = "") -> str | None:
+    """The key of the first option that by its name is a secret and by its value is not where one lies."""
+    if isinstance(options, Mapping):
+        pairs = [(str(key), value) for key, value in options.items()]
+    elif isinstance(options, list | tuple):
+        pairs = [(str(number), value) for number, value in enumerate(options)]
+    else:
+        return None
+    for key, value in pairs:
+        named = isinstance(value, str) and value and _SECRET.search(key)
+        if named and not str(value).startswith(("env:", "file:")):
+            return f"{above}{key}"
+        if (found := _in_clear(value, f"{above}{key}.")) is not None:
+            return found
+    return None
 
 
 def is_loopback(host: str) -> bool:

@@ -195,28 +195,6 @@ class DestinationSettings(Settings):
         return CommitmentTimes(wait_s=settings.wait_s, timeout_s=settings.timeout_s) if settings else None
 
 
-_SECRET = re.compile(
-    r"(^|[_-])(token|secret|pass(word|phrase|wd)|api[_-]?key|credentials?|authorization)$", re.IGNORECASE
-)
-
-
-def _in_clear(options: Any, above: str = "") -> str | None:
-    """The key of the first option that by its name is a secret and by its value is not where one lies."""
-    if isinstance(options, Mapping):
-        pairs = [(str(key), value) for key, value in options.items()]
-    elif isinstance(options, list | tuple):
-        pairs = [(str(number), value) for number, value in enumerate(options)]
-    else:
-        return None
-    for key, value in pairs:
-        named = isinstance(value, str) and value and _SECRET.search(key)
-        if named and not str(value).startswith(("env:", "file:")):
-            return f"{above}{key}"
-        if (found := _in_clear(value, f"{above}{key}.")) is not None:
-            return found
-    return None
-
-
 class EngineSettings(Settings):
     """Something that analyses a series. `kind` local: a model package; other kinds come from plug-ins."""
 
@@ -227,14 +205,6 @@ class EngineSettings(Settings):
     timeout_s: Seconds = 600.0
     options: Mapping[str, Any] = Field(default_factory=dict)
     """Whatever the kind needs. A secret only as `env:NAME` or `file:/path`, also where the kind is a plug-in's."""
-
-    @model_validator(mode="after")
-    def _no_secret_in_clear(self) -> EngineSettings:
-        if (key := _in_clear(self.options)) is not None:
-            raise ValueError(
-                f"options.{key}: a secret must not be given as a value; write env:NAME or file:/absolute/path"
-            )
-        return self
 
 
 class CompletionOverride(Settings):
