@@ -24,7 +24,7 @@ MINUTES ?= 30
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd rsyslog rsyslog-gnutls
 
-.PHONY: help demo serve test test-peers peers lint crash soak faults fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint sbom audit-deps crash soak faults fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -73,6 +73,21 @@ lint: $(STAMP)   ## ruff, mypy --strict, the layer test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+sbom: $(STAMP)   ## what the node is made of: build/sbom.cdx.json (CycloneDX)
+	mkdir -p build
+	$(BIN)/python .ci/sbom.py > build/sbom.cdx.json
+	@echo "build/sbom.cdx.json: $$(grep -c '"bom-ref"' build/sbom.cdx.json) components"
+
+audit-deps: build/audit/.installed  ## known vulnerabilities of the pinned dependencies (pip-audit); needs the network, a report only
+	@echo "pip-audit of constraints.txt:"
+	@timeout 120 build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off \
+	  --timeout 15 --desc off || echo "audit-deps: read the lines above; none: it could not ask"
+
+build/audit/.installed:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3'
+	touch $@
 
 crash: $(STAMP) tools  ## kill -9 at every commit point and at random moments, power cuts, outages; ROUNDS=n POWERCUTS=n
 	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) TEST_KILL9="$(abspath $(KILL9))" TEST_KILL9_ROUNDS=$(ROUNDS) TEST_KILL9_POWERCUTS=$(POWERCUTS) \

@@ -87,6 +87,7 @@ def serve(arguments: argparse.Namespace) -> int:
     config.resolved_rules_dir()
     _check_tls(config)
     _check_access(config)
+    _check_token(config)
     return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
 
 
@@ -106,6 +107,14 @@ def _check_access(config: NodeConfig) -> None:
 
         Policies(config)
         check_users(config.user_identity)
+
+
+def _check_token(config: NodeConfig) -> None:
+    """Raises ConfigError when the token of HTTP is missing, too short, or where others can read it."""
+    if config.http_token_env or config.http_token_file:
+        from dicom_node.http.token import read_token
+
+        read_token(config.http_token_env, config.http_token_file)
 
 
 def _check_before_work(config: NodeConfig) -> None:
@@ -131,6 +140,7 @@ def config_check(arguments: argparse.Namespace) -> int:
     config = settings(arguments)
     _check_tls(config)
     _check_access(config)
+    _check_token(config)
     rules = node_rules(config)
     for name, engine in engines(config).items():
         put_away(name, engine)

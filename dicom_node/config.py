@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,6 +86,15 @@ class NodeConfig(Settings):
     dicom_port: Port = 11112
     http_host: str = "127.0.0.1"
     http_port: Port = 8080
+    http_token_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")] = ""
+    http_token_file: Path | None = None
+    """Where the bearer token is that /ready and /metrics ask for; neither: they ask for none."""
+    http_without_token: bool = False
+    """Let other machines read /ready and /metrics though nothing is asked of them."""
+    metrics_host: str = ""
+    """'' = `http_host`."""
+    metrics_port: Port | None = None
+    """A port: /ready and /metrics are there and no longer on `http_port`. null: all is on `http_port`."""
     http_public_url: Annotated[str, Field(pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?$")] = ""
     """How engines elsewhere reach the HTTP port, through whatever stands before it: for those that fetch images from
     here or tell that they are through. '' = none does, and the port answers nothing to them."""
@@ -189,6 +199,41 @@ class NodeConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _http_asks_who_is_there(self) -> NodeConfig:
+        if self.http_token_env and self.http_token_file:
+            raise ValueError("http_token_env and http_token_file are both set; keep one")
+        if self.http_token_env.startswith("DICOM_NODE_"):
+            raise ValueError("http_token_env: variables that begin with DICOM_NODE_ are settings; use another name")
+        if self.metrics_host and self.metrics_port is None:
+            raise ValueError("metrics_host: /ready and /metrics are on http_port; set metrics_port too")
+        asks = bool(self.http_token_env or self.http_token_file)
+        if asks and self.http_without_token:
+            raise ValueError("http_without_token: a token is set, so it is asked for; remove one of the two")
+        host = self.monitoring_host()
+        if not (asks or self.http_without_token or is_loopback(host)):
+            key = "http_host" if host == self.http_host else "metrics_host"
+            raise ValueError(
+                f"{key}: /ready and /metrics would be open to other machines on {host!r}; set http_token_file (or "
+                "http_token_env) and give Prometheus the same token, or leave them on this machine with metrics_host: "
+                "127.0.0.1 and a metrics_port; `http_without_token: true` lets everybody read them"
+            )
+        return self
+
+    def monitoring_host(self) -> str:
+        """The address where /ready and /metrics are."""
+        return self.metrics_host or self.http_host
+
+    @model_validator(mode="after")
+    def _no_secret_in_clear(self) -> NodeConfig:
+        for name, engine in self.engines.items():
+            if (key := _in_clear(engine.options)) is not None:
+                raise ValueError(
+                    f"engines.{name}.options.{key}: a secret must not be given as a value; write env:NAME or "
+                    "file:/absolute/path"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _tls_where_it_can_be(self) -> NodeConfig:
         asks = [f"destinations.{name}.tls" for name, one in self.destinations.items() if one.tls is not False]
         asks += ["tls"] if self.tls is not None else []
@@ -278,6 +323,28 @@ def _credentials(settings: UserSettings | None) -> UserCredentials | None:
         jwt_file=str(settings.jwt_file or ""),
         allow_plain=settings.allow_plain,
     )
+
+
+_SECRET = re.compile(
+    r"(^|[_-])(token|secret|pass(word|phrase|wd)|api[_-]?key|credentials?|authorization)$", re.IGNORECASE
+)
+
+
+def _in_clear(options: Any, above: str = "") -> str | None:
+    """The key of the first option that by its name is a secret and by its value is not where one lies."""
+    if isinstance(options, Mapping):
+        pairs = [(str(key), value) for key, value in options.items()]
+    elif isinstance(options, list | tuple):
+        pairs = [(str(number), value) for number, value in enumerate(options)]
+    else:
+        return None
+    for key, value in pairs:
+        named = isinstance(value, str) and value and _SECRET.search(key)
+        if named and not str(value).startswith(("env:", "file:")):
+            return f"{above}{key}"
+        if (found := _in_clear(value, f"{above}{key}.")) is not None:
+            return found
+    return None
 
 
 def is_loopback(host: str) -> bool:

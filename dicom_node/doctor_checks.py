@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import http.client
-import json
 import mmap
 import os
 import socket
@@ -23,6 +21,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.doctor import Check, Finding, State
 from dicom_node.doctor_audit import audit_trail, collector_of
+from dicom_node.doctor_http import http_settings, reachable, ready
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
 from dicom_node.pulse import fresh, read_pulse
@@ -111,8 +110,7 @@ def _configuration(config: NodeConfig) -> Iterator[Finding]:
     names = f"{len(config.destinations)} destinations, {len(config.engines)} engines"
     yield _ok("configuration", f"AE {'/'.join(config.ae_titles)}, reachable by {reach}; {names}")
     yield from _access(config)
-    if not is_loopback(config.http_host):
-        yield _note("configuration", f"HTTP is reachable from other machines on {config.http_host}")
+    yield from http_settings(config)
 
 
 def _access(config: NodeConfig) -> Iterator[Finding]:
@@ -285,20 +283,18 @@ def _ports(config: NodeConfig) -> Iterator[Finding]:
     supervisor = read_pulse(config.data_dir, "supervisor")
     if supervisor is None or not fresh(supervisor, clock) or supervisor.detail == "stopped":
         yield _note("node", "does not run", "dicom-node serve")
-        for key, host, port in (("dicom_port", config.host, config.dicom_port),
-                                ("http_port", config.http_host, config.http_port)):  # fmt: skip
+        wanted = [("dicom_port", config.host, config.dicom_port), ("http_port", config.http_host, config.http_port)]
+        if config.metrics_port is not None:
+            wanted.append(("metrics_port", config.monitoring_host(), config.metrics_port))
+        for key, host, port in wanted:
             yield _free(key, host, port)
         return
     yield _ok("node", f"runs since {supervisor.started_at[:19]}Z, process {supervisor.pid}")
     facts: Mapping[str, Any] = supervisor.facts
     port = int(facts.get("dicom_port", config.dicom_port))
-    with socket.create_connection((_reachable(config.host), port), timeout=_PEER_S):
+    with socket.create_connection((reachable(config.host), port), timeout=_PEER_S):
         yield _ok("dicom_port", f"{config.host}:{port} takes connections")
-    yield from _ready(_reachable(config.http_host), int(facts.get("http_port", config.http_port)))
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    yield from ready(config, facts)
 
 
 def _free(key: str, host: str, port: int) -> Finding:
@@ -312,25 +308,6 @@ def _free(key: str, host: str, port: int) -> Finding:
         except OSError as exc:
             return _wrong(key, f"{host}:{port}: {exc.strerror}", f"stop what uses it (ss -ltnp), or set another {key}")
     return _ok(key, f"{host}:{port} is free")
-
-
-def _ready(host: str, port: int) -> Iterator[Finding]:
-    connection = http.client.HTTPConnection(host, port, timeout=_PEER_S)
-    try:
-        connection.request("GET", "/ready")
-        answer = connection.getresponse()
-        body = json.loads(answer.read(1 << 20))
-    except (OSError, http.client.HTTPException, ValueError) as exc:
-        yield _wrong("http_port", f"{host}:{port} does not answer ({type(exc).__name__})", "see the node's log")
-        return
-    finally:
-        connection.close()
-    for check in body.get("checks", ()) if isinstance(body, dict) else ():
-        what, detail = f"ready: {check['name']}", str(check.get("detail", ""))
-        if check["ok"]:
-            yield _ok(what, detail or "yes")
-        else:
-            yield _wrong(what, detail or "no", "dicom-node status, and the node's log")
 
 
 # --- the catalog -----------------------------------------------------------------------------------------------------

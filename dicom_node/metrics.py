@@ -66,6 +66,7 @@ ENGINE_METHODS = ("trouble", "gauges", "facts", "hangs", "observe", "warm_up", "
 STAGES = ("queue", "load", "prepare", "wait", "forward", "finish", "encode")
 RUNTIME_ENDS = ("died", "hung", "device", "nonsense")
 OBJECT_KINDS = ("ANN", "DOC", "M3D", "SEG", "SR", "image", OTHER)
+HTTP_REFUSALS = ("no_token", "token", "host", "malformed", "timeout", "busy")
 DELIVERY_OUTCOMES = ("sent", "refused", "retry", "failed")
 AUDIT_KINDS = tuple(kind.value for kind in AuditKind)
 AUDIT_OUTCOMES = tuple(str(int(outcome)) for outcome in AuditOutcome)  # PS3.15 A.5.2
@@ -248,6 +249,13 @@ class Metrics:
         self._delivery_seconds = self._histogram(
             "delivery_duration_seconds", "Queued to acknowledged.", STUDY_S, {"destination": self._destination.values}
         )
+        self._http_refusals = self._counter(
+            "http_refusals_total", "HTTP requests that were not served, by why.", {"reason": HTTP_REFUSALS}
+        )
+
+    def http_refused(self, reason: str) -> None:
+        """`reason`: one of HTTP_REFUSALS."""
+        self._http_refusals.labels(reason if reason in HTTP_REFUSALS else "malformed").inc()
 
     def _audit(self, collectors: Sequence[str]) -> None:
         self._sink = _Labels(("file", *collectors))

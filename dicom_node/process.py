@@ -46,13 +46,15 @@ class Orders:
     For receivers only: `tls_listen_fd`, that of `tls.port`, -1 where TLS has no port of its own; `receiver_number` from
     0, the same after each restart; `places_fd`, what several of them know of each other (`places.Places`), -1 where
     there is one; `epoch`, under which this life of the process opens associations. For service and work:
-    `service_bell` and `work_bell` (`bells.Bell`), -1 for none.
+    `service_bell` and `work_bell` (`bells.Bell`), -1 for none. For service: `metrics_listen_fd`, that of
+    `metrics_port`, -1 where there is none.
     """
 
     config: NodeConfig
     supervisor_pid: int
     listen_fd: int = -1
     tls_listen_fd: int = -1
+    metrics_listen_fd: int = -1
     ports: tuple[int, int] = (0, 0)  # DICOM, HTTP: as really bound
     receiver_number: int = 0
     places_fd: int = -1
@@ -92,6 +94,7 @@ def encode_orders(orders: Orders) -> bytes:
         "supervisor_pid": orders.supervisor_pid,
         "listen_fd": orders.listen_fd,
         "tls_listen_fd": orders.tls_listen_fd,
+        "metrics_listen_fd": orders.metrics_listen_fd,
         "ports": orders.ports,
         "receiver_number": orders.receiver_number,
         "places_fd": orders.places_fd,
@@ -117,6 +120,7 @@ def _decode_orders(text: bytes) -> Orders:
         supervisor_pid=plain["supervisor_pid"],
         listen_fd=plain["listen_fd"],
         tls_listen_fd=plain["tls_listen_fd"],
+        metrics_listen_fd=plain["metrics_listen_fd"],
         ports=tuple(plain["ports"]),
         receiver_number=plain["receiver_number"],
         places_fd=plain["places_fd"],

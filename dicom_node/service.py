@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dicom_node.auditing import AuditOutcome
 from dicom_node.backpressure import PROBE_S, DiskWatch, disk_facts, pressed_elsewhere
@@ -18,6 +19,7 @@ from dicom_node.dimse.wires import open_link
 from dicom_node.errors import NodeError, RuleError
 from dicom_node.gauges import catalog_readings, node_readings
 from dicom_node.http.health import Check, HealthServer, Mount, ReadyCheck
+from dicom_node.http.token import BearerToken, Doorman
 from dicom_node.interfaces import Clock
 from dicom_node.metrics import Gauges, Metrics, Reading, render
 from dicom_node.node import Timers
@@ -78,7 +80,7 @@ class Service:
             settings=config.delivery,
             clock=clock,
         )
-        self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
+        self._http = self._servers(orders)
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
         self._sweeping = threading.Lock()
         self._timers = Timers(clock)
@@ -89,11 +91,30 @@ class Service:
         self._courier.start()
         self._committer.start()
         self._bell.answer(self._courier.wake)
-        self._http.start()
+        for server in self._http:
+            server.start()
         self._forwarding = Forwarding(config, self._metrics)
 
     def _patient_ids(self, studies: Sequence[str]) -> Sequence[str]:
         return self._catalog.index.patient_ids(studies)
+
+    def _servers(self, orders: Orders) -> Sequence[HealthServer]:
+        """One, or two where /ready and /metrics have a port of their own. Raises ConfigError: there is no token."""
+        config = self._config
+        token = None
+        if config.http_token_env or config.http_token_file:
+            token = BearerToken(config.http_token_env, config.http_token_file)
+        doorman = Doorman(token, self._audit)
+        refused = self._metrics.http_refused
+        pages: dict[str, Any] = {"checks": self._checks(), "metrics": self._page}
+        pages |= {"doorman": doorman, "any_host": config.http_without_token}
+        if orders.metrics_listen_fd < 0:
+            return (HealthServer(adopted(orders), mounts=self._mounts(), refused=refused, **pages),)
+        apart = socket.socket(fileno=orders.metrics_listen_fd)
+        return (
+            HealthServer(adopted(orders), mounts=self._mounts(), refused=refused),
+            HealthServer(apart, refused=refused, **pages),
+        )
 
     def _mounts(self) -> Mapping[str, Mount]:
         """What engines may ask of the HTTP port, where one of them does."""
@@ -263,7 +284,8 @@ class Service:
         """What is being sent goes on after the next start."""
         self._timers.stop()
         self._bell.stop()
-        self._http.stop()
+        for server in self._http:
+            server.stop()
         self._courier.stop()
         self._committer.stop()
         self._audit.close()

@@ -284,7 +284,7 @@ class EngineSettings(Settings):
     engine elsewhere that offers several: the name of one."""
     timeout_s: Seconds = 600.0
     options: Mapping[str, Any] = Field(default_factory=dict)
-    """Whatever the kind needs."""
+    """Whatever the kind needs. A secret only as `env:NAME` or `file:/path`, also where the kind is a plug-in's."""
 
 
 class CompletionOverride(Settings):

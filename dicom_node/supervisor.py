@@ -69,6 +69,7 @@ class _Child:
     receiver: int = -1  # its number, -1 for the others
     epoch: str = ""  # of a receiver that runs, for its associations
     tls_listener: socket.socket | None = None
+    metrics_listener: socket.socket | None = None
 
 
 def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> int:
@@ -85,7 +86,8 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
         dicom, http = (stack.enter_context(_socket(host)) for host in (config.host, config.http_host))
         tls_port = config.tls.port if config.tls is not None else None
         tls = stack.enter_context(_socket(config.host)) if tls_port is not None else None
-        supervisor = _Supervisor(config, dicom, http, signals, tls)
+        metrics = stack.enter_context(_socket(config.monitoring_host())) if config.metrics_port is not None else None
+        supervisor = _Supervisor(config, dicom, http, signals, tls, metrics)
         try:
             # Whoever sends waits for the receivers: they load their modules while this process loads its own
             supervisor.launch_receivers()
@@ -97,12 +99,14 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
             if tls is not None and tls_port is not None:
                 _bind(tls, config.host, tls_port, "tls.port", until_s)
             _bind(http, config.http_host, config.http_port, "http_port", until_s)
+            if metrics is not None and config.metrics_port is not None:
+                _bind(metrics, config.monitoring_host(), config.metrics_port, "metrics_port", until_s)
             supervisor.prepare()
             supervisor.start_receivers()
             check()
             supervisor.start()
             if supervisor.wait_until_ready():
-                say(ready_line(config, dicom, http, tls))
+                say(ready_line(config, dicom, http, tls, metrics))
                 supervisor.watch()
         finally:
             supervisor.stop()
@@ -118,8 +122,14 @@ def replace_data_dir(config: NodeConfig) -> NodeConfig:
     return config.model_copy(update={"data_dir": config.data_dir.resolve()})
 
 
-def ready_line(config: NodeConfig, dicom: socket.socket, http: socket.socket, tls: socket.socket | None = None) -> str:
-    """One line: where the node answers, and who can reach it. `tls`: where TLS has a port of its own."""
+def ready_line(
+    config: NodeConfig,
+    dicom: socket.socket,
+    http: socket.socket,
+    tls: socket.socket | None = None,
+    metrics: socket.socket | None = None,
+) -> str:
+    """One line: where the node answers, and who can reach it. `tls`, `metrics`: where these have ports of their own."""
     titles = "/".join(config.ae_titles)
     where = f"DICOM {titles} on {_address(dicom)}"
     if tls is not None:
@@ -127,6 +137,8 @@ def ready_line(config: NodeConfig, dicom: socket.socket, http: socket.socket, tl
     elif config.tls is not None:
         where += " over TLS"
     where += f", HTTP on {_address(http)}"
+    if metrics is not None:
+        where += f" (/ready and /metrics on {_address(metrics)})"
     if is_loopback(config.host):
         reach = "only this machine can reach it (to open it set `host` and list `peers` in the configuration)"
     elif config.peers:
@@ -214,11 +226,12 @@ class _Supervisor:
         http: socket.socket,
         signals: _Signals,
         tls: socket.socket | None = None,
+        metrics: socket.socket | None = None,
     ) -> None:
         self._config = config
         self._signals = signals
         self._clock = SystemClock()
-        self._dicom, self._http = dicom, http
+        self._dicom, self._http, self._metrics = dicom, http, metrics
         self._holds_folder = False
         receivers = receiver_roles(config.receivers)
         self._children = [
@@ -226,7 +239,7 @@ class _Supervisor:
                 _Child(role=role, listener=dicom, receiver=number, tls_listener=tls)
                 for number, role in enumerate(receivers)
             ),
-            _Child(role="service", listener=http),
+            _Child(role="service", listener=http, metrics_listener=metrics),
             _Child(role="work", listener=None),
         ]
         self._places_fd = new_places(len(receivers), len(config.peers)) if len(receivers) > 1 else -1
@@ -295,7 +308,8 @@ class _Supervisor:
         self._order(child)
 
     def _launch(self, child: _Child) -> None:
-        fds = [listener.fileno() for listener in (child.listener, child.tls_listener) if listener]
+        listeners = (child.listener, child.tls_listener, child.metrics_listener)
+        fds = [listener.fileno() for listener in listeners if listener]
         if child.receiver < 0:
             fds += self._bells
         elif self._places_fd >= 0:
@@ -315,6 +329,7 @@ class _Supervisor:
             supervisor_pid=os.getpid(),
             listen_fd=child.listener.fileno() if child.listener else -1,
             tls_listen_fd=child.tls_listener.fileno() if child.tls_listener else -1,
+            metrics_listen_fd=child.metrics_listener.fileno() if child.metrics_listener else -1,
             ports=self._ports(),
             receiver_number=max(child.receiver, 0),
             places_fd=self._places_fd if is_receiver else -1,
@@ -453,6 +468,7 @@ class _Supervisor:
             facts={
                 "dicom_port": self._ports()[0],
                 "http_port": self._ports()[1],
+                "metrics_port": int((self._metrics or self._http).getsockname()[1]),
                 "restarts": {child.role: child.restarts for child in self._children},
             },
         )

@@ -19,7 +19,11 @@ from dicom_node.cli import main
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, StorageSettings, load_config
 from dicom_node.doctor import Check, Finding, State, examine, lines
+from dicom_node.doctor_http import ready
 from dicom_node.errors import ConfigError
+from dicom_node.http.health import Check as HealthCheck
+from dicom_node.http.health import HealthServer
+from dicom_node.http.token import BearerToken, Doorman
 from dicom_node.store.catalog import open_catalog
 
 Start = Callable[..., Any]
@@ -262,3 +266,27 @@ def test_certificates_in_the_settings_are_looked_at_wherever_they_stand(
         check = Check(what="c", look=lambda bad=bad: doctor_checks._certificate("c", tmp_path / bad), remedy="renew")  # type: ignore[misc]
         (finding,) = examine([check], ())
         assert finding.state is State.WRONG and bad in finding.text
+
+
+def test_the_doctor_asks_with_the_token_and_tells_when_it_is_not_taken(
+    config: Callable[..., NodeConfig], tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for path, text in ((ours, "a" * 40), (theirs, "b" * 40)):
+        path.write_text(text)
+        path.chmod(0o600)
+    checks = (lambda: HealthCheck(name="catalog", ok=True),)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HealthServer(listener, checks=checks, doorman=Doorman(BearerToken("", theirs)))
+    server.start()
+    try:
+        facts = {"http_port": server.port}
+        (refused,) = ready(config(http_token_file=ours), facts)
+        assert refused.state is State.WRONG and "does not take the token" in refused.text
+        (taken,) = ready(config(http_token_file=theirs), facts)
+        assert (taken.what, taken.state) == ("ready: catalog", State.OK)
+    finally:
+        server.stop()
+    theirs.chmod(0o644)
+    (finding,) = wrong(found(config(http_token_file=theirs), "configuration"))
+    assert "mode 0644" in finding.text

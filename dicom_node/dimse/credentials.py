@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from dicom_node.config import is_loopback
-from dicom_node.dimse.tls import kept_private
 from dicom_node.dimse.upper_layer.pdus import UserIdentity
 from dicom_node.errors import ConfigError, DeliveryUnavailable
 from dicom_node.model import Destination, UserCredentials
+from dicom_node.private_files import read_private
 
 __all__ = ["identity_of"]
 
@@ -56,12 +55,7 @@ def _secret(where: str, user: UserCredentials) -> tuple[int, bytes]:
 
 
 def _file(where: str, path: str) -> bytes:
-    kept_private(where, path)
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_SECRET_BYTES + 1).rstrip(b"\r\n")
-    except OSError as exc:
-        raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}") from None
-    if not 0 < len(content) <= MAX_SECRET_BYTES:
-        raise ConfigError(f"{where}: {path} has {len(content)} bytes, expected 1 to {MAX_SECRET_BYTES}")
+    content = read_private(where, path, MAX_SECRET_BYTES).rstrip(b"\r\n")
+    if not content:
+        raise ConfigError(f"{where}: {path} is empty; write the secret into it")
     return content

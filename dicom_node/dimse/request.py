@@ -35,6 +35,8 @@ from dicom_node.dimse.contexts import (
 from dicom_node.dimse.link import Fragments, Link, Message, gathered
 from dicom_node.dimse.policy import Policy
 from dicom_node.model import CommitmentRequest, Source
+from dicom_node.services.commitment import MAX_REFERENCES, BadInformation, information_of
+from dicom_node.services.commitment_scanner import Information, scan_information
 from dicom_node.services.find import Answers, FindOptions
 from dicom_node.services.identifier import BadIdentifier, Identifier, InformationModel, identifier_of
 from dicom_node.services.scanner import scan_identifier
@@ -180,20 +182,32 @@ def identifier_bytes(request: Request) -> bytes:
     return encoded
 
 
-def read_information(request: Request, most: int) -> Dataset:
-    """The request's data set, of at most `most` bytes. Raises BadIdentifier as `read_identifier` does."""
+def read_information(request: Request, most: int) -> Information:
+    """What a commitment message of at most `most` bytes says. Raises BadIdentifier as `read_identifier` does."""
     return read_encoded(request.message.data_set, request.transfer_syntax, most)
 
 
-def read_encoded(data_set: Fragments | None, syntax: str, most: int) -> Dataset:
-    """A data set as it comes. Raises BadIdentifier when there is none, it is longer than `most`, or cannot be read."""
+def read_encoded(data_set: Fragments | None, syntax: str, most: int) -> Information:
+    """What it says as it comes. Raises BadIdentifier when there is none, it is longer than `most`, or unreadable."""
     try:
         encoded = gathered(data_set, most)
     except ValueError:
         raise BadIdentifier("the data set is too long", 0x00000800) from None
     if encoded is None:
         raise BadIdentifier("there is no data set", 0x00000800)
-    return _read_data_set(encoded, syntax)
+    found = scan_information(
+        encoded, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE, most=MAX_REFERENCES
+    )
+    return found if found is not None else _read_information(encoded, syntax)
+
+
+def _read_information(encoded: bytes, syntax: str) -> Information:
+    try:
+        return information_of(_read_data_set(encoded, syntax))
+    except (BadIdentifier, BadInformation):
+        raise
+    except Exception as exc:  # the SCP edge: pydicom decodes values, and raises many things for them, when asked
+        raise BadIdentifier("the data set cannot be read", 0x00000800) from exc
 
 
 def _read_data_set(encoded: bytes, syntax: str) -> Dataset:

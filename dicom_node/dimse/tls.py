@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from dicom_node.config import NodeConfig, TlsSettings
 from dicom_node.errors import ConfigError
 from dicom_node.model import TlsClient
+from dicom_node.private_files import check_private, read_private
 
 __all__ = [
     "Credentials",
@@ -29,7 +29,6 @@ __all__ = [
     "failure",
     "fingerprint",
     "for_listener",
-    "kept_private",
 ]
 
 log = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ def _load_pair(
     context: ssl.SSLContext, where: str, certificate: str, key: str, passphrase_env: str, passphrase_file: str
 ) -> None:
     _readable(f"{where}.certificate", certificate)
-    kept_private(f"{where}.key", key)
+    check_private(f"{where}.key", key, kind="a PEM file")
 
     def passphrase() -> str:  # asked for only where the key is encrypted; without it OpenSSL would ask the terminal
         return _passphrase(where, passphrase_env, passphrase_file)
@@ -131,22 +130,6 @@ def _readable(where: str, path: str) -> bytes:
         raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; name a PEM file") from None
 
 
-def kept_private(where: str, path: str) -> None:
-    """Raises ConfigError for a file that others than its owner may use, or that somebody else owns."""
-    try:
-        found = Path(path).stat()
-    except OSError as exc:
-        raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; name a PEM file") from None
-    mode = stat.S_IMODE(found.st_mode)
-    if mode & 0o137:
-        raise ConfigError(f"{where}: {path} has mode {mode:04o}, expected 0600 or 0640: run `chmod 600 {path}`")
-    if found.st_uid not in (0, os.geteuid()):
-        raise ConfigError(
-            f"{where}: {path} belongs to user {found.st_uid}, expected the node's ({os.geteuid()}) or root: run "
-            f"`chown {os.geteuid()} {path}`"
-        )
-
-
 def _passphrase(where: str, variable: str, path: str) -> str:
     """At most what OpenSSL takes."""
     if variable:
@@ -154,8 +137,8 @@ def _passphrase(where: str, variable: str, path: str) -> str:
             return found[:_MAX_PASSPHRASE]
         raise ConfigError(f"{where}.key_passphrase_env: the variable {variable} is not set; set it to the passphrase")
     if path:
-        kept_private(f"{where}.key_passphrase_file", path)
-        return _readable(f"{where}.key_passphrase_file", path)[:_MAX_PASSPHRASE].decode("latin-1").rstrip("\r\n")
+        content = read_private(f"{where}.key_passphrase_file", path, _MAX_PEM)
+        return content[:_MAX_PASSPHRASE].decode("latin-1").rstrip("\r\n")
     raise ConfigError(
         f"{where}.key: it is encrypted; set key_passphrase_file, or key_passphrase_env to the name of a variable"
     )

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dicom_node.dimse.tls import kept_private
 from dicom_node.errors import ConfigError
+from dicom_node.private_files import read_private
 
 __all__ = ["HashedPasscode", "UsersFile", "hash_passcode", "user_line"]
 
@@ -109,11 +109,7 @@ class UsersFile:
 
 def _read(path: Path) -> Mapping[str, HashedPasscode]:
     where = "user_identity.users_file"
-    kept_private(where, str(path))
-    with path.open("rb") as file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{where}: {path} is longer than {MAX_FILE_BYTES} bytes; this is no list of users")
+    content = read_private(where, path, MAX_FILE_BYTES)
     users: dict[str, HashedPasscode] = {}
     for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
         if not line.strip() or line.startswith("#"):

@@ -11,6 +11,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 from dicom_node.errors import ConfigError
+from dicom_node.private_files import read_private
 
 __all__ = ["Secret"]
 
@@ -43,8 +44,8 @@ class Secret:
     def reveal(self) -> str:
         """Its value now, without the line end of its file.
 
-        Raises ConfigError when it is missing, empty, longer than 64 KiB or no single line of printable ASCII (RFC 9110
-        5.5: it would not pass as a header value).
+        Raises ConfigError when it is missing, empty, longer than 64 KiB, in a file that others than its owner and
+        group can read, or no single line of printable ASCII (RFC 9110 5.5: it would not pass as a header value).
         """
         kind, _, where = self._source.partition(":")
         value = os.environ.get(where, "") if kind == "env" else self._read(Path(where))
@@ -55,14 +56,7 @@ class Secret:
         return value
 
     def _read(self, path: Path) -> str:
-        try:
-            with path.open("rb") as stream:
-                content = stream.read(MAX_BYTES + 1)
-        except OSError as exc:
-            raise ConfigError(f"the secret {self._source} cannot be read: {exc.strerror}") from exc
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"the secret {self._source} is longer than {MAX_BYTES} bytes")
-        return content.decode("latin-1").strip("\r\n")
+        return read_private("a secret", path, MAX_BYTES).decode("latin-1").strip("\r\n")
 
     def __repr__(self) -> str:
         return f"Secret({self._source})"

@@ -1,18 +1,19 @@
 """`GET /ping`, `/ready` and `/metrics` on a small HTTP/1.1 server that a stranger cannot exhaust.
 
-* `/ping` answers `{"status":"ok"}` while the process lives; it asks nobody.
+* `/ping` answers `{"status":"ok"}` while the process lives; it asks nobody, and needs no token.
 * `/ready` runs the given checks and answers 200, or 503 with the ones that fail.
 * `/metrics` answers what the given function renders.
-* Below a prefix of `mounts`, what is mounted there answers, of any length; by default there is nothing.
+* Below a prefix of `mounts`, what is mounted there answers, of any length, by its own rule of who may ask; by default
+  there is nothing.
 
-One request a connection, GET and HEAD only but for mounts; no body is read. The head of a request is bounded in bytes
-and in time, the number of connections served at once too; one beyond it is closed unanswered. The server knows no part
-of the node: it takes plain callables and a socket that is already bound.
+One request a connection, GET and HEAD only but for mounts; no body is read. `requests` bounds what a request may be,
+`connections` who may keep the server waiting, `token` says who may ask. The server knows no part of the node: it takes
+plain callables and a socket that is already bound.
 """
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import logging
 import socket
 import threading
@@ -21,19 +22,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
+from urllib.parse import urlsplit
 
+from dicom_node.config import is_loopback
 from dicom_node.errors import NodeError
+from dicom_node.http.connections import Connections, Slow
+from dicom_node.http.requests import Request
+from dicom_node.http.responses import Response, encoded, head_of, json_response, refusal
+from dicom_node.http.token import Doorman
 
-__all__ = ["Check", "HealthServer", "Mount", "MountedAnswer", "ReadyCheck"]
+__all__ = ["Check", "HealthServer", "Mount", "MountedAnswer", "Page", "ReadyCheck"]
 
 log = logging.getLogger(__name__)
 
-HEAD_BYTES_MAX = 8192
-HEAD_S = 5.0
 SEND_S = 30.0
-LINGER_S = 0.5
-CONNECTIONS_MAX = 16
 SLOWEST_BYTES_S = 16 * 1024  # a mounted answer that its client takes more slowly is ended
+PAGES_MAX = 4  # of /ready and /metrics at once: each reads the catalog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,37 +75,40 @@ It is not given the body of a request: what comes is thrown away, as a hint that
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Response:
-    status: HTTPStatus
-    content_type: str
-    body: bytes
-    headers: Mapping[str, str]
-
-
-def _json(status: HTTPStatus, value: object, **headers: str) -> _Response:
-    body = json.dumps(value).encode() + b"\n"
-    return _Response(status=status, content_type="application/json", body=body, headers=headers)
-
-
 class HealthServer:
-    """Serves health and metrics on `listener` from `start` until `stop`."""
+    """Serves `/ping`, and what else it is given, on `listener` from `start` until `stop`.
+
+    `checks` and `metrics`: None where another server answers them. `doorman`: who may ask for these two. Without a
+    token, `any_host` False: a Host header must name this machine, so that no page of a browser here gets at them by a
+    name that resolves to it. `refused` is told why a request was not served, one of
+    `metrics.HTTP_REFUSALS`.
+    """
 
     def __init__(
         self,
         listener: socket.socket,
         *,
-        checks: Sequence[ReadyCheck],
-        metrics: Page,
+        checks: Sequence[ReadyCheck] | None = None,
+        metrics: Page | None = None,
         mounts: Mapping[str, Mount] | None = None,
+        doorman: Doorman | None = None,
+        any_host: bool = False,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self._mounts = dict(mounts or {})
         self._listener = listener
-        self._checks = tuple(checks)
-        self._metrics = metrics
-        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._accept, name="http", daemon=True)
+        self._mounts = dict(mounts or {})
+        self._doorman = doorman or Doorman(None)
+        self._any_host = any_host
+        self._refused = refused
+        self._pages: dict[str, Callable[[], Response]] = {}
+        if checks is not None:
+            ready = tuple(checks)
+            self._pages["/ready"] = lambda: _ready(ready)
+        if metrics is not None:
+            page = metrics
+            self._pages["/metrics"] = lambda: _metrics(page)
+        self._rendering = threading.BoundedSemaphore(PAGES_MAX)
+        self._connections = Connections(listener, self._answer, refused)
 
     @property
     def port(self) -> int:
@@ -110,131 +117,78 @@ class HealthServer:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._listener.settimeout(0.5)
-        self._thread.start()
+        self._connections.start()
 
     def stop(self) -> None:
         """Stop accepting; requests under way end within their own bounds. Idempotent."""
-        self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
-        self._listener.close()
+        self._connections.stop()
 
-    def _accept(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                if not self._stopping.wait(0.1):  # out of descriptors: they come back
-                    continue
-                break
-            if not self._free.acquire(blocking=False):
-                connection.close()
-                continue
-            threading.Thread(target=self._serve, args=(connection,), name="http-request", daemon=True).start()
+    def _answer(self, request: Request, address: str) -> Response | Slow:
+        for prefix, mount in self._mounts.items():
+            if request.target.startswith(prefix):
+                return lambda connection: _pass_on(connection, mount, request)
+        page = self._pages.get(request.path)
+        if page is None and request.path != "/ping":
+            return refusal(HTTPStatus.NOT_FOUND, "/ping" if not self._pages else "/ping, /ready or /metrics")
+        if page is not None and (refused := self._refusal(request, address)) is not None:
+            return refused
+        if request.method not in ("GET", "HEAD"):
+            return refusal(HTTPStatus.METHOD_NOT_ALLOWED, "GET or HEAD", Allow="GET, HEAD")
+        if page is None:
+            return json_response(HTTPStatus.OK, {"status": "ok"})
+        shown = page
+        return lambda connection: self._render(connection, shown, request.method != "HEAD")
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _refusal(self, request: Request, address: str) -> Response | None:
+        """Why this request does not get at /ready and /metrics, None when it does."""
+        told = request.headers.get("authorization")
+        if not self._doorman.lets_in(told, address):
+            self._refused("no_token" if told is None else "token")
+            challenge = 'Bearer realm="dicom-node"' + ("" if told is None else ', error="invalid_token"')
+            return refusal(HTTPStatus.UNAUTHORIZED, "a bearer token is needed", WWW_Authenticate=challenge)
+        if not (self._doorman.asks or self._any_host or _names_this_machine(request.headers.get("host", ""))):
+            self._refused("host")
+            return refusal(HTTPStatus.MISDIRECTED_REQUEST, "ask 127.0.0.1 or localhost, or set a token")
+        return None
+
+    def _render(self, connection: socket.socket, page: Callable[[], Response], with_body: bool) -> None:
+        connection.settimeout(SEND_S)
+        if not self._rendering.acquire(blocking=False):
+            self._refused("busy")
+            busy = refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once", Retry_After="2")
+            connection.sendall(encoded(busy, with_body=with_body))
+            return
         try:
-            with connection:
-                head = _read_head(connection)
-                if head is None:
-                    return
-                if (mount := self._mounted(head)) is not None:
-                    _pass_on(connection, mount, head)
-                else:
-                    response, with_body = self._answer(head)
-                    connection.settimeout(SEND_S)
-                    connection.sendall(_encoded(response, with_body))
-                _linger(connection)
-        except OSError:
-            pass  # the client went away; there is nobody to tell
+            response = page()
         finally:
-            self._free.release()
-
-    def _mounted(self, head: bytes) -> Mount | None:
-        target = _request(head)[1]
-        return next((mount for prefix, mount in self._mounts.items() if target.startswith(prefix)), None)
-
-    def _answer(self, head: bytes) -> tuple[_Response, bool]:
-        method, target = _request(head)
-        if not method:
-            return _json(HTTPStatus.BAD_REQUEST, {"error": "not an HTTP/1 request"}), True
-        if method not in ("GET", "HEAD"):
-            return _json(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "GET or HEAD"}, Allow="GET, HEAD"), True
-        return self._page(target.split("?", 1)[0]), method == "GET"
-
-    def _page(self, path: str) -> _Response:
-        if path == "/ping":
-            return _json(HTTPStatus.OK, {"status": "ok"})
-        if path == "/ready":
-            checks = [_ran(check) for check in self._checks]
-            ok = all(check.ok for check in checks)
-            listed = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]
-            status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
-            return _json(status, {"status": "ready" if ok else "not ready", "checks": listed})
-        if path == "/metrics":
-            try:
-                content_type, body = self._metrics()
-            except NodeError as exc:
-                log.warning("metrics could not be rendered", extra={"error": str(exc)})
-                return _json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": str(exc)})
-            return _Response(status=HTTPStatus.OK, content_type=content_type, body=body, headers={})
-        return _json(HTTPStatus.NOT_FOUND, {"error": "/ping, /ready or /metrics"})
+            self._rendering.release()
+        connection.sendall(encoded(response, with_body=with_body))
 
 
-def _request(head: bytes) -> tuple[str, str]:
-    """Method and target of the request line, two empty texts when it is none of HTTP/1."""
-    parts = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-    if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
-        return "", ""
-    return parts[0], parts[1]
-
-
-def _headers(head: bytes) -> dict[str, str]:
-    """Headers by lower-case name; of one that is repeated, all values (RFC 9110 5.3)."""
-    found: dict[str, str] = {}
-    for line in head.split(b"\r\n\r\n", 1)[0].split(b"\r\n")[1:]:
-        name, colon, value = line.decode("latin-1").partition(":")
-        if colon and name and not name.startswith((" ", "\t")):
-            key = name.lower()
-            found[key] = f"{found[key]}, {value.strip()}" if key in found else value.strip()
-    return found
-
-
-def _pass_on(connection: socket.socket, mount: Mount, head: bytes) -> None:
-    """Let the mount answer, piece by piece, as long as the client takes it at a bearable speed."""
-    method, target = _request(head)
-    connection.settimeout(SEND_S)
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header says localhost or an address: names of others may lead here too (DNS rebinding)."""
     try:
-        answer = mount(method, target, _headers(head))
-    except (NodeError, OSError) as exc:
-        log.warning("a mounted answer failed", extra={"error": type(exc).__name__})
-        connection.sendall(_encoded(_json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": "try again"}), method != "HEAD"))
-        return
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if not name or is_loopback(name):
+        return True
     try:
-        connection.sendall(_head_of(answer.status, answer.headers))
-        started, sent = time.monotonic(), 0
-        for piece in answer if method != "HEAD" else ():
-            connection.sendall(piece)
-            sent += len(piece)
-            if time.monotonic() - started > SEND_S + sent / SLOWEST_BYTES_S:
-                break
-    finally:
-        answer.close()
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
-def _head_of(status: HTTPStatus, headers: Mapping[str, str]) -> bytes:
-    """Status line and headers of an answer that nobody may keep, on a connection that ends with it."""
-    lines = [
-        f"HTTP/1.1 {status.value} {status.phrase}",
-        "Connection: close",
-        "Cache-Control: no-store",
-        "X-Content-Type-Options: nosniff",
-        *(f"{key}: {value}" for key, value in headers.items()),
-    ]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def _ready(ready: Sequence[ReadyCheck]) -> Response:
+    checks = [_ran(check) for check in ready]
+    ok = all(check.ok for check in checks)
+    listed = [{"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks]
+    status = HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE
+    return json_response(status, {"status": "ready" if ok else "not ready", "checks": listed})
 
 
 def _ran(check: ReadyCheck) -> Check:
@@ -245,38 +199,35 @@ def _ran(check: ReadyCheck) -> Check:
         return Check(name=getattr(check, "__name__", "check").strip("_"), ok=False, detail=detail)
 
 
-def _read_head(connection: socket.socket) -> bytes | None:
-    """The request line and headers, or None when they did not come whole within their bounds.
-
-    The deadline is for the head as a whole: a byte now and then does not extend it.
-    """
-    deadline = time.monotonic() + HEAD_S
-    head = b""
-    while b"\r\n\r\n" not in head:
-        left = deadline - time.monotonic()
-        if left <= 0 or len(head) > HEAD_BYTES_MAX:
-            return None
-        connection.settimeout(left)
-        fragment = connection.recv(4096)
-        if not fragment:
-            return None
-        head += fragment
-    return head
+def _metrics(page: Page) -> Response:
+    try:
+        content_type, body = page()
+    except NodeError as exc:
+        log.warning("metrics could not be rendered", extra={"error": str(exc)})
+        return refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(exc))
+    return Response(status=HTTPStatus.OK, content_type=content_type, body=body)
 
 
-def _linger(connection: socket.socket) -> None:
-    """Let the answer arrive: closing with unread bytes (a body nobody asked for) would reset the connection."""
-    connection.shutdown(socket.SHUT_WR)
-    connection.settimeout(LINGER_S)
-    for _ in range(16):
-        if not connection.recv(4096):
-            return
+# --- mounts ----------------------------------------------------------------------------------------------------------
 
 
-def _encoded(response: _Response, with_body: bool) -> bytes:
-    headers = {
-        "Content-Type": response.content_type,
-        "Content-Length": str(len(response.body)),
-        **response.headers,
-    }
-    return _head_of(response.status, headers) + (response.body if with_body else b"")
+def _pass_on(connection: socket.socket, mount: Mount, request: Request) -> None:
+    """Let the mount answer, piece by piece, as long as the client takes it at a bearable speed."""
+    connection.settimeout(SEND_S)
+    try:
+        answer = mount(request.method, request.target, request.headers)
+    except (NodeError, OSError) as exc:
+        log.warning("a mounted answer failed", extra={"error": type(exc).__name__})
+        failed = refusal(HTTPStatus.SERVICE_UNAVAILABLE, "try again")
+        connection.sendall(encoded(failed, with_body=request.method != "HEAD"))
+        return
+    try:
+        connection.sendall(head_of(answer.status, answer.headers))
+        started, sent = time.monotonic(), 0
+        for piece in answer if request.method != "HEAD" else ():
+            connection.sendall(piece)
+            sent += len(piece)
+            if time.monotonic() - started > SEND_S + sent / SLOWEST_BYTES_S:
+                break
+    finally:
+        answer.close()

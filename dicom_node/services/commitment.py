@@ -1,4 +1,4 @@
-"""Storage Commitment Push Model: what its messages say (PS3.4 annex J). Data sets in and out; knows no wire."""
+"""Storage Commitment Push Model: what its messages say (PS3.4 annex J). Knows no wire."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydicom.sequence import Sequence as DataSets
 
 from dicom_node.errors import NodeError
 from dicom_node.model import CommitmentReport, ObjectReference
+from dicom_node.services.commitment_scanner import Information, Item
 from dicom_node.services.identifier import UNREADABLE
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BadInformation",
     "encode_information",
     "event_of",
+    "information_of",
     "read_action",
     "read_event",
 ]
@@ -45,30 +47,34 @@ class BadInformation(NodeError):
         self.dimse_status = dimse_status
 
 
-def read_action(information: Dataset) -> tuple[str, tuple[ObjectReference, ...]]:
+def read_action(information: Information) -> tuple[str, tuple[ObjectReference, ...]]:
     """Transaction UID and references of a request (PS3.4 table J.3-1), a repeated reference once.
 
     Raises BadInformation. More than `MAX_REFERENCES` are answered 0x0213, resource limitation.
     """
-    items = _items(information, "ReferencedSOPSequence")
-    if len(items) > MAX_REFERENCES:
-        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
-    references = tuple(dict.fromkeys(map(_reference, items)))
+    _check_count(information)
+    references = tuple(dict.fromkeys(map(_reference, information.committed)))
     if not references:
         raise BadInformation("no reference")
     return _transaction_uid(information), references
 
 
-def read_event(information: Dataset) -> CommitmentReport:
+def read_event(information: Information) -> CommitmentReport:
     """What a report says, whatever its Event Type ID (PS3.4 tables J.3-2, J.3-3). Raises BadInformation."""
-    committed = _items(information, "ReferencedSOPSequence")
-    failed = _items(information, "FailedSOPSequence")
-    if len(committed) + len(failed) > MAX_REFERENCES:
-        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
+    _check_count(information)
     return CommitmentReport(
         transaction_uid=_transaction_uid(information),
-        committed=tuple(map(_reference, committed)),
-        failed=tuple((_reference(item), _reason(item)) for item in failed),
+        committed=tuple(map(_reference, information.committed)),
+        failed=tuple((_reference(item), item[2] or 0x0110) for item in information.failed),
+    )
+
+
+def information_of(data_set: Dataset) -> Information:
+    """The same from a data set of pydicom's, which reads what `scan_information` leaves to it."""
+    return Information(
+        _text(data_set, "TransactionUID"),
+        [_item(item) for item in _items(data_set, "ReferencedSOPSequence")],
+        [_item(item) for item in _items(data_set, "FailedSOPSequence")],
     )
 
 
@@ -121,30 +127,20 @@ class _Writer:
         return self._item.pack(0xFFFE, 0xE000, len(value)) + value
 
 
-def _items(information: Dataset, keyword: str) -> Sequence[Dataset]:
-    found = _value(information, keyword)
-    return found if isinstance(found, DataSets) else ()
-
-
-def _reference(item: Dataset) -> ObjectReference:
-    return ObjectReference(_uid(item, "ReferencedSOPClassUID"), _uid(item, "ReferencedSOPInstanceUID"))
-
-
-def _reason(item: Dataset) -> int:
-    reason = _value(item, "FailureReason")
-    return reason if isinstance(reason, int) and reason else 0x0110
-
-
-def _transaction_uid(information: Dataset) -> str:
-    return _uid(information, "TransactionUID")
-
-
-def _uid(data_set: Dataset, keyword: str) -> str:
+def _items(data_set: Dataset, keyword: str) -> Sequence[Dataset]:
     found = _value(data_set, keyword)
-    uid = found.strip(" \0") if isinstance(found, str) else ""
-    if not _UID.fullmatch(uid):
-        raise BadInformation(f"{keyword} is missing or no UID")
-    return uid
+    return found[: MAX_REFERENCES + 1] if isinstance(found, DataSets) else ()
+
+
+def _item(item: Dataset) -> Item:
+    reason = _value(item, "FailureReason")
+    told = reason if isinstance(reason, int) else 0
+    return _text(item, "ReferencedSOPClassUID"), _text(item, "ReferencedSOPInstanceUID"), told
+
+
+def _text(data_set: Dataset, keyword: str) -> str:
+    found = _value(data_set, keyword)
+    return found.strip(" \0") if isinstance(found, str) else ""
 
 
 def _value(data_set: Dataset, keyword: str) -> Any:
@@ -152,3 +148,23 @@ def _value(data_set: Dataset, keyword: str) -> Any:
         return data_set.get(keyword)
     except UNREADABLE as exc:
         raise BadInformation(f"{keyword} cannot be understood") from exc
+
+
+def _check_count(information: Information) -> None:
+    if len(information.committed) + len(information.failed) > MAX_REFERENCES:
+        raise BadInformation(f"more than {MAX_REFERENCES} references", 0x0213)
+
+
+def _reference(item: Item) -> ObjectReference:
+    sop_class_uid, sop_instance_uid, _ = item
+    if not _UID.fullmatch(sop_class_uid):
+        raise BadInformation("ReferencedSOPClassUID is missing or no UID")
+    if not _UID.fullmatch(sop_instance_uid):
+        raise BadInformation("ReferencedSOPInstanceUID is missing or no UID")
+    return ObjectReference(sop_class_uid, sop_instance_uid)
+
+
+def _transaction_uid(information: Information) -> str:
+    if not _UID.fullmatch(information.transaction_uid):
+        raise BadInformation("TransactionUID is missing or no UID")
+    return information.transaction_uid

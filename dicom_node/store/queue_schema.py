@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from sqlite_utils import Database, Migrations
 
+from dicom_node.store.tally import SCHEMA
+
 queue_migrations = Migrations("queue")
 
 _TABLES = """
@@ -186,6 +188,13 @@ def jobs_by_due_time(db: Database) -> None:
         "CREATE INDEX job_due ON job (engine, rank, not_before_boot_id, not_before_s) "
         "WHERE state IN ('pending', 'waiting')"
     )
+
+
+@queue_migrations()
+def tallies(db: Database) -> None:
+    """Counts of what there is, kept by triggers (`store.tally`)."""
+    for statement in SCHEMA:
+        db.execute(statement)
 
 
 _RECEIPT_TABLES = """

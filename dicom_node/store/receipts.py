@@ -19,6 +19,7 @@ from datetime import datetime
 
 from dicom_node.model import InstanceRecord
 from dicom_node.store.rows import utc_text
+from dicom_node.store.tally import tallied
 
 __all__ = ["LedgerLine", "Unaccounted", "by_source_and_hour", "note_receipt", "received_totals", "unaccounted"]
 
@@ -98,9 +99,8 @@ def note_receipt(connection: sqlite3.Connection, record: InstanceRecord) -> None
 
 def received_totals(connection: sqlite3.Connection) -> tuple[int, int]:
     """How many series, and how many studies, were received."""
-    series = connection.execute("SELECT count(*) FROM receipt").fetchone()[0]
-    studies = connection.execute("SELECT count(*) FROM (SELECT DISTINCT study_instance_uid FROM receipt)").fetchone()[0]
-    return int(series), int(studies)
+    series, studies = tallied(connection, "received_series"), tallied(connection, "received_studies")
+    return sum(series.values()), sum(studies.values())
 
 
 def by_source_and_hour(connection: sqlite3.Connection, since: datetime | None) -> Sequence[LedgerLine]:

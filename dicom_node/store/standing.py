@@ -18,6 +18,8 @@ import json
 import sqlite3
 from collections import Counter
 
+from dicom_node.store.tally import RANK, tallied
+
 __all__ = ["audit", "count_series", "count_studies", "moving_studies", "stand"]
 
 # The definition. Jobs outweigh the latest closing: what an earlier rule set began is still accounted for.
@@ -94,13 +96,10 @@ FROM instance WHERE state = 'missing' AND origin = 'received' AND is_image = 1 A
 _MOVING = f"""
 SELECT study_instance_uid FROM series WHERE routing = 'open'
 UNION SELECT study_instance_uid FROM series WHERE routing = 'none' AND image_count > 0
-UNION SELECT study_instance_uid FROM series WHERE routing = 'routed' AND NOT EXISTS (
-  SELECT 1 FROM standing WHERE standing.study_instance_uid = series.study_instance_uid
-    AND standing.series_instance_uid = series.series_instance_uid)
+UNION SELECT study_instance_uid FROM unsettled
 UNION SELECT study FROM ({_GONE})
 """
 _IN_MOVING = "study_instance_uid IN (SELECT value FROM json_each(:moving))"
-_RANK = ("lost", "failed", "waiting", "routed", "filtered")
 
 
 def stand(connection: sqlite3.Connection, study_instance_uid: str, series_instance_uid: str, routed: int = 0) -> None:
@@ -113,7 +112,12 @@ def stand(connection: sqlite3.Connection, study_instance_uid: str, series_instan
         if row is None:
             return
         routed = row["routed"]
-    connection.execute(f"INSERT OR REPLACE INTO standing {_DERIVED} WHERE routed = ?", (routed,))
+    # no REPLACE: it would take the old row away past the triggers of `store.tally`
+    connection.execute(
+        f"INSERT INTO standing {_DERIVED} WHERE routed = ? ON CONFLICT (study_instance_uid, series_instance_uid) "
+        "DO UPDATE SET routed = excluded.routed, class = excluded.class, reason = excluded.reason",
+        (routed,),
+    )
 
 
 def audit(connection: sqlite3.Connection) -> list[tuple[str, str]]:
@@ -137,9 +141,8 @@ def count_series(connection: sqlite3.Connection, moving: str) -> dict[tuple[str,
     gone are looked at closely.
     """
     group = "GROUP BY class, reason"
-    counts: Counter[tuple[str, str]] = Counter()
+    counts = Counter(tallied(connection, "standing"))
     for sign, table in (
-        (1, "standing"),
         (-1, f"standing WHERE {_IN_MOVING}"),
         (1, f"({_IMAGES})"),
         (1, f"({_DOCUMENTS})"),
@@ -154,21 +157,29 @@ def count_series(connection: sqlite3.Connection, moving: str) -> dict[tuple[str,
 
 def count_studies(connection: sqlite3.Connection, moving: str) -> dict[str, int]:
     """Class to the number of received studies that stand there; a study stands where the worst of its series does."""
-    rank = "CASE class " + " ".join(f"WHEN '{name}' THEN {number}" for number, name in enumerate(_RANK)) + " END"
+    rank = "CASE class " + " ".join(f"WHEN '{name}' THEN {number}" for number, name in enumerate(RANK)) + " END"
     counts: Counter[str] = Counter()
-    for studies in (
-        f"SELECT min({rank}) AS worst FROM standing WHERE NOT {_IN_MOVING} GROUP BY study_instance_uid",
-        f"SELECT min({rank}) AS worst FROM (SELECT study, class FROM ({_IMAGES}) "
-        f"UNION ALL SELECT study, class FROM ({_GONE})) GROUP BY study",
+    for (kept, _), count in tallied(connection, "study_standing").items():
+        counts[RANK[int(kept)]] += count
+    for sign, studies in (
+        (-1, f"SELECT rank AS worst FROM study_rank WHERE {_IN_MOVING}"),
+        (
+            1,
+            f"SELECT min({rank}) AS worst FROM (SELECT study, class FROM ({_IMAGES}) "
+            f"UNION ALL SELECT study, class FROM ({_GONE})) GROUP BY study",
+        ),
         # a study of documents only; any other stands by its images
-        f"SELECT {_RANK.index('filtered')} AS worst FROM ({_DOCUMENTS}) AS document WHERE NOT EXISTS "
-        "(SELECT 1 FROM series LEFT JOIN standing USING (study_instance_uid, series_instance_uid) "
-        "WHERE series.study_instance_uid = document.study "
-        "AND (series.image_count > 0 OR standing.class IS NOT NULL)) "
-        f"AND document.study NOT IN (SELECT study FROM ({_GONE})) GROUP BY study",
+        (
+            1,
+            f"SELECT {RANK.index('filtered')} AS worst FROM ({_DOCUMENTS}) AS document WHERE NOT EXISTS "
+            "(SELECT 1 FROM series LEFT JOIN standing USING (study_instance_uid, series_instance_uid) "
+            "WHERE series.study_instance_uid = document.study "
+            "AND (series.image_count > 0 OR standing.class IS NOT NULL)) "
+            f"AND document.study NOT IN (SELECT study FROM ({_GONE})) GROUP BY study",
+        ),
     ):
         for worst, count in connection.execute(
             f"SELECT worst, count(*) FROM ({studies}) GROUP BY worst", {"moving": moving}
         ):
-            counts[_RANK[worst]] += count
-    return dict(counts)
+            counts[RANK[worst]] += sign * count
+    return {name: count for name, count in counts.items() if count}

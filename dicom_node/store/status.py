@@ -23,6 +23,7 @@ from dicom_node.store.ledger import Ledger
 from dicom_node.store.receipts import CLASSES, received_totals
 from dicom_node.store.rows import CatalogPart, utc
 from dicom_node.store.standing import count_series, count_studies, moving_studies
+from dicom_node.store.tally import tallied
 
 __all__ = ["Stuck", "ledger_totals", "snapshot", "stuck"]
 
@@ -35,9 +36,15 @@ SELECT coalesce(sum(instance.data_set_length), 0)
 FROM delivery JOIN delivery_item AS item ON item.delivery = delivery.id JOIN instance USING (sop_instance_uid)
 WHERE delivery.state IN ('pending', 'leased', 'failed') AND item.state <> 'sent'
 """
+# From rule to rule by the index: a GROUP BY would walk through every verdict there ever was
 _LAST_MATCH = """
-SELECT last.rule, routed_at FROM routed_series
-JOIN (SELECT rule, max(routed) AS routed FROM verdict WHERE matched = 1 GROUP BY rule) AS last ON last.routed = id
+WITH RECURSIVE matched (rule) AS (
+  SELECT min(rule) FROM verdict WHERE matched = 1
+  UNION ALL SELECT (SELECT min(rule) FROM verdict WHERE matched = 1 AND rule > matched.rule) FROM matched
+  WHERE rule IS NOT NULL
+)
+SELECT matched.rule, routed_at FROM matched JOIN routed_series
+  ON id = (SELECT max(routed) FROM verdict WHERE matched = 1 AND verdict.rule = matched.rule)
 """
 UNFINISHED = ("pending", "leased", "waiting", "failed")
 _UNFINISHED = str((*UNFINISHED, DeliveryState.COMMITTING.value))
@@ -80,7 +87,7 @@ def snapshot(part: CatalogPart, ledger: Mapping[str, Any]) -> Mapping[str, Any]:
     with part.database.read() as connection:
         return {
             "studies": _studies(part, connection),
-            "instances": connection.execute("SELECT coalesce(sum(instance_count), 0) FROM study").fetchone()[0],
+            "instances": sum(tallied(connection, "instances").values()),
             **ledger,
             "jobs": _jobs(part, connection),
             "engines": _by_engine(connection, "job", UNFINISHED),
@@ -123,7 +130,7 @@ def _studies(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any
     ).fetchall()
     ages = [part.age_s(row["since_s"] or 0.0, row["boot_id"] or "", row["last_received_at"]) for row in opened]
     return {
-        "total": _count(connection, "study"),
+        "total": sum(tallied(connection, "studies").values()),
         "open": len(opened),
         "oldest_open_age_s": max(ages, default=0.0),
         "identity_conflicts": _count(connection, "study WHERE identity_conflict AND NOT released"),
@@ -154,18 +161,16 @@ def _balanced(received: int, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 # `min` makes SQLite take the other columns of its group from the row with the smallest one
-_OLDEST = f"count(*) AS n, min(CASE WHEN state IN {_UNFINISHED} THEN since_at END) AS at, since_s, since_boot_id"
-
-
-def _state(part: CatalogPart, row: sqlite3.Row) -> dict[str, Any]:
-    age = part.age_s(row["since_s"], row["since_boot_id"], row["at"]) if row["at"] else 0.0
-    return {"count": row["n"], "oldest_age_s": age}
+_OLDEST = "min(since_at) AS at, since_s, since_boot_id"
 
 
 def _jobs(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
     states: dict[str, Any] = {state: {"count": 0, "oldest_age_s": 0.0} for state in _JOB_STATES}
-    for row in connection.execute(f"SELECT state, {_OLDEST} FROM job GROUP BY state").fetchall():
-        states[row["state"]] = _state(part, row)
+    for (state, _), count in tallied(connection, "job").items():
+        states[state]["count"] = count
+    rows = connection.execute(f"SELECT state, {_OLDEST} FROM job WHERE state IN {_UNFINISHED} GROUP BY state")
+    for row in rows.fetchall():
+        states[row["state"]]["oldest_age_s"] = part.age_s(row["since_s"], row["since_boot_id"], row["at"])
     return states
 
 
@@ -181,10 +186,15 @@ def _by_engine(connection: sqlite3.Connection, table: str, states: tuple[str, ..
 
 def _deliveries(part: CatalogPart, connection: sqlite3.Connection) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
-    rows = connection.execute(f"SELECT destination, state, {_OLDEST} FROM delivery GROUP BY destination, state")
-    for row in rows.fetchall():
+    for (destination, state), count in tallied(connection, "delivery").items():
         none = {state: {"count": 0, "oldest_age_s": 0.0} for state in _DELIVERY_STATES}
-        found.setdefault(row["destination"], none)[row["state"]] = _state(part, row)
+        found.setdefault(destination, none)[state]["count"] = count
+    rows = connection.execute(
+        f"SELECT destination, state, {_OLDEST} FROM delivery WHERE state IN {_UNFINISHED} GROUP BY state, destination"
+    )
+    for row in rows.fetchall():
+        age = part.age_s(row["since_s"], row["since_boot_id"], row["at"])
+        found[row["destination"]][row["state"]]["oldest_age_s"] = age
     return found
 
 

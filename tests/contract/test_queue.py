@@ -39,6 +39,7 @@ from dicom_node.store.instances import insert_instance
 from dicom_node.store.migrations import migrate
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 from dicom_node.store.standing import audit, stand
+from dicom_node.store.tally import audit_tallies
 from dicom_node.values import Pending
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -171,7 +172,7 @@ class Bench:
             assert ledger["imbalance"] == 0, ledger
             assert ledger["received"] == sum(ledger[key] for key in ("routed", "filtered", "waiting", "failed"))
         with self.database.read() as connection:
-            assert audit(connection) == []
+            assert audit(connection) == [] and audit_tallies(connection) == []
             self._agrees_with_a_slow_count(connection, ledger)
         ledger: dict[str, int] = snapshot["ledger"]
         assert sum(ledger["reasons"].values()) == ledger["filtered"]  # type: ignore[attr-defined]

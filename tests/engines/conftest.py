@@ -1,6 +1,7 @@
 """Fixtures for the engines: a server that answers as told, well or badly, over TCP and TLS; a clock that is moved."""
 
 import hashlib
+import os
 import ssl
 import subprocess
 import threading
@@ -19,6 +20,14 @@ from dicom_node.model import BootTime
 
 KEPT_BYTES = 4 * 1024**2
 LONGEST_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def files_for_their_owner_only() -> Iterator[None]:
+    """As the node's processes make them: a secret in a file that others can read is refused."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
 
 
 @dataclass(frozen=True, kw_only=True)

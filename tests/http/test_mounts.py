@@ -91,7 +91,7 @@ def test_other_paths_are_answered_as_before(mounted: Callable[[Mount], HealthSer
     server = mounted(never)
     assert _ask(server, "/ping")[2] == b'{"status": "ok"}\n'
     assert _ask(server, "/here")[0] == 404
-    assert _ask(server, "/here", "POST")[0] == 405
+    assert _ask(server, "/ping", "POST")[0] == 405 and _ask(server, "/here", "POST")[0] == 404
 
 
 def test_what_is_posted_to_a_mount_reaches_it_without_its_body(mounted: Callable[[Mount], HealthServer]) -> None:
@@ -103,7 +103,7 @@ def test_what_is_posted_to_a_mount_reaches_it_without_its_body(mounted: Callable
 
     server = mounted(mount)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"POST /here/x HTTP/1.1\r\nContent-Length: 40000\r\n\r\n" + b"x" * 40_000)
+        connection.sendall(b"POST /here/x HTTP/1.1\r\nHost: a\r\nContent-Length: 40000\r\n\r\n" + b"x" * 40_000)
         answered = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answered.startswith(b"HTTP/1.1 200 ") and answered.endswith(b"onetwo") and seen == ["POST"]
 
@@ -123,7 +123,7 @@ def test_a_client_that_goes_away_or_dawdles_ends_the_answer(
     answer = Answer(pieces=(bytes(1024**2),) * 64, headers={"Content-Length": str(64 * 1024**2)})
     server = mounted(lambda *_: answer)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"GET /here/x HTTP/1.1\r\n\r\n")
+        connection.sendall(b"GET /here/x HTTP/1.1\r\nHost: a\r\n\r\n")
         assert connection.recv(16).startswith(b"HTTP/1.1 200")
         assert answer.closed.wait(10)  # the client reads nothing more
 
@@ -153,7 +153,7 @@ def test_a_client_that_takes_a_byte_now_and_then_is_left(
 
 def _raw(server: HealthServer) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"GET /here/x HTTP/1.1\r\n\r\n")
+        connection.sendall(b"GET /here/x HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = b""
         while fragment := connection.recv(4096):
             answer += fragment

@@ -51,6 +51,7 @@ RAISED: Mapping[str, Case] = {
     "DicomNodeAssociationsRefused": (
         {'association_reject_total{reason="calling_ae"}': "0+1x60"}, 50, {"reason": "calling_ae"}, "",
     ),
+    "DicomNodeWrongTokens": ({'http_refusals_total{reason="token"}': "0+1x60"}, 50, {}, ""),
     "DicomNodeContextsRefused": ({'context_refused_total{kind="role"}': "0+5x60"}, 50, {"kind": "role"}, ""),
     "DicomNodeStoresFail": (
         {'instances_received_total{calling_ae="CT1",modality="CT",outcome="failed"}': "0+1x30"}, 20, {}, "",
@@ -113,6 +114,7 @@ WELL: Mapping[str, str] = {
     'instances_received_total{calling_ae="CT1",modality="CT",outcome="new"}': "0+100x600",
     'instances_received_total{calling_ae="CT1",modality="CT",outcome="failed"}': "1x600",
     'association_reject_total{reason="calling_ae"}': "5x600", 'context_refused_total{kind="role"}': "0+1x600",
+    'http_refusals_total{reason="token"}': "3x600",
     "study_oldest_open_age_seconds": "20x600", 'job_oldest_age_seconds{state="pending"}': "200x600",
     'jobs{state="pending"}': "3x600", 'job_attempts_total{engine="e",outcome="done"}': "0+1x600",
     "workers_alive": "4x600", 'engine_usable{engine="e"}': "1x600", 'engine_breaker_state{engine="e"}': "0x600",

@@ -15,6 +15,8 @@ from dicom_node.interfaces import RoutedSeries
 from dicom_node.model import CloseTrigger, ConflictPolicy, InstanceRecord, Origin, SeriesHeader, Verdict
 from dicom_node.store import receipts, status
 from dicom_node.store.catalog import Catalog
+from dicom_node.store.migrations import migrate
+from dicom_node.store.tally import audit_tallies, tallied
 
 Record = Callable[..., InstanceRecord]
 SR = "1.2.840.10008.5.1.4.1.1.88.34"
@@ -218,3 +220,45 @@ def test_a_costly_ledger_is_not_computed_for_every_scrape(
         catalog.queue.snapshot()
         now[0] += 1.0
     assert len(computed) == 2
+
+
+def test_counts_are_right_of_a_catalog_that_was_there_before_they_were_kept(
+    catalog: Catalog, receive: Callable[..., str]
+) -> None:
+    for number in range(4):
+        study = receive(number)
+        if number != 3:
+            route(catalog, study, failure="unreadable" if number == 1 else "")
+    before = catalog.queue.snapshot()
+    path = catalog.database.path
+    catalog.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        for table in ("tally", "study_rank", "unsettled"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("DROP INDEX study_conflict")
+        connection.execute("DELETE FROM _sqlite_migrations WHERE name = 'tallies'")
+    migrate(path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert audit_tallies(connection) == []
+        assert tallied(connection, "standing") == {("filtered", "no rule matched"): 2, ("failed", "unreadable"): 1}
+    assert (before["instances"], before["ledger_studies"]["failed"], before["ledger"]["imbalance"]) == (4, 1, 0)
+
+
+def test_a_count_that_differs_from_its_rows_is_named(catalog: Catalog, receive: Callable[..., str]) -> None:
+    route(catalog, receive(1))
+    broken(catalog, "UPDATE tally SET n = 7 WHERE what = 'standing'", "DELETE FROM tally WHERE what = 'studies'")
+    with catalog.database.read() as connection:
+        assert audit_tallies(connection) == ["standing", "studies"]
+
+
+def test_of_a_study_that_is_taken_away_nothing_is_counted(catalog: Catalog, receive: Callable[..., str]) -> None:
+    study = receive(1)
+    route(catalog, study)
+    tables = ("standing", "receipt", "instance", "series", "study_association", "study")
+    broken(catalog, *(f"DELETE FROM {table} WHERE study_instance_uid = '{study}'" for table in tables))
+    with catalog.database.read() as connection:
+        assert audit_tallies(connection) == [] and not tallied(connection, "received_studies")
+        assert not tallied(connection, "study_standing") and not tallied(connection, "instances")
+    assert totals(catalog) == (0, 0, 0)
