@@ -130,6 +130,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     """Check or rebuild the index from the files."""
     from dicom_node.pipeline.fsck import fsck as check
     from dicom_node.process import wait_for_children
+    from dicom_node.retaining import node_deleter
     from dicom_node.store.catalog import data_lock
     from dicom_node.wiring import replay_journals
 
@@ -140,6 +141,7 @@ def fsck(arguments: argparse.Namespace) -> int:
         wait_for_children(config.data_dir)
         with open_here(config) as catalog:
             replay_journals(catalog, config)
+            node_deleter(catalog, config).finish_all()
             report = check(
                 catalog,
                 rebuild=arguments.repair,
@@ -364,6 +366,11 @@ def rules_explain(arguments: argparse.Namespace) -> int:
         if verdicts := catalog.queue.verdicts(arguments.study):
             print("As decided:")
             print(render_verdicts(verdicts))
+        for gone in catalog.queue.deletions(arguments.study):
+            by = f"by {gone.who}" if gone.rule == "person" else f"by retention rule {gone.rule}"
+            print(f"Deleted on {gone.at:%Y-%m-%d %H:%M} {by}: {gone.why}")
+        if catalog.queue.deletions(arguments.study) and not catalog.queue.has_study(arguments.study):
+            return OK
         waiting = [one for one in catalog.queue.open_studies() if one.study_instance_uid == arguments.study]
         if waiting or not verdicts:
             rules = node_rules(config)

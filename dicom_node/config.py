@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Destination, TlsClient
+from dicom_node.retention import RetentionSettings
 from dicom_node.settings import (
     AeTitle,
     CommitmentSettings,
@@ -50,6 +51,7 @@ __all__ = [
     "JobSettings",
     "NodeConfig",
     "PeerSettings",
+    "RetentionSettings",
     "StorageSettings",
     "TlsClientSettings",
     "TlsSettings",
@@ -114,6 +116,8 @@ class NodeConfig(Settings):
     storage: StorageSettings = StorageSettings()
     jobs: JobSettings = JobSettings()
     delivery: DeliverySettings = DeliverySettings()
+    retention: RetentionSettings | None = None
+    """null: everything is kept until a person deletes it."""
 
     @model_validator(mode="after")
     def _open_only_to_loopback(self) -> NodeConfig:

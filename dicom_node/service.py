@@ -22,6 +22,7 @@ from dicom_node.pipeline.commit import Committer
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
+from dicom_node.retaining import Retention
 from dicom_node.routing.rules import RuleSet
 from dicom_node.wiring import destinations, engine_workers, node_catalog
 
@@ -69,11 +70,13 @@ class Service:
             settings=config.delivery,
             clock=clock,
         )
+        self._retention = Retention(self._catalog, config, clock, self._metrics.study_deleted)
         self._http = HealthServer(adopted(orders), checks=self._checks(), metrics=self._page, mounts=self._mounts())
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
         self._sweeping = threading.Lock()
         self._timers = Timers()
         self._timers.every(config.completion.tick_s, self._sweep)
+        self._timers.every(self._retention.tick_s, self._retention.tick)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
@@ -160,6 +163,7 @@ class Service:
             "rules_error": self._rules_error,
             "reloads": self._reloads,
             "destinations_up": dict(self._courier.up()),
+            "retention": self._retention.facts(),
         }
         running = self._timers.running
         return running, "" if running else "the timers do not run", facts
@@ -224,12 +228,14 @@ class Service:
             yield "destination_up", (name,), float(up)
         for name, is_open in self._courier.circuits().items():
             yield "circuit_state", (name,), float(is_open)
+        yield from self._retention.readings()
         yield "ruleset_info", (self._rules.digest,), 1.0
         yield "ruleset_rules", (), float(len(self._rules.rules))
         yield "ruleset_load_failed", (), float(bool(self._rules_error))
 
     def stop(self) -> None:
         """What is being sent goes on after the next start."""
+        self._retention.stop()
         self._timers.stop()
         self._bell.stop()
         self._http.stop()

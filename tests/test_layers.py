@@ -12,7 +12,7 @@ import dicom_node
 
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
-    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "auditing"),
+    *("errors", "model", "values", "interfaces", "clock", "config", "settings", "retention", "auditing"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
@@ -22,7 +22,7 @@ CORE = {
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
-    *("watching", "deciding", "gauges", "handing_out", "operations", "doctor", "doctor_checks"),
+    *("watching", "deciding", "gauges", "handing_out", "operations", "retaining", "doctor", "doctor_checks"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

@@ -297,7 +297,8 @@ class SqliteIndex:
         rows = self._fetch(
             "WITH asked AS (SELECT value AS at, key FROM json_each(?)) SELECT at FROM asked "
             "WHERE NOT EXISTS (SELECT 1 FROM instance WHERE location = at) "
-            "AND NOT EXISTS (SELECT 1 FROM variant WHERE location = at) ORDER BY key",
+            "AND NOT EXISTS (SELECT 1 FROM variant WHERE location = at) "
+            "AND NOT EXISTS (SELECT 1 FROM doomed WHERE location = at) ORDER BY key",
             (json.dumps(list(locations)),),
         )
         return [row["at"] for row in rows]
