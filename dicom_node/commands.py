@@ -150,8 +150,8 @@ def fsck(arguments: argparse.Namespace) -> int:
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
     print(f"{report.rows} rows, {report.files} files")
-    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "unusable", "quarantined")
-    for kind in kinds:
+    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
+    for kind in (*kinds, "quarantined"):
         for what in getattr(report, kind):
             print(f"{kind.replace('_', ' ')}: {what}")
     print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")

@@ -149,7 +149,6 @@ class Retainer:
             else:
                 run.deleted += 1
                 run.bytes += fate.bytes
-                quotas.gone(fate.rule, fate.bytes, dry=dry)
             tell(fate)
         else:
             run.whole, after = not self._stopping(), ("", "")
@@ -176,16 +175,25 @@ class Retainer:
         why = "" if rule is None else quotas.due(rule, study)
         if rule is None or not why:
             return None
-        uid = study.study_instance_uid
         held = [] if dry else self._still_held(study)
         safe: Mapping[str, str] = {}
         if not held:
             held, safe = self._held(study, rule)
+        length = study.bytes
         if not held and not dry:
-            held = self._delete(study, rule, why, safe)
+            length, held = self._delete(study, rule, why, safe)
         if held and not dry:
             self._remember(study, held[0].reason)
-        return Fate(study_instance_uid=uid, rule=rule.name, why=why, bytes=study.bytes, held=tuple(held), safe=safe)
+        if not held:
+            quotas.gone(rule, study, dry=dry)
+        return Fate(
+            study_instance_uid=study.study_instance_uid,
+            rule=rule.name,
+            why=why,
+            bytes=length,
+            held=tuple(held),
+            safe=safe,
+        )
 
     def _still_held(self, study: StudyToKeep) -> list[Held]:
         """The reason of an earlier look, if that was not long ago and nothing has changed."""
@@ -202,7 +210,9 @@ class Retainer:
         if known is None or known[0] <= now or known[1] != study.mark:
             self._held_until[study.study_instance_uid] = (now + LOOK_AGAIN_S, study.mark, reason)
 
-    def _delete(self, study: StudyToKeep, rule: RetentionRule, why: str, safe: Mapping[str, str]) -> list[Held]:
+    def _delete(
+        self, study: StudyToKeep, rule: RetentionRule, why: str, safe: Mapping[str, str]
+    ) -> tuple[int, list[Held]]:
         order = DeletionOrder(
             study_instance_uid=study.study_instance_uid,
             rule=rule.name,
@@ -213,13 +223,13 @@ class Retainer:
             safe=safe,
         )
         try:
-            self._deleter.delete(order)
+            deletion = self._deleter.delete(order)
         except StudyHeld as exc:
-            return list(exc.held)
+            return study.bytes, list(exc.held)
         except NotFound:  # a person was faster
-            return [Held(Hold.CHANGED, "it is not there any more")]
+            return study.bytes, [Held(Hold.CHANGED, "it is not there any more")]
         self._held_until.pop(study.study_instance_uid, None)
-        return []
+        return deletion.bytes, []
 
     # --- whether it may go
 
@@ -292,10 +302,10 @@ class _Quotas:
         """The study is one of that rule's."""
         self._total[rule.name] += study.bytes
 
-    def gone(self, rule: str, length: int, *, dry: bool) -> None:
+    def gone(self, rule: RetentionRule, study: StudyToKeep, *, dry: bool) -> None:
         """A study of that rule was deleted, or would be."""
-        self._total[rule] -= length
-        self._freed += length if dry else 0
+        self._total[rule.name] -= study.bytes
+        self._freed += study.bytes if dry else 0
 
     def due(self, rule: RetentionRule, study: StudyToKeep) -> str:
         """Why the study goes by that rule, '' when it does not."""

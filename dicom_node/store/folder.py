@@ -134,7 +134,7 @@ class FolderArchive:
             raise _storage_error("a file cannot be removed", exc) from exc
 
     def sync_names(self, shards: Iterable[str]) -> None:
-        """Make durable what was removed from these shards, each the first two digits of locations. Raises StorageError."""
+        """Make removals in these shards durable, each the first two digits of locations. Raises StorageError."""
         for shard in shards:
             try:
                 sync_folder(self._fs, self._root / shard)

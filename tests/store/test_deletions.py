@@ -1,8 +1,11 @@
 """A study is whole, or deleted and said to be: rows, files, ledger, journal, what comes again, what must not go."""
 
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +113,23 @@ def test_a_deleted_study_is_nowhere_but_in_the_note_of_it(catalog: Catalog, sett
     assert report.clean and report.rows == 1 and not report.indexed
     with pytest.raises(NotFound):
         deleter(catalog).delete(order())
+
+
+def test_files_that_a_copy_brings_back_are_not_taken_in(
+    catalog: Catalog, clock: Any, settled: list[InstanceRecord], receive: Callable[..., InstanceRecord], tmp_path: Path
+) -> None:
+    for one in settled:
+        path = catalog.archive.path(one.file.location)
+        os.utime(path, (clock.wall().timestamp() - 3600,) * 2)
+        shutil.copy2(path, tmp_path)
+    deleter(catalog).delete(order())
+    for one in settled:
+        shutil.copy2(tmp_path / one.file.location[3:], catalog.archive.path(one.file.location))
+    report = fsck(catalog, rebuild=True, verify_hashes=True, clock=clock)
+    assert sorted(report.deleted) == sorted(one.file.location for one in settled)
+    assert report.clean and not report.indexed and found(catalog, STUDY) == 0
+    receive(1)  # sent again it is welcome
+    assert found(catalog, STUDY) == 1
 
 
 class _Cut(Exception):
