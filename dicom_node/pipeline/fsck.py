@@ -86,7 +86,7 @@ class FsckReport:
     missing_variants: the same of variants. found_again: rows once marked missing whose file is good.
     unindexed: good files without a row that were left so (no rebuild); indexed: those that were given one.
     superseded: files of results that were made again under the same UID; the first one is kept and served.
-    deleted: files of studies that were deleted after they were written, brought back by a copy maybe; left, not indexed.
+    deleted: files older than the deletion of their study, brought back by a copy maybe; left, and not indexed.
     unusable: files without a row that are no valid object, left where they are.
     quarantined: files engines returned that do not fit, with the reason; a matter for a person, no disagreement.
     """
