@@ -121,6 +121,7 @@ class Retainer:
         self._held_until: dict[str, tuple[float, str, Hold]] = {}
         self._after = ("", "")
         self._kept: Counter[str] = Counter()
+        self._silent: dict[str, Held] = {}  # destinations that did not answer in this run
 
     def run(self, *, dry: bool = False, tell: Callable[[Fate], None] = lambda fate: None) -> Run:
         """Look at the studies, from where the last run ended; `dry`: change nothing, look at all of them.
@@ -134,6 +135,7 @@ class Retainer:
                 if (rule := self._rule_for(study)) is not None:
                     quotas.count(rule, study)
         run = Run()
+        self._silent.clear()
         began = self._clock.boot().seconds
         kept, after = (Counter[str](), ("", "")) if dry else (self._kept, self._after)
         for study in self._studies(after, sizes=sizes or dry):
@@ -266,11 +268,14 @@ class Retainer:
         asked = self._asked.get(name, "auto")
         if asked == "accepted":
             return "accepted"
+        if name in self._silent:
+            return self._silent[name]
         series = sorted({one.series_instance_uid for one in open_})
         try:
             there = self._finder.find_instances(destination, study_instance_uid, series, self._go_on)
         except (DeliveryError, _Stopped) as exc:
-            return Held(Hold.NOT_ASKED, str(exc))
+            self._silent[name] = Held(Hold.NOT_ASKED, str(exc))
+            return self._silent[name]
         if there is None:
             if asked == "auto":
                 return "accepted"

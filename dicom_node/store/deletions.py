@@ -20,7 +20,7 @@ from dicom_node.retention import Deletion, DeletionOrder, Held, Hold, Sent, Stud
 from dicom_node.store.holds import held, mark_of, quiet_s
 from dicom_node.store.rows import CatalogPart, insert, json_text, utc, utc_text
 
-__all__ = ["Deletions"]
+__all__ = ["Deletions", "forget_study"]
 
 REMEMBERED = 50_000  # deletions
 _FORGOTTEN_AT_ONCE = 1000
@@ -153,7 +153,7 @@ class Deletions(CatalogPart):
         at = utc_text(self.clock.wall())
 
         def write(connection: sqlite3.Connection) -> int:
-            patient = _known(connection, uid)["patient"]
+            _known(connection, uid)
             if found := held(self, connection, uid, order.holds):
                 raise StudyHeld(found)
             if order.mark and order.mark != mark_of(connection, uid):
@@ -172,13 +172,7 @@ class Deletions(CatalogPart):
             }
             deletion = insert(connection, "deletion", columns)
             connection.executemany("INSERT INTO doomed VALUES (?, ?)", [(deletion, row["location"]) for row in files])
-            for statement in _ROWS:
-                connection.execute(statement, names)
-            connection.execute("DELETE FROM study WHERE study_instance_uid = ?", (uid,))
-            connection.execute(
-                "DELETE FROM patient WHERE id = :of AND NOT EXISTS (SELECT 1 FROM study WHERE patient = :of)",
-                {"of": patient},
-            )
+            forget_study(connection, uid)
             return deletion
 
         (deletion,) = self._deletions("id = ?", (self.database.write(write),))
@@ -241,6 +235,21 @@ class Deletions(CatalogPart):
                 f"SELECT * FROM deletion WHERE {where} ORDER BY id {order} LIMIT ?", (*values, limit)
             ).fetchall()
         return [_deletion(row) for row in rows]
+
+
+def forget_study(connection: sqlite3.Connection, study_instance_uid: str) -> None:
+    """Take every row of the study out, inside the caller's transaction; its files are the caller's matter."""
+    names = {"study": study_instance_uid}
+    for statement in _ROWS:
+        connection.execute(statement, names)
+    patient = connection.execute(
+        "DELETE FROM study WHERE study_instance_uid = :study RETURNING patient", names
+    ).fetchone()
+    if patient is not None:
+        connection.execute(
+            "DELETE FROM patient WHERE id = :of AND NOT EXISTS (SELECT 1 FROM study WHERE patient = :of)",
+            {"of": patient[0]},
+        )
 
 
 def _known(connection: sqlite3.Connection, study_instance_uid: str) -> sqlite3.Row:

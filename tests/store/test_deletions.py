@@ -16,6 +16,7 @@ from dicom_node.model import AssociationEnd, CloseTrigger, ConflictPolicy, Insta
 from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.retention import DeletionOrder, Hold, StudyHeld
+from dicom_node.store.backup import back_up
 from dicom_node.store.catalog import Catalog
 
 STUDY, OTHER = "1.9.1", "1.9.2"
@@ -130,6 +131,24 @@ def test_files_that_a_copy_brings_back_are_not_taken_in(
     assert report.clean and not report.indexed and found(catalog, STUDY) == 0
     receive(1)  # sent again it is welcome
     assert found(catalog, STUDY) == 1
+
+
+def test_a_backup_made_meanwhile_knows_of_the_deletion(
+    catalog: Catalog, settled: list[InstanceRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = catalog.archive.status
+
+    def status(location: str) -> Any:
+        if found(catalog, STUDY):  # the copy is made, its files are being looked for
+            deleter(catalog).delete(order())
+        return looked_at(location)
+
+    monkeypatch.setattr(catalog.archive, "status", status)
+    saved = back_up(catalog, tmp_path / "saved.db")
+    assert (saved.files, saved.studies, saved.missing_count) == (1, 1, 0)
+    with closing(sqlite3.connect(tmp_path / "saved.db")) as copy:
+        assert copy.execute("SELECT study_instance_uid FROM deletion").fetchall() == [(STUDY,)]
+        assert copy.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
 class _Cut(Exception):
