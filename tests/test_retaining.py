@@ -1,7 +1,7 @@
 """`dicom-node retention` and `dicom-node delete` on a data folder, beside a second node that is asked by C-FIND."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,10 +12,12 @@ from pydicom import dcmread
 
 from dicom_node.cli import main
 from dicom_node.clock import SystemClock
-from dicom_node.config import DeliverySettings, load_config
+from dicom_node.config import DeliverySettings, NodeConfig, StorageSettings, load_config
 from dicom_node.demo.phantom_dicom import write_ct_series
+from dicom_node.dimse.server import DicomServer
 from dicom_node.dimse.session import DimseSender
 from dicom_node.interfaces import RoutedSeries
+from dicom_node.metrics import Metrics
 from dicom_node.model import (
     BootTime,
     CloseTrigger,
@@ -98,15 +100,37 @@ def deliver(config: Any) -> None:
 
 
 @pytest.fixture
-def settings(running_node: Callable[..., Any], tmp_path: Path) -> Path:
+def pacs_port(tmp_path: Path) -> Iterator[int]:
+    """Where a second node answers, as PACS: its receiver."""
+    config = NodeConfig(
+        data_dir=tmp_path / "pacs",
+        ae_titles=("PACS",),
+        dicom_port=0,
+        storage=StorageSettings(reserve_bytes=0, reserve_ratio=0.0),
+    )
+    catalog = node_catalog(config, SystemClock())
+    server = DicomServer(
+        config,
+        sink=node_ingest(catalog, config, SystemClock()),
+        index=catalog.index,
+        associations=catalog.index,
+        observe=Metrics(config),
+        commitments=catalog.queue,
+    )
+    yield server.start()
+    server.stop(2.0)
+    catalog.close()
+
+
+@pytest.fixture
+def settings(pacs_port: int, tmp_path: Path) -> Path:
     """A configuration with a PACS that runs, and rules of an hour."""
-    pacs = running_node("pacs", ae_titles=["PACS"], engines={}, jobs={"workers": 0})
     path = tmp_path / "node.yaml"
     rules = [{"name": "sent", "older_than": "1h"}, {"name": "here", "deliveries": "none", "older_than": "1h"}]
     told = {
         **{"data_dir": str(tmp_path / "data"), "storage": {"reserve_bytes": 0, "reserve_ratio": 0.0}},
         **{"rules_dir": str(tmp_path), "retention": {"rules": rules}},
-        "destinations": {"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs.dicom_port}},
+        "destinations": {"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs_port}},
     }
     path.write_text(json.dumps(told))
     return path

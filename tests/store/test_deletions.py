@@ -197,7 +197,7 @@ def test_cut_off_anywhere_it_is_whole_or_deleted_and_gone_on_with(
     assert not catalog.queue.unfinished_deletions()
 
 
-@pytest.mark.parametrize("step", range(1, 6))
+@pytest.mark.parametrize("step", (1, 3, 5))
 def test_what_comes_again_while_files_go_is_kept(
     catalog: Catalog,
     settled: list[InstanceRecord],
