@@ -27,6 +27,8 @@ _MODULES = {
     "ledger": "operations",
     "backup": "operations",
     "restore": "operations",
+    "retention": "retaining",
+    "delete": "retaining",
     "doctor": "doctor",
     "users_hash": "user_commands",
     "users_check": "user_commands",
@@ -187,6 +189,16 @@ def _study_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     timeline.add_argument("study", metavar="STUDY", help="Study Instance UID")
     release = command("release", "release", "Let a study with an identity conflict be analysed.")
     release.add_argument("study", metavar="STUDY", help="Study Instance UID")
+    delete = command("delete", "delete", "Delete studies for good; refused while deliveries of them are open.")
+    delete.add_argument("study", nargs="+", metavar="STUDY", help="Study Instance UID")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    delete.add_argument("--dry-run", action="store_true", help="say whether it would be deleted, and why not")
+    delete.add_argument(
+        "--break-commitment", action="store_true", help="also what the node committed to keeping, as asked by a peer"
+    )
+    retention = command("retention", "retention", "Run the rules of retention now; say what goes, what stays, and why.")
+    retention.add_argument("--dry-run", action="store_true", help="delete nothing")
+    retention.add_argument("--json", action="store_true", help="the same for programs")
     ledger = command("ledger", "ledger", "What was received, from whom and when, and what became of it.")
     ledger.add_argument("--since", default="24h", metavar="AGE", help="such as 12h or 7d (default: 24h), or `ever`")
     ledger.add_argument("--json", action="store_true", help="the same for programs")

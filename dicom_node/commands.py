@@ -153,7 +153,9 @@ def fsck(arguments: argparse.Namespace) -> int:
     """Check or rebuild the index from the files."""
     from dicom_node.pipeline.fsck import fsck as check
     from dicom_node.process import wait_for_children
+    from dicom_node.retaining import node_deleter
     from dicom_node.store.catalog import data_lock
+    from dicom_node.trails import command_trail
     from dicom_node.wiring import replay_journals
 
     config = offline(arguments)
@@ -161,8 +163,9 @@ def fsck(arguments: argparse.Namespace) -> int:
         raise NotFound(f"{config.data_dir}: there is no such folder; name the node's with --data-dir")
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
         wait_for_children(config.data_dir)
-        with open_here(config) as catalog:
+        with open_here(config) as catalog, command_trail(config) as trail:
             replay_journals(catalog, config)
+            node_deleter(catalog, config, trail).finish_all()
             report = check(
                 catalog,
                 rebuild=arguments.repair,
@@ -171,8 +174,8 @@ def fsck(arguments: argparse.Namespace) -> int:
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
     print(f"{report.rows} rows, {report.files} files")
-    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "unusable", "quarantined")
-    for kind in kinds:
+    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
+    for kind in (*kinds, "quarantined"):
         for what in getattr(report, kind):
             print(f"{kind.replace('_', ' ')}: {what}")
     print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")
@@ -398,6 +401,11 @@ def rules_explain(arguments: argparse.Namespace) -> int:
         if verdicts := catalog.queue.verdicts(arguments.study):
             print("As decided:")
             print(render_verdicts(verdicts))
+        for gone in catalog.queue.deletions(arguments.study):
+            by = f"by {gone.who}" if gone.rule == "person" else f"by retention rule {gone.rule}"
+            print(f"Deleted on {gone.at:%Y-%m-%d %H:%M} {by}: {gone.why}")
+        if catalog.queue.deletions(arguments.study) and not catalog.queue.has_study(arguments.study):
+            return OK
         waiting = [one for one in catalog.queue.open_studies() if one.study_instance_uid == arguments.study]
         if waiting or not verdicts:
             rules = node_rules(config)

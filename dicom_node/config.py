@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from dicom_node.access_settings import BoundSettings, JwtSettings, UserIdentitySettings
 from dicom_node.errors import ConfigError
 from dicom_node.model import ConflictPolicy, Destination, TlsClient, UserCredentials
+from dicom_node.retention import RetentionSettings
 from dicom_node.settings import (
     AeTitle,
     AuditSettings,
@@ -61,6 +62,7 @@ __all__ = [
     "NodeConfig",
     "PeerSettings",
     "RateSettings",
+    "RetentionSettings",
     "StorageSettings",
     "TlsClientSettings",
     "TlsSettings",
@@ -141,6 +143,8 @@ class NodeConfig(Settings):
     delivery: DeliverySettings = DeliverySettings()
     audit: AuditSettings | None = None
     """null: no audit trail is kept."""
+    retention: RetentionSettings | None = None
+    """null: everything is kept until a person deletes it."""
 
     @model_validator(mode="after")
     def _open_only_to_loopback(self) -> NodeConfig:

@@ -342,6 +342,10 @@ class CheckedIndex(Protocol):
         """Every file the index knows: main ones by SOP Instance UID, then variants; paged."""
         ...
 
+    def is_deleted(self, study_instance_uid: str, written_at: datetime) -> bool:
+        """Whether the study was deleted after that moment: a file of it that is as old is not to come back."""
+        ...
+
     def unknown_locations(self, locations: Sequence[str]) -> Sequence[str]:
         """Those of `locations` no row refers to, in their order."""
         ...

@@ -116,6 +116,7 @@ class Metrics:
         self._destination = _Labels(sorted(config.destinations))
         self._engine = _Labels(sorted(config.engines))
         self._rule = _Labels(())
+        self._retention = _Labels(rule.name for rule in config.retention.rules) if config.retention else _Labels(())
         self._device = _Labels(dict.fromkeys((*config.jobs.devices, "cpu")))
         self._request_counters: dict[tuple[str, str], Counter] = {}
         self._request_seconds: dict[str, Histogram] = {}
@@ -195,6 +196,9 @@ class Metrics:
         self._evaluations = self._counter(
             "rule_evaluations_total", "Rules evaluated on series.", {"rule": (), "verdict": VERDICTS}
         )
+        rules = self._retention.values
+        self._deleted = self._counter("studies_deleted_total", "Studies that retention deleted.", {"rule": rules})
+        self._deleted_bytes = self._counter("deleted_bytes_total", "Of them, bytes of files.", {"rule": rules})
         self._unrouted = self._counter("unrouted_studies_total", "Closed study revisions that no rule matched.")
 
     def _work(self) -> None:
@@ -342,6 +346,11 @@ class Metrics:
         if not matched:
             self._unrouted.inc()
 
+    def study_deleted(self, rule: str, length: int) -> None:
+        """A study went by that rule of retention, with files of so many bytes; `other`: begun by a person."""
+        self._deleted.labels(self._retention(rule)).inc()
+        self._deleted_bytes.labels(self._retention(rule)).inc(length)
+
     def rule_evaluated(self, rule: str, verdict: str) -> None:
         """`verdict`: one of VERDICTS."""
         self._evaluations.labels(self._rule(rule), verdict if verdict in VERDICTS else "error").inc()
@@ -453,6 +462,9 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "deliveries": ("Deliveries by state.", ("destination", "state")),
     "delivery_oldest_age_seconds": ("Age of the oldest unfinished delivery in that state.", ("destination", "state")),
     "dead_letters": ("Work that needs a person.", ("kind",)),
+    "retention_kept_studies": ("Studies that are due by a rule of retention and stay, by why.", ("reason",)),
+    "retention_over_quota_bytes": ("What a rule's studies have beyond its quota and could not be deleted.", ("rule",)),
+    "deletions_unfinished": ("Deleted studies whose files are not all removed.", ()),
     "undelivered_bytes": ("Data sets that wait for a destination or were given up.", ()),
     "rule_last_match_timestamp_seconds": ("When the rule last matched, Unix time; 0 if never.", ("rule",)),
     "destination_up": ("1 if the last try got through or none was made.", ("destination",)),

@@ -27,6 +27,7 @@ from dicom_node.pipeline.commit import Committer
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.process import Facts, Orders, adopted
 from dicom_node.pulse import fresh, read_pulse, receiver_roles
+from dicom_node.retaining import Retention
 from dicom_node.routing.rules import RuleSet
 from dicom_node.store.pressure import Grade
 from dicom_node.trails import Forwarding, configuration_event, node_trail
@@ -81,11 +82,13 @@ class Service:
             clock=clock,
         )
         self._http = self._servers(orders)
+        self._retention = Retention(self._catalog, config, clock, self._metrics.study_deleted, audit=self._audit)
         self._bell, self._work_bell = Bell(orders.service_bell), Bell(orders.work_bell)
         self._sweeping = threading.Lock()
         self._timers = Timers(clock)
         self._timers.every(config.completion.tick_s, self._sweep)
         self._timers.every(PROBE_S, self._probe)
+        self._timers.every(self._retention.tick_s, self._retention.tick)
         if self._shelving is not None:
             self._timers.every(SHELF_S, self._shelving.sweep)
         self._courier.start()
@@ -206,6 +209,7 @@ class Service:
             "reloads": self._reloads,
             "destinations_up": dict(self._courier.up()),
             **disk_facts(self._catalog.pressure),
+            "retention": self._retention.facts(),
         }
         self._disk.look()
         running = self._timers.running
@@ -275,6 +279,7 @@ class Service:
             yield "destination_up", (name,), float(up)
         for name, is_open in self._courier.circuits().items():
             yield "circuit_state", (name,), float(is_open)
+        yield from self._retention.readings()
         yield "ruleset_info", (self._rules.digest,), 1.0
         yield "ruleset_rules", (), float(len(self._rules.rules))
         yield "ruleset_load_failed", (), float(bool(self._rules_error))
@@ -282,6 +287,7 @@ class Service:
 
     def stop(self) -> None:
         """What is being sent goes on after the next start."""
+        self._retention.stop()
         self._timers.stop()
         self._bell.stop()
         for server in self._http:

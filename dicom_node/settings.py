@@ -266,6 +266,9 @@ class DestinationSettings(Settings):
     """Deliveries are done only when it committed to keeping what was sent; `true` or the times of the asking."""
     user: UserSettings | None = None
     """As which user the node comes; null = as none."""
+    before_deletion: Literal["auto", "find", "accepted"] = "auto"
+    """What retention wants to know before it deletes what was sent here, where the destination did not commit to it:
+    find: a C-FIND finds every object there; accepted: nothing more; auto: find, where it takes queries at all."""
 
     def commitment(self) -> CommitmentTimes | None:
         """How it is asked, None when it is not."""

@@ -13,7 +13,7 @@ import dicom_node
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "settings", "access_settings"),
-    *("auditing", "audited", "private_files"),
+    *("auditing", "audited", "private_files", "retention"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
@@ -24,7 +24,7 @@ ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
     *("watching", "deciding", "gauges", "backpressure", "handing_out", "operations", "doctor", "doctor_checks"),
-    *("trails", "audit_commands", "doctor_audit", "doctor_http"),
+    *("trails", "audit_commands", "doctor_audit", "doctor_http", "retaining"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

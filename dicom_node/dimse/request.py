@@ -188,17 +188,30 @@ def read_information(request: Request, most: int) -> Information:
 
 
 def read_encoded(data_set: Fragments | None, syntax: str, most: int) -> Information:
-    """What it says as it comes. Raises BadIdentifier when there is none, it is longer than `most`, or unreadable."""
+    """What a commitment message says as it comes.
+
+    Raises BadIdentifier when there is no data set, it is longer than `most`, or unreadable.
+    """
+    encoded = _gathered(data_set, most)
+    found = scan_information(
+        encoded, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE, most=MAX_REFERENCES
+    )
+    return found if found is not None else _read_information(encoded, syntax)
+
+
+def read_data_set(data_set: Fragments | None, syntax: str, most: int) -> Dataset:
+    """A data set as it comes. Raises BadIdentifier as `read_encoded` does; its values are decoded when asked for."""
+    return _read_data_set(_gathered(data_set, most), syntax)
+
+
+def _gathered(data_set: Fragments | None, most: int) -> bytes:
     try:
         encoded = gathered(data_set, most)
     except ValueError:
         raise BadIdentifier("the data set is too long", 0x00000800) from None
     if encoded is None:
         raise BadIdentifier("there is no data set", 0x00000800)
-    found = scan_information(
-        encoded, implicit_vr=syntax == IMPLICIT_LE, little_endian=syntax != EXPLICIT_BE, most=MAX_REFERENCES
-    )
-    return found if found is not None else _read_information(encoded, syntax)
+    return encoded
 
 
 def _read_information(encoded: bytes, syntax: str) -> Information:

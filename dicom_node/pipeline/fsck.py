@@ -86,6 +86,7 @@ class FsckReport:
     missing_variants: the same of variants. found_again: rows once marked missing whose file is good.
     unindexed: good files without a row that were left so (no rebuild); indexed: those that were given one.
     superseded: files of results that were made again under the same UID; the first one is kept and served.
+    deleted: files older than the deletion of their study, brought back by a copy maybe; left, and not indexed.
     unusable: files without a row that are no valid object, left where they are.
     quarantined: files engines returned that do not fit, with the reason; a matter for a person, no disagreement.
     """
@@ -99,6 +100,7 @@ class FsckReport:
     indexed: list[str] = field(default_factory=list)
     unindexed: list[str] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -204,6 +206,9 @@ def _check_orphan(
     except (InvalidInstance, NotFound, StorageError) as exc:
         log.warning("file unusable", extra={"action": "fsck_unusable", "location": location, "reason": str(exc)})
         report.unusable.append(location)
+        return
+    if catalog.index.is_deleted(record.header.study_instance_uid, record.received_at):
+        report.deleted.append(location)
         return
     if not rebuild:
         report.unindexed.append(location)

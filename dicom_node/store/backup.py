@@ -21,6 +21,7 @@ from pathlib import Path
 from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.catalog import Catalog
 from dicom_node.store.copying import copy_database, forget_cut_off
+from dicom_node.store.deletions import forget_study
 from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.migrations import check_version
@@ -60,6 +61,8 @@ def back_up(catalog: Catalog, target: Path) -> Saved:
         except OSError as exc:
             raise StorageError("the archive's files cannot be synced") from exc
         saved = _look(copy, catalog.archive.status)
+        if saved.missing_count and _forget_deleted(catalog, copy):
+            saved = _look(copy, catalog.archive.status)
         if saved.missing_count:
             raise StorageError(
                 f"{saved.missing_count} files the catalog refers to are not in the archive, the first is "
@@ -71,6 +74,17 @@ def back_up(catalog: Catalog, target: Path) -> Saved:
         source.execute("PRAGMA query_only=ON")
         copy_database(source, target, prepare, fs=catalog.files)
     return found[0]
+
+
+def _forget_deleted(catalog: Catalog, copy: sqlite3.Connection) -> bool:
+    """Take out of the copy what the node deleted since it was begun, and note it there; whether there was any."""
+    last = copy.execute("SELECT coalesce(max(id), 0) FROM deletion").fetchone()[0]
+    deleted = catalog.database.rows("SELECT * FROM deletion WHERE id > ? ORDER BY id", (last,))
+    columns = [row[1] for row in copy.execute("PRAGMA table_info(deletion)")]
+    for row in deleted:
+        forget_study(copy, row[columns.index("study_instance_uid")])
+        copy.execute(f"INSERT INTO deletion VALUES ({', '.join('?' * len(row))})", row)
+    return bool(deleted)
 
 
 def bring_back(data_dir: Path, saved: Path, fs: FileSystem | None = None) -> Saved:

@@ -33,6 +33,7 @@ _MOVES: Mapping[tuple[DeliveryState, str], DeliveryState] = {
     (DeliveryState.LEASED, "cancel"): DeliveryState.CANCELLED,
     (DeliveryState.PENDING, "cancel"): DeliveryState.CANCELLED,
     (DeliveryState.COMMITTING, "cancel"): DeliveryState.CANCELLED,
+    (DeliveryState.FAILED, "cancel"): DeliveryState.CANCELLED,
     (DeliveryState.FAILED, "retry"): DeliveryState.PENDING,
     (DeliveryState.CANCELLED, "retry"): DeliveryState.PENDING,
 }

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -166,6 +166,14 @@ class FolderArchive:
             return
         except OSError as exc:
             raise _storage_error("a file cannot be removed", exc) from exc
+
+    def sync_names(self, shards: Iterable[str]) -> None:
+        """Make removals in these shards durable, each the first two digits of locations. Raises StorageError."""
+        for shard in shards:
+            try:
+                sync_folder(self._fs, self._root / shard)
+            except OSError as exc:
+                raise _storage_error("a folder of the archive cannot be synced", exc) from exc
 
     # --- the intake journal
 

@@ -300,12 +300,22 @@ class SqliteIndex:
             yield from (_known(row, is_variant=True) for row in rows)
             after = rows[-1]["k"]
 
+    def is_deleted(self, study_instance_uid: str, written_at: datetime) -> bool:
+        """See `interfaces.CheckedIndex.is_deleted`."""
+        return bool(
+            self._fetch(
+                "SELECT 1 FROM deletion WHERE study_instance_uid = ? AND at > ? LIMIT 1",
+                (study_instance_uid, utc_text(written_at)),
+            )
+        )
+
     def unknown_locations(self, locations: Sequence[str]) -> list[str]:
         """See `interfaces.CheckedIndex.unknown_locations`."""
         rows = self._fetch(
             "WITH asked AS (SELECT value AS at, key FROM json_each(?)) SELECT at FROM asked "
             "WHERE NOT EXISTS (SELECT 1 FROM instance WHERE location = at) "
-            "AND NOT EXISTS (SELECT 1 FROM variant WHERE location = at) ORDER BY key",
+            "AND NOT EXISTS (SELECT 1 FROM variant WHERE location = at) "
+            "AND NOT EXISTS (SELECT 1 FROM doomed WHERE location = at) ORDER BY key",
             (json.dumps(list(locations)),),
         )
         return [row["at"] for row in rows]

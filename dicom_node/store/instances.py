@@ -112,6 +112,8 @@ def _insert(
     uid = record.header.sop_instance_uid
     known = connection.execute("SELECT * FROM instance WHERE sop_instance_uid = ?", (uid,)).fetchone()
     if known is not None:
+        if moves_completion and record.origin is Origin.RECEIVED:
+            _note_again(connection, record, known["study_instance_uid"])
         waited_for = moves_completion and _waited_for(connection, record, known)
         outcome = _insert_known(connection, record, known, policy, same_pixels, moves_completion)
         if waited_for and outcome not in (StoreOutcome.REPLACED, StoreOutcome.REFUSED):  # REPLACED has opened it
@@ -129,6 +131,22 @@ def _insert(
 
 
 # --- a SOP Instance UID that is known ------------------------------------------------------------------------------
+
+
+def _note_again(connection: sqlite3.Connection, record: InstanceRecord, study_instance_uid: str) -> None:
+    """Something of the study is sent once more: who sends it relies on it, so it must not be deleted now."""
+    boot = record.received_boot
+    connection.execute(
+        "UPDATE study SET again_s = :now, again_boot_id = :boot, again_at = :at WHERE study_instance_uid = :study "
+        "AND (again_boot_id IS NOT :boot OR again_s < :now - :every)",
+        {
+            **{"now": boot.seconds, "boot": boot.boot_id, "at": utc_text(record.received_at)},
+            **{"study": study_instance_uid, "every": _NOTED_AGAIN_S},
+        },
+    )
+
+
+_NOTED_AGAIN_S = 10.0  # a thousand images sent again need not be a thousand changes
 
 
 def _waited_for(connection: sqlite3.Connection, record: InstanceRecord, known: sqlite3.Row) -> bool:

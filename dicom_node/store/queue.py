@@ -14,6 +14,7 @@ from dicom_node.model import StudyActivity, TimelineEvent
 from dicom_node.store import status
 from dicom_node.store.commitments import CommitmentRequests
 from dicom_node.store.committed import Committed
+from dicom_node.store.deletions import Deletions
 from dicom_node.store.deliveries import Deliveries
 from dicom_node.store.external import External
 from dicom_node.store.jobs import Jobs
@@ -59,7 +60,7 @@ class _Paced(Generic[T]):
             return self._value
 
 
-class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentRequests, Committed):
+class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentRequests, Committed, Deletions):
     """`StudyLedger`, `JobQueue`, `Outbox`, `EngineLedger`, `Returns`, `CommitmentBook`, `ReportBook` and `Status`."""
 
     def snapshot(self) -> Mapping[str, Any]:

@@ -197,6 +197,55 @@ def tallies(db: Database) -> None:
         db.execute(statement)
 
 
+@queue_migrations()
+def deletions(db: Database) -> None:
+    """Studies that were deleted and files that are still to go, what the node committed to, and when a study was last
+    sent again; indexes without which each deletion would look through whole tables.
+    """
+    for statement in _DELETION_TABLES.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+    db.execute(
+        "CREATE TRIGGER reference_committed_to AFTER UPDATE OF reason ON commitment_reference "
+        "WHEN new.reason = 0 BEGIN INSERT OR IGNORE INTO committed_to VALUES (new.sop_instance_uid); END"
+    )
+
+
+_DELETION_TABLES = """
+CREATE TABLE deletion (                          -- bounded: the oldest that ended are forgotten
+    id INTEGER PRIMARY KEY,
+    study_instance_uid TEXT NOT NULL,
+    rule TEXT NOT NULL,                          -- of retention; 'person'
+    who TEXT NOT NULL, why TEXT NOT NULL,
+    safe TEXT NOT NULL,                          -- JSON: destination to committed | found | accepted
+    series INTEGER NOT NULL,
+    instances TEXT NOT NULL,                     -- JSON: SOP class to how many
+    files INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    patient_ids TEXT NOT NULL,                   -- JSON, for the audit trail; '[]' once it has ended
+    at TEXT NOT NULL, ended_at TEXT              -- NULL: its rows are gone, files of it may not be
+);
+CREATE INDEX deletion_study ON deletion (study_instance_uid, id);
+CREATE INDEX deletion_unfinished ON deletion (id) WHERE ended_at IS NULL;
+CREATE TABLE doomed (                            -- files to be removed, unless a row speaks of them again
+    deletion INTEGER NOT NULL REFERENCES deletion (id), location TEXT NOT NULL,
+    PRIMARY KEY (deletion, location)
+) WITHOUT ROWID;
+CREATE INDEX doomed_location ON doomed (location);
+CREATE TABLE committed_to (                      -- by this node, asked by a peer
+    sop_instance_uid TEXT PRIMARY KEY
+) WITHOUT ROWID;
+INSERT OR IGNORE INTO committed_to SELECT sop_instance_uid FROM commitment_reference WHERE reason = 0;
+ALTER TABLE study ADD COLUMN again_s REAL;
+ALTER TABLE study ADD COLUMN again_boot_id TEXT;
+ALTER TABLE study ADD COLUMN again_at TEXT;
+ALTER TABLE sending ADD COLUMN former_job INTEGER;
+CREATE INDEX study_first_received ON study (first_received_at, study_instance_uid);
+CREATE INDEX job_superseded ON job (superseded_job) WHERE superseded_job IS NOT NULL;
+CREATE INDEX sending_job ON sending (job) WHERE job IS NOT NULL;
+CREATE INDEX cancellation_job ON cancellation (job)
+"""
+
+
 _RECEIPT_TABLES = """
 CREATE TABLE receipt (                           -- one row for each series that was received; see store.receipts
     study_instance_uid TEXT NOT NULL, series_instance_uid TEXT NOT NULL,

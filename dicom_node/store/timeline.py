@@ -74,6 +74,7 @@ def timeline(part: CatalogPart, study_instance_uid: str) -> Sequence[TimelineEve
             *_cancellations(connection, study_instance_uid),
             *_returned(connection, study_instance_uid),
             *_commitments(connection, study_instance_uid),
+            *_deletions(connection, study_instance_uid),
         ]
     return sorted(events, key=lambda event: event.at)
 
@@ -211,6 +212,18 @@ def _commitments(connection: sqlite3.Connection, study: str) -> Iterator[Timelin
             yield TimelineEvent(at=utc(row["ended_at"]), text=text)
 
 
+def _deletions(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEvent]:
+    rows = connection.execute("SELECT * FROM deletion WHERE study_instance_uid = ? ORDER BY id", (study,)).fetchall()
+    for row in rows:
+        objects = sum(json.loads(row["instances"]).values())
+        by = f"by {row['who']}" if row["rule"] == "person" else f"by retention rule {row['rule']}"
+        safe = ", ".join(f"{how} at {where}" for where, how in json.loads(row["safe"]).items())
+        text = f"deleted {by}: {objects} objects in {row['series']} series, {row['bytes']} bytes; {row['why']}"
+        yield TimelineEvent(at=utc(row["at"]), text=text + (f"; {safe}" if safe else ""))
+        if row["ended_at"] is None:
+            yield TimelineEvent(at=utc(row["at"]), text="its files are still being removed")
+
+
 def _state(name: str, row: sqlite3.Row) -> str:
     return f"{name} {row['state']}" + (f": {row['detail']}" if row["detail"] else "")
 
@@ -229,7 +242,8 @@ def _sendings(connection: sqlite3.Connection, study: str) -> Iterator[TimelineEv
     for row in connection.execute(
         "SELECT * FROM sending WHERE study_instance_uid = ? ORDER BY id", (study,)
     ).fetchall():
-        by = f"job {row['job']}" if row["job"] is not None else "by hand"
+        job = row["job"] if row["job"] is not None else row["former_job"]
+        by = f"job {job}" if job is not None else "by hand"
         who = "identifiable" if row["identifiable"] else "not identifiable"
         what = f"{row['objects']} objects ({row['what']}, {who}) to {row['engine']} at {row['host']}, {by}"
         unknown = "" if row["ended_at"] else "; nothing is known of how it ended"

@@ -163,14 +163,15 @@ def key(keyword: str, kind: MatchKind, *values: str) -> Key:
 # --- one UID, several objects --------------------------------------------------------------------------------------
 
 
-def test_the_same_bytes_again_change_nothing(bench: Bench) -> None:
+def test_the_same_bytes_again_change_nothing_but_when_they_came(bench: Bench) -> None:
     record = bench.record(SOPInstanceUID="1.5")
     assert bench.catalog.index.add_instance(record, KEEP, lambda first: False) is StoreOutcome.NEW
     before = (bench.study(), bench.series())
     bench.clock.seconds += 50
     for policy in ConflictPolicy:
         assert bench.catalog.index.add_instance(record, policy, lambda first: False) is StoreOutcome.DUPLICATE
-    assert (bench.study(), bench.series()) == before
+    noted = {"again_s": 1000.0, "again_boot_id": "boot-1", "again_at": before[0]["last_received_at"]}
+    assert (bench.study(), bench.series()) == (before[0] | noted, before[1])
     assert bench.catalog.index.variants("1.5") == ()
 
 

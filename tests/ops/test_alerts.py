@@ -44,6 +44,10 @@ RAISED: Mapping[str, Case] = {
         {'storage_free_bytes{volume="data"}': "1000000-1000x500", 'storage_reserve_bytes{volume="data"}': "50000x500"},
         420, {"volume": "data"}, "",
     ),
+    "DicomNodeQuotaNotMet": (
+        {'retention_over_quota_bytes{rule="delivered"}': "2048x150"}, 140, {"rule": "delivered"}, "2ki",
+    ),
+    "DicomNodeDeletionUnfinished": ({"deletions_unfinished": "2x60"}, 40, {}, "2"),
     "DicomNodeSourceSilent": (
         {'instances_received_total{calling_ae="CT1",modality="CT",outcome="new"}': f"0+10x{WEEK // 10 - 18} {WEEK}x60"},
         WEEK + 200, {"calling_ae": "CT1"}, "",
@@ -108,6 +112,7 @@ RAISED: Mapping[str, Case] = {
 WELL: Mapping[str, str] = {
     'up{job="dicom-node"}': "1x600", "catalog_readable": "1x600", 'process_restarts{process="work"}': "1x600",
     "ledger_imbalance_studies": "0x600", "ledger_imbalance_series": "0x600",
+    'retention_over_quota_bytes{rule="delivered"}': "2048x60 0x540", "deletions_unfinished": "1x10 0x590",
     'dead_letters_total{kind="job",reason="error"}': "3x600", "intake_state": "0x600",
     'storage_steps_total{step="sync",outcome="slow"}': "1x600",
     'storage_free_bytes{volume="data"}': "1000000-1x600", 'storage_reserve_bytes{volume="data"}': "50000x600",

@@ -42,11 +42,13 @@ from dicom_node.model import (
     Verdict,
 )
 from dicom_node.pipeline.commit import Committer
+from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.deliver import Courier
 from dicom_node.pipeline.headers_of import read_series_header
 from dicom_node.pipeline.ingest import Ingest
 from dicom_node.pipeline.observe import Unobserved
 from dicom_node.pipeline.work import Worker
+from dicom_node.retention import DeletionOrder, Hold
 from dicom_node.store.catalog import open_catalog
 from dicom_node.values import (
     Code,
@@ -542,6 +544,14 @@ def die_at(folder: str, role: str, point: str) -> None:
         courier = bench.courier(sender=FolderPeer(Path(folder) / "peer", lambda here: None), asker=asker)
         while courier.run_once("PACS"):
             pass
+    elif role == "delete":
+        archive: Any = bench.archive
+        queue.begin_deletion = _before(die, "told", _after(die, "begun", queue.begin_deletion))
+        archive.remove = _after(die, "first removed", archive.remove)
+        archive.sync_names = _before(die, "removed", _after(die, "synced", archive.sync_names))
+        queue.end_deletion = _after(die, "ended", queue.end_deletion)
+        order = DeletionOrder(study_instance_uid=STUDY, rule="old", who="r", why="old", holds=frozenset(Hold))
+        Deleter(queue, archive, ae_title="NODE").delete(order)
     elif role == "report":
         queue.judge_commitment = _before(die, "checked", _after(die, "judged", queue.judge_commitment))
         queue.claim_commitment = _after(die, "claimed", queue.claim_commitment)

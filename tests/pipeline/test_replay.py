@@ -19,8 +19,10 @@ import pytest
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, StorageSettings
 from dicom_node.model import ArchivedFile, BootTime, ConflictPolicy, Origin, Receipt, Source, StoreOutcome
+from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.ingest import Ingest
+from dicom_node.retention import DeletionOrder
 from dicom_node.store.catalog import Catalog
 from dicom_node.store.database import Database
 from dicom_node.wiring import node_catalog, replay_journals, start_journal
@@ -142,6 +144,31 @@ def node(tmp_path: Path) -> Iterator[Callable[[str], Node]]:
     yield opened
     for one in made:
         one.catalog.close()
+
+
+def test_what_was_deleted_does_not_come_back_from_the_journal(node: Callable[[str], Node], tmp_path: Path) -> None:
+    running = node("one").begin()
+    bodies = {f"1.2.3.{number}": image(f"1.2.3.{number}") for number in range(4)}
+    for uid, body in bodies.items():
+        assert running.send(uid, body) is StoreOutcome.NEW
+    order = DeletionOrder(study_instance_uid="1.2.826.1", rule="old", who="r", why="old", holds=frozenset())
+    queue, archive = running.catalog.queue, running.catalog.archive
+    deletion = queue.begin_deletion(order)
+    queue.remove_doomed(queue.doomed(deletion)[:2], archive.remove)  # and here the power goes
+    assert running.send("1.2.3.1", bodies["1.2.3.1"]) in (StoreOutcome.NEW, None)  # one comes again, and is a new one
+    again = running.send("1.2.3.1", bodies["1.2.3.1"])
+    assert again in (StoreOutcome.NEW, StoreOutcome.DUPLICATE)
+    shutil.copytree(running.folder, tmp_path / "after")
+
+    after = node("after")
+    replay_journals(after.catalog, after.config)
+    assert after.catalog.queue.ledger().totals["imbalance"] == 0
+    deleter = Deleter(after.catalog.queue, after.catalog.archive, ae_title="NODE")
+    assert deleter.finish_all() == 1
+    assert after.kept("1.2.3.1") == bodies["1.2.3.1"]
+    assert [after.catalog.index.instance(uid) for uid in bodies if uid != "1.2.3.1"] == [None] * 3
+    assert len(list(after.catalog.archive.locations())) == 1
+    after.check()
 
 
 def power_cut(node: Node, to: Path, *, wal_bytes: int | None, lost: Callable[[Path], bool]) -> None:
