@@ -56,7 +56,7 @@ def test_a_peer_that_reads_a_byte_now_and_then_is_gone(
     over = threading.Event()
 
     def reader() -> None:
-        while not over.wait(0.05):
+        while not over.wait(0.2):  # a tick is shorter: the wait of a local socket begins anew with each piece
             theirs.recv(8192)
 
     thread = threading.Thread(target=reader)
