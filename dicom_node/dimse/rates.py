@@ -7,6 +7,7 @@ that is stopped must not hold up the others: of two that take in the very same i
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -19,7 +20,7 @@ from dicom_node.config import RateSettings
 __all__ = ["KINDS", "LONG_AGO", "AddressBuckets", "Bucket", "Moment", "Rates", "moments"]
 
 KINDS = 4  # of rates: objects, bytes, queries, associations
-LONG_AGO = float("-inf")
+LONG_AGO = -math.inf
 MAX_ADDRESSES = 4096
 
 
@@ -50,12 +51,12 @@ class Bucket:
         self._paid_until = [LONG_AGO] if paid_until is None else paid_until
         self._guard = threading.Lock()
 
-    def take(self, amount: float = 1.0) -> float:
-        """Take it though it may not be there yet; in how many seconds it will be."""
+    def take(self, amount: float = 1.0, *, most_s: float = math.inf) -> float:
+        """Take it though it may not be there yet; in how many seconds it will be. More than `most_s` is remitted."""
         with self._guard:
             now = self._clock()
             paid_until = max(self._paid_until[0], now - self._burst_s) + amount * self._each_s
-            self._paid_until[0] = paid_until
+            self._paid_until[0] = paid_until = min(paid_until, now + most_s)
             return max(paid_until - now, 0.0)
 
     def takes(self, amount: float = 1.0) -> bool:

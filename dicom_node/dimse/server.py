@@ -378,6 +378,8 @@ class DicomServer:
             user=identified.user,
         )
         association.idle_timeout_s = policy.idle_timeout_s
+        if policy.rates is not None and policy.rates.data is not None:
+            association.read_little()
         with self._guard:
             self._links[association] = visit.peer = peer
         association.connection.accept(agreement.answer)

@@ -119,6 +119,14 @@ def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
     assert [bucket.takes() for _ in range(5)] == [True] * 4 + [False], "what was not used is not saved up"
 
 
+def test_nobody_waits_longer_than_a_sender_has_patience() -> None:
+    clock = Hands()
+    bucket = Bucket(1.0, 1.0, clock)
+    assert [bucket.take(most_s=3.0) for _ in range(6)] == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0]
+    clock.now += 3.0
+    assert bucket.take(most_s=3.0) == 1.0, "what was remitted is not owed"
+
+
 def test_of_a_flood_of_addresses_only_so_many_are_kept() -> None:
     clock = Hands()
     buckets = AddressBuckets(1.0, clock)
