@@ -425,3 +425,21 @@ def test_a_rate_holds_for_all_receivers(two_receivers: Any, raw_peer: Any) -> No
     answers = [raw_peer(servers[0].port).associate([VERIFICATION], calling="OFTEN") for _ in range(10)]
     assert [answer == TOO_OFTEN for answer in answers] == [False] * 4 + [True] * 6
     assert raw_peer(servers[0].port).associate([VERIFICATION], calling="CT1")[0] == 2
+
+
+@pytest.mark.parametrize("wire", ["own"])
+def test_a_sender_whose_bytes_are_counted_is_not_read_far_ahead(serve: Callable[..., Any], raw_peer: Any) -> None:
+    """What lies in our buffers when its last byte has left is what it waits for, and senders wait a minute."""
+    import socket
+
+    node = serve(peers={"slow": {"ae_title": "SLOW", "rate": {"bytes_per_s": 65536}}, "ct": {"ae_title": "CT1"}})
+    ahead = {}
+    for calling in ("SLOW", "CT1"):
+        peer = raw_peer(node.port)
+        assert peer.associate([VERIFICATION], calling=calling)[0] == 2
+        (association,) = [one for one in node.server._living() if one.log_fields["calling_ae_title"] == repr(calling)]
+        association.wake()
+        ahead[calling] = association._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), len(association._view)
+        association.rest()
+    assert ahead["SLOW"] == (128 * 1024, 16 * 1024), "the system doubles what it is told"
+    assert ahead["CT1"][1] == 256 * 1024
