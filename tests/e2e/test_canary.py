@@ -153,7 +153,7 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
             }},
         },
         jobs={"workers": 2, "max_attempts": 1, "backoff_s": 0.1, "deadline_s": 60},
-        delivery={"backoff_s": 0.1, "connect_timeout_s": 5, "give_up_after_s": 3},
+        delivery={"backoff_s": 0.1, "breaker_probe_s": 0.5, "connect_timeout_s": 5, "give_up_after_s": 3},
     )  # fmt: skip
     canaries = Canaries()
     source = write_cxr(tmp_path / "film.dcm", 810002)
