@@ -69,6 +69,6 @@ class BoundSettings(Settings):
     send_s: Seconds = 20.0
     """A peer that reads nothing for this long is gone."""
     silent_connections: Annotated[int, Field(ge=1, le=65536)] = 1024
-    """Without an association, of each receiver; the oldest gives way to the next."""
+    """Without an association, of each receiver; the oldest of the address that has most gives way to the next."""
     objects_per_association: Annotated[int, Field(ge=1)] = 1_000_000
     """C-STORE requests; the next ones are answered 0xA700, and taken on another association."""

@@ -48,6 +48,12 @@ class ReceivedStudies:
         self._audit = audit
         self._open: dict[str, _Received] = {}
 
+    def identified(self, source: Source, user: str) -> None:
+        """An association began, for this user."""
+        received = self._of(source)
+        if received is not None:
+            received.user = user
+
     def stored(
         self, source: Source, study_instance_uid: str, sop_class_uid: str, patient_id: str, outcome: StoreOutcome
     ) -> None:
@@ -64,7 +70,7 @@ class ReceivedStudies:
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFER_BEGUN,
-                    participants=peer_of(source),
+                    participants=peer_of(source, received.user),
                     study_instance_uids=(study_instance_uid,),
                     patient_ids=(patient_id,),
                 )
@@ -81,19 +87,18 @@ class ReceivedStudies:
         if received is not None:
             received.refused += 1
 
-    def ended(self, source: Source, *, over: bool, user: str = "") -> None:
-        """The association ended; `over`: its sender was through; `user`: whom it had identified itself as."""
+    def ended(self, source: Source, *, over: bool) -> None:
+        """The association ended; `over`: its sender was through."""
         received = self._open.pop(source.association_id or "", None)
         if received is None:
             return
-        received.user = user
         self._tell(received, AuditOutcome.SUCCESS, "" if over else "the association did not end by a release")
         if received.refused:
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFERRED,
                     outcome=AuditOutcome.MINOR_FAILURE,
-                    participants=peer_of(source, user),
+                    participants=peer_of(source, received.user),
                     study_instance_uids=tuple(received.studies),
                     patient_ids=tuple(dict.fromkeys(study.patient_id for study in received.studies.values())),
                     detail=f"{received.refused} objects were refused",

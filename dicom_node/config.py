@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from dicom_node.access_settings import BoundSettings, JwtSettings, UserIdentitySettings
 from dicom_node.errors import ConfigError
-from dicom_node.model import ConflictPolicy, Destination, TlsClient, UserCredentials
+from dicom_node.model import ConflictPolicy, Destination, TlsClient
 from dicom_node.retention import RetentionSettings
 from dicom_node.settings import (
     AeTitle,
@@ -177,12 +177,24 @@ class NodeConfig(Settings):
                         f"peers.{name}.{key}: {known!r} has the same AE title {peer.ae_title!r} and another {key}; "
                         "make them equal: it is looked up by the title alone"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _moves_go_where_they_may(self) -> NodeConfig:
         for name, peer in self.peers.items():
-            if unknown := sorted(set(peer.move_destinations or ()) - set(self.destinations)):
+            allowed = set(peer.move_destinations or ())
+            if unknown := sorted(allowed - set(self.destinations)):
                 raise ValueError(
                     f"peers.{name}.move_destinations: there is no destination {unknown[0]!r} "
                     f"(known: {', '.join(sorted(self.destinations)) or 'none'})"
                 )
+            titles = {self.destinations[one].ae_title: one for one in sorted(allowed)}
+            for other, destination in self.destinations.items():
+                if other not in allowed and (known := titles.get(destination.ae_title)) is not None:
+                    raise ValueError(
+                        f"peers.{name}.move_destinations: {known!r} and {other!r} have the same AE title "
+                        f"{destination.ae_title!r}, and a C-MOVE names no more; allow both, or give them two titles"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -283,7 +295,7 @@ class NodeConfig(Settings):
             calling_ae_title=found.calling_ae_title or self.ae_titles[0],
             tls=self.client_tls(found.tls),
             commitment=found.commitment(),
-            user=_credentials(found.user),
+            user=found.user.credentials() if found.user is not None else None,
         )
 
     def committed_to(self) -> Mapping[str, Destination]:
@@ -317,25 +329,16 @@ class NodeConfig(Settings):
 _OF_A_TITLE = ("is_engine", "conflict_policy", "storage_commitment", "report_host", "report_port")
 
 
-def _credentials(settings: UserSettings | None) -> UserCredentials | None:
-    if settings is None:
-        return None
-    return UserCredentials(
-        name=settings.name,
-        passcode_env=settings.passcode_env,
-        passcode_file=str(settings.passcode_file or ""),
-        jwt_file=str(settings.jwt_file or ""),
-        allow_plain=settings.allow_plain,
-    )
-
-
 _SECRET = re.compile(
-    r"(^|[_-])(token|secret|pass(word|phrase|wd)|api[_-]?key|credentials?|authorization)$", re.IGNORECASE
+    r"(^|[_-])(token|secret|pwd|pass(word|phrase|code|wd)|(api|secret|private|access)[_-]?key|credentials?|authorization)$",
+    re.IGNORECASE,
 )
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # apiKey is api_key
+_PASSWORD_IN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@]*:[^\s/?#@]+@")
 
 
 def _in_clear(options: Any, above: str = "") -> str | None:
-    """The key of the first option that by its name is a secret and by its value is not where one lies."""
+    """The key of the first option that holds a secret, by its name or as a URL, and not only where one lies."""
     if isinstance(options, Mapping):
         pairs = [(str(key), value) for key, value in options.items()]
     elif isinstance(options, list | tuple):
@@ -343,8 +346,8 @@ def _in_clear(options: Any, above: str = "") -> str | None:
     else:
         return None
     for key, value in pairs:
-        named = isinstance(value, str) and value and _SECRET.search(key)
-        if named and not str(value).startswith(("env:", "file:")):
+        given = value if isinstance(value, str) and not value.startswith(("env:", "file:")) else ""
+        if given and (_SECRET.search(_HUMP.sub("_", key)) or _PASSWORD_IN_URL.match(given)):
             return f"{above}{key}"
         if (found := _in_clear(value, f"{above}{key}.")) is not None:
             return found
@@ -439,5 +442,7 @@ def _may_be_shown(error: ErrorDetails) -> bool:
     """Not what stands where nothing like it belongs, nor what may hold credentials: screens and logs show it."""
     key, value = error["loc"], error["input"]
     if isinstance(value, dict | NodeConfig) or error["type"] == "extra_forbidden":
+        return False
+    if key and str(key[-1]).endswith("_env"):  # the secret itself, where the name of its variable belongs
         return False
     return key[:1] != ("http_public_url",) and not (key[:1] == ("engines",) and key[2:] in ((), ("options",)))

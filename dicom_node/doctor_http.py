@@ -51,7 +51,12 @@ def ready(config: NodeConfig, facts: Mapping[str, Any]) -> Iterator[Finding]:
         text, remedy = f"{host}:{port} does not take the token", "restart the node: it runs with another configuration"
         yield Finding(what=key, state=State.WRONG, text=text, remedy=remedy)
         return
-    for check in body.get("checks", ()) if isinstance(body, dict) else ():
+    checks = body.get("checks") if isinstance(body, dict) else None
+    if checks is None:  # too busy, or not this node's
+        text = f"{host}:{port} answers /ready with status {answer.status} and no checks"
+        yield Finding(what=key, state=State.WRONG, text=text, remedy="see what listens there, and the node's log")
+        return
+    for check in checks:
         what, detail = f"ready: {check['name']}", str(check.get("detail", ""))
         if check["ok"]:
             yield Finding(what=what, state=State.OK, text=detail or "yes")

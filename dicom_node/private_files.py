@@ -8,7 +8,13 @@ from pathlib import Path
 
 from dicom_node.errors import ConfigError
 
-__all__ = ["check_private", "read_private"]
+__all__ = ["check_private", "read_private", "stamp"]
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Another one whenever the file, its mode or its owner changed. Raises OSError."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_private(where: str, path: str | Path, found: os.stat_result | None = None, *, kind: str = "a file") -> None:
@@ -34,7 +40,7 @@ def check_private(where: str, path: str | Path, found: os.stat_result | None = N
 def read_private(where: str, path: str | Path, most_bytes: int) -> bytes:
     """Its content, checked on the descriptor that is read. Raises ConfigError, also where it is longer."""
     try:
-        with Path(path).open("rb") as stream:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # a pipe would wait
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ConfigError(f"{where}: {path} is no regular file; name one")

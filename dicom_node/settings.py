@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from dicom_node.model import CommitmentTimes, ConflictPolicy
+from dicom_node.model import CommitmentTimes, ConflictPolicy, UserCredentials
 
 __all__ = [
     "AeTitle",
@@ -144,7 +144,7 @@ Service = Literal["echo", "store", "find", "get", "move", "commitment"]
 
 
 class RateSettings(Settings):
-    """How much one peer may ask of each receiver, all its associations together; null = as much as it likes."""
+    """How much one peer may ask of all receivers together; null = as much as it likes."""
 
     objects_per_s: Annotated[float, Field(gt=0)] | None = None
     """C-STORE requests. What is beyond is read later: the sender waits, and nothing is refused."""
@@ -250,6 +250,16 @@ class UserSettings(Settings):
             raise ValueError("passcode_env: variables that begin with DICOM_NODE_ are settings; use another name")
         return self
 
+    def credentials(self) -> UserCredentials:
+        """What a destination carries of it."""
+        return UserCredentials(
+            name=self.name,
+            passcode_env=self.passcode_env,
+            passcode_file=str(self.passcode_file or ""),
+            jwt_file=str(self.jwt_file or ""),
+            allow_plain=self.allow_plain,
+        )
+
 
 class DestinationSettings(Settings):
     """An AE that results or images are sent to, and that C-MOVE may name."""
@@ -338,6 +348,7 @@ class StorageSettings(Settings):
     """Of the intake journal of each receiver, which makes objects durable before their files are. An object larger than
     an eighth of it is synced by itself; 0: every one is."""
     max_object_bytes: Annotated[int, Field(gt=0)] = 8 * 1024**3
+    """A larger one is read to its end and answered 0xA700; one that goes on beyond twice as much is aborted."""
     max_inflated_header_bytes: Annotated[int, Field(gt=0)] = 16 * 1024**2
     """Bound on what is inflated of a Deflated data set to read its header."""
     quarantine_bytes: Annotated[int, Field(ge=0)] = 4 * 1024**3

@@ -268,6 +268,17 @@ def test_certificates_in_the_settings_are_looked_at_wherever_they_stand(
         assert finding.state is State.WRONG and bad in finding.text
 
 
+def test_what_answers_ready_with_no_checks_is_not_well(config: Callable[..., NodeConfig]) -> None:
+    """Another program at that port, or a node whose /ready has gone elsewhere: silence would read as health."""
+    server = HealthServer(socket.create_server(("127.0.0.1", 0)))
+    server.start()
+    try:
+        (finding,) = ready(config(), {"http_port": server.port})
+    finally:
+        server.stop()
+    assert finding.state is State.WRONG and "answers /ready with status 404 and no checks" in finding.text
+
+
 def test_the_doctor_asks_with_the_token_and_tells_when_it_is_not_taken(
     config: Callable[..., NodeConfig], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import dicom_node
 PACKAGE = Path(dicom_node.__file__).parent
 CORE = {
     *("errors", "model", "values", "interfaces", "clock", "config", "settings", "access_settings"),
-    *("auditing", "audited", "private_files", "retention"),
+    *("auditing", "audited", "addresses", "private_files", "retention"),
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),

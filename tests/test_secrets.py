@@ -1,6 +1,7 @@
 """Where secrets may stand: every setting that takes one is listed here; and mistakes a node does not start with."""
 
 import importlib
+import os
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ NO_SECRETS = {
         for name in ("key", "key_passphrase_env", "key_passphrase_file")
     },
     ("FindSettings", "unsupported_optional_keys"): "keys of a query",
+    ("JwtSettings", "key"): "where a public key lies",
     ("NodeConfig", "http_token_env"): "where it lies",
     ("NodeConfig", "http_token_file"): "where it lies",
     ("NodeConfig", "http_without_token"): "whether",
@@ -45,9 +47,11 @@ TOKEN = "6a" * 32
 
 def _blocks() -> Iterator[type[BaseModel]]:
     names = [f"dicom_node.engines.{module.name}" for module in pkgutil.iter_modules(dicom_node.engines.__path__)]
+    seen: set[type[BaseModel]] = set()
     for module in (config_module, settings_module, *map(importlib.import_module, names)):
-        for found in vars(module).values():
-            if isinstance(found, type) and issubclass(found, BaseModel) and found.__module__ == module.__name__:
+        for found in vars(module).values():  # also what a module has from another
+            if isinstance(found, type) and issubclass(found, BaseModel) and found not in seen:
+                seen.add(found)
                 yield found
 
 
@@ -72,6 +76,11 @@ def test_every_setting_that_takes_a_secret_takes_only_where_it_lies() -> None:
         {"params": {"API_KEY": "eyJ-secret"}},
         {"servers": [{"password": "eyJ-secret"}]},
         {"x-api-key": "eyJ-secret"},
+        {"apiKey": "eyJ-secret"},
+        {"clientSecret": "eyJ-secret"},
+        {"private_key": "eyJ-secret"},
+        {"user": {"name": "anna", "passcode": "eyJ-secret"}},
+        {"base_url": "https://anna:eyJ-secret@engine.example/v1"},
     ],
 )
 @pytest.mark.parametrize("kind", ["monai_label", "somebody-elses"])
@@ -82,7 +91,8 @@ def test_an_engine_is_given_no_secret_in_clear_whoever_made_it(options: dict[str
 
 def test_where_a_secret_lies_and_what_is_none_is_taken() -> None:
     options = {"token": "env:TOKEN", "auth": {"client_secret": "file:/run/s", "token_url": "https://a/"}, "keys": {}}
-    options |= {"token_warning_days": 3, "password": ""}
+    options |= {"token_warning_days": 3, "password": "", "token_url": "https://a:8443/x@y", "pad_tokens": "a"}
+    options |= {"user": {"name": "anna", "passcode_env": "ANNA"}}
     assert NodeConfig.model_validate({"engines": {"e": {"kind": "x", "options": options}}}).engines["e"].options
 
 
@@ -101,6 +111,12 @@ def test_a_file_with_a_secret_is_for_its_owner_and_group_only(tmp_path: Path, mo
         assert "value" not in str(caught.value)
 
 
+def test_a_pipe_is_no_secret_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_private("key", tmp_path / "pipe", 10)
+
+
 def test_neither_a_folder_nor_what_is_too_long_is_read_as_a_secret(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no regular file|Is a directory"):
         read_private("key", tmp_path, 10)
@@ -111,6 +127,7 @@ def test_neither_a_folder_nor_what_is_too_long_is_read_as_a_secret(tmp_path: Pat
 
 
 PEER = {"ct": {"ae_title": "CT1"}}
+PLACE = {"ae_title": "P", "host": "::1", "port": 1}
 TLS = {"certificate": "{open}", "key": "{open}", "ca": "{open}"}
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "DICOM open to all": ({"host": "0.0.0.0"}, "no peers are configured; list who may connect"),
@@ -127,6 +144,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a secret in clear": ({"engines": {"e": {"kind": "kserve", "options": {"token": TOKEN}}}}, "write env:NAME"),
     "a password in a URL": ({"http_public_url": f"https://me:{TOKEN}@node/"}, "http_public_url: "),
     "a key that is none": ({"toekn": TOKEN}, "toekn: unknown key"),
+    "a token where its variable's name belongs": ({"http_token_env": TOKEN}, r"http_token_env: .*pattern"),
+    "a passcode where its variable's name belongs": (
+        {"destinations": {"P": {**PLACE, "user": {"name": "a", "passcode_env": TOKEN}}}},
+        r"passcode_env: .*pattern"),
+    "passcodes in clear": ({"host": "0.0.0.0", "peers": PEER, "user_identity": {"users_file": "{short}"}},
+                           "passcodes and tokens cross the network in clear"),
+    "passcodes others can read": ({"user_identity": {"users_file": "{open}"}}, "users_file: .* has mode 0644"),
+    "a passcode that is not hashed": ({"user_identity": {"users_file": "{short}"}}, "is no NAME:scrypt"),
+    "a user nobody can be": ({"peers": {"ct": {"ae_title": "CT1", "users": ["anna"]}}}, "set `user_identity:`"),
     "no rules": ({"rules_dir": "/nonexistent/rules"}, "/nonexistent/rules does not exist; create it"),
 }  # fmt: skip
 

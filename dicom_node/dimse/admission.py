@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dicom_node.config import NodeConfig
 from dicom_node.dimse.policy import Policies, Policy
+from dicom_node.dimse.rates import Moment, moments
 
 __all__ = ["Admission", "Rejection"]
 
@@ -33,11 +34,14 @@ TOO_OFTEN = Rejection(result=2, source=3, diagnostic=1, reason="rate")  # tempor
 
 
 class Admission:
-    """The policy of one configuration. Raises ConfigError for peers that cannot be understood."""
+    """The policy of one configuration. Raises ConfigError for peers that cannot be understood.
 
-    def __init__(self, config: NodeConfig) -> None:
+    `paid`: see `serving.Neighbours.paid`.
+    """
+
+    def __init__(self, config: NodeConfig, paid: Callable[[int], Sequence[Moment]] = lambda number: moments()) -> None:
         self._config = config
-        self._policies = Policies(config)
+        self._policies = Policies(config, paid)
 
     def policy(self, calling: str, address: str) -> Policy:
         """What that peer may do; of one that is not admitted, what anybody may."""

@@ -25,14 +25,13 @@ def identity_of(destination: Destination) -> UserIdentity | None:
     user = destination.user
     if user is None:
         return None
-    where = f"destinations.{destination.name}.user"
     try:
-        kind, secret = _secret(where, user)
+        kind, secret = _secret(user)
     except ConfigError as exc:
         raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
     if kind != NAME and destination.tls is None and not (user.allow_plain or is_loopback(destination.host)):
         raise DeliveryUnavailable(
-            f"destination {destination.name}: {where}: the secret would go to another machine in clear; use TLS, "
+            f"destination {destination.name}: user: the secret would go to another machine in clear; use TLS, "
             "or set allow_plain: true where the network itself is safe"
         )
     if kind == JWT:
@@ -40,17 +39,17 @@ def identity_of(destination: Destination) -> UserIdentity | None:
     return UserIdentity(kind=kind, primary=user.name.encode(), secondary=secret)
 
 
-def _secret(where: str, user: UserCredentials) -> tuple[int, bytes]:
+def _secret(user: UserCredentials) -> tuple[int, bytes]:
     """Which kind of identity, and its secret. Raises ConfigError."""
     if user.jwt_file:
-        return JWT, _file(f"{where}.jwt_file", user.jwt_file)
+        return JWT, _file("user.jwt_file", user.jwt_file)
     if user.passcode_file:
-        return NAME_AND_PASSCODE, _file(f"{where}.passcode_file", user.passcode_file)
+        return NAME_AND_PASSCODE, _file("user.passcode_file", user.passcode_file)
     if not user.passcode_env:
         return NAME, b""
     passcode = os.environ.get(user.passcode_env, "")
     if not passcode:
-        raise ConfigError(f"{where}.passcode_env: the variable {user.passcode_env} is not set; set it to the passcode")
+        raise ConfigError(f"user.passcode_env: the variable {user.passcode_env} is not set; set it to the passcode")
     return NAME_AND_PASSCODE, passcode.encode()
 
 

@@ -14,10 +14,11 @@ import select
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from dicom_node.addresses import whose
 from dicom_node.dimse.association import Association
 from dicom_node.dimse.link import FIRST_PDU_S
 from dicom_node.dimse.request import Peer
@@ -72,8 +73,8 @@ class Lobby:
 
     Whoever is called may give the visit back (`keep`), or has closed it. `turn_away(visit)` is called instead with one
     that asks for the first time while all threads there may be, `most`, are busy; others wait for a thread. When
-    `most_silent` connections wait that are no associations, the one that has waited longest is given to `drop`. Each is
-    late when it has said nothing for `first_pdu_s`.
+    `most_silent` connections wait that are no associations, the one that has waited longest of the address that has
+    most is given to `drop`. Each is late when it has said nothing for `first_pdu_s`.
 
     Other processes may take connections from the same listener. Each new one wakes all of them, so one that is stuck
     keeps nothing from the others; who has more in hand (`is_busier(connections)`) gives way for a moment.
@@ -233,13 +234,18 @@ class Lobby:
         with self._guard:
             self._poll.register(visit.number, ONCE)
             if len(self._silent) >= self._most_silent:
-                oldest = self._silent.pop(next(iter(self._silent)))
+                oldest = self._silent.pop(self._who_gives_way())
             self._silent[visit.number] = visit
         self._is_busier(self.connections)  # for the others to know
         if not self._is_open:  # it was closed before this one was there
             self._call(math.inf)
         if oldest is not None:
             self._drop(oldest)
+
+    def _who_gives_way(self) -> int:
+        """The one that has waited longest of those whose machine has most of them; `_guard` held."""
+        many = Counter(whose(visit.address) for visit in self._silent.values()).most_common(1)[0][0]
+        return next(number for number, visit in self._silent.items() if whose(visit.address) == many)
 
     def _visit(self, client: socket.socket, address: str, over_tls: bool) -> Visit:
         return Visit(client, address, time.monotonic(), over_tls=over_tls, first_pdu_s=self._first_pdu_s)

@@ -1,4 +1,9 @@
-"""A sender that is faster than it may be is read later: back-pressure on its socket, while no lock is held."""
+"""A sender that is faster than it may be is read later: back-pressure on its socket, while no lock is held.
+
+Many senders give up when they hear nothing for a minute (dcmtk's do, after their last byte left for the system's
+buffers). So what is slowed down is read in small pieces from a small buffer (`transport.read_little`), and beyond the
+bounds below the rate gives way: that takes more associations at a time than it has place for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,9 @@ from dicom_node.dimse.rates import Bucket, Rates
 
 __all__ = ["paced"]
 
-SLICE_S = 0.25
+OBJECT_S = 20.0  # the longest wait for an object ...
+PIECE_S = 2.0  # ... and for a piece of one
+PIECE = 16 * 1024
 
 
 def paced(link: Link, rates: Rates, data_set: Fragments | None) -> Fragments | None:
@@ -19,7 +26,7 @@ def paced(link: Link, rates: Rates, data_set: Fragments | None) -> Fragments | N
     Whoever reads waits inside the data set, as for a slow line; what is waited between two requests costs no thread.
     """
     if rates.objects is not None:
-        wait_s = rates.objects.take()
+        wait_s = rates.objects.take(most_s=OBJECT_S)
         link.not_before = time.monotonic() + wait_s if wait_s else 0.0
     if rates.data is None or data_set is None:
         return data_set
@@ -27,9 +34,9 @@ def paced(link: Link, rates: Rates, data_set: Fragments | None) -> Fragments | N
 
 
 def _slowed(data_set: Fragments, bucket: Bucket) -> Iterator[bytes | memoryview]:
-    for piece in data_set:
-        yield piece
-        left = bucket.take(len(piece))
-        while left > 0.0:  # in slices: other associations of the peer take from the bucket too, and all of them wait
-            time.sleep(min(left, SLICE_S))
-            left -= SLICE_S
+    for fragment in data_set:
+        for begin in range(0, len(fragment), PIECE):
+            piece = fragment[begin : begin + PIECE]
+            yield piece
+            if wait_s := bucket.take(len(piece), most_s=PIECE_S):
+                time.sleep(wait_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -12,7 +12,7 @@ from pydicom._uid_dict import UID_dictionary
 
 from dicom_node.config import NodeConfig, PeerSettings
 from dicom_node.dimse.contexts import STORAGE_SOP_CLASSES
-from dicom_node.dimse.rates import Rates
+from dicom_node.dimse.rates import Moment, Rates, moments
 from dicom_node.errors import ConfigError
 
 __all__ = ["EVERYDAY_SERVICES", "Policies", "Policy"]
@@ -50,9 +50,12 @@ class Policy:
 
 
 class Policies:
-    """The policies of one configuration. Raises ConfigError for hosts and SOP classes that cannot be understood."""
+    """The policies of one configuration. Raises ConfigError for hosts and SOP classes that cannot be understood.
 
-    def __init__(self, config: NodeConfig) -> None:
+    `paid`: see `serving.Neighbours.paid`.
+    """
+
+    def __init__(self, config: NodeConfig, paid: Callable[[int], Sequence[Moment]] = lambda number: moments()) -> None:
         mode = config.user_identity.mode if config.user_identity is not None else "off"
         self._everybody = Policy(idle_timeout_s=config.association_idle_timeout_s, identity=mode)
         self._peers: dict[str, list[tuple[Sequence[_Network], Policy]]] = {}
@@ -65,7 +68,8 @@ class Policies:
                         f"peers.{name}.hosts: {both[0]} is given to {other.name!r} too, which has the same AE title; "
                         "name it once (of networks within each other the smaller one counts)"
                     )
-            known.append((networks, _policy(config, number, name, peer)))
+            rates = Rates(peer.rate, paid=paid(number)) if peer.rate.is_set else None
+            known.append((networks, _policy(config, number, name, peer, rates)))
 
     def of(self, calling: str, address: str) -> tuple[Policy | None, bool]:
         """The peer's, and whether its AE title is known at all. Without peers everybody has the same.
@@ -105,7 +109,7 @@ def _network(name: str, host: str) -> _Network:
         ) from None
 
 
-def _policy(config: NodeConfig, number: int, name: str, peer: PeerSettings) -> Policy:
+def _policy(config: NodeConfig, number: int, name: str, peer: PeerSettings, rates: Rates | None) -> Policy:
     services = EVERYDAY_SERVICES if peer.services is None else frozenset(peer.services)
     moves = peer.move_destinations
     mode = config.user_identity.mode if config.user_identity is not None else "off"
@@ -121,7 +125,7 @@ def _policy(config: NodeConfig, number: int, name: str, peer: PeerSettings) -> P
         certificates=frozenset(peer.certificates),
         identity=peer.user_identity or mode,
         users=frozenset(peer.users),
-        rates=Rates(peer.rate) if peer.rate.is_set else None,
+        rates=rates,
     )
 
 

@@ -219,17 +219,23 @@ class _Dul(DULServiceProvider):
 
 
 class _DataSet:
-    """A data set that is gathered: in memory, and what is too long for it in an unnamed file."""
+    """A data set that is gathered: in memory, and what is too long for it in an unnamed file.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    Of one that is longer than `most` so much is kept that this can be seen.
+    """
+
+    def __init__(self, folder: Path | None, most: int | None = None) -> None:
+        self._folder, self._most = folder, most
         self._memory = bytearray()
         self._file: Any = None
         self.length = 0
 
     def write(self, data: memoryview) -> None:
         """Append. Raises OSError."""
+        is_too_long = self._most is not None and self.length > self._most
         self.length += len(data)
+        if is_too_long:
+            return
         if self._file is None and self.length > IN_MEMORY:
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - closed when read
         if self._file is None:
@@ -292,7 +298,8 @@ class _Dimse(DIMSEServiceProvider):
         for item in self._reader.feed(data):
             if isinstance(item, CommandReceived):
                 if item.command.has_data_set:
-                    self._command, self._data_set = item, _DataSet(self._link.spool_folder)
+                    self._command = item
+                    self._data_set = _DataSet(self._link.spool_folder, self._link.max_kept_bytes)
                 else:
                     self._deliver(item.context_id, item.command, None)
                 continue
@@ -322,6 +329,7 @@ class PynetdicomLink(Association):
     """One association. As acceptor it runs its own thread and calls `on_request` with each request; as requestor it
     is driven by the caller's thread.
 
+    A data set of more than `max_data_set_bytes` ends it; what one has beyond `max_kept_bytes` is not kept.
     `traffic` is set by every P-DATA PDU received; the owner clears it. What of a data set does not fit memory waits in
     `spool_folder` (None: the system's temporary folder). `was_idle`: it was closed from here because of the idle limit,
     and not inside a message.
@@ -334,12 +342,13 @@ class PynetdicomLink(Association):
         *,
         max_pdu: int,
         max_data_set_bytes: int,
+        max_kept_bytes: int | None = None,
         patience: Patience = PATIENT,
     ) -> None:
         super().__init__(entity, mode)
         self.patience = patience
         self.max_pdu = max_pdu
-        self.max_data_set_bytes = max_data_set_bytes
+        self.max_data_set_bytes, self.max_kept_bytes = max_data_set_bytes, max_kept_bytes
         self.spool_folder: Path | None = None
         self.active_at = time.monotonic()
         self.messages = _Dimse(self)

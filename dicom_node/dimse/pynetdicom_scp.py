@@ -34,7 +34,7 @@ from dicom_node.dimse.policy import Policy
 from dicom_node.dimse.pynetdicom_link import PynetdicomLink, name_implementation, quiet_libraries
 from dicom_node.dimse.pynetdicom_requestor import open_link
 from dicom_node.dimse.request import Peer
-from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening, most_read
 from dicom_node.dimse.upper_layer.pdus import UserIdentity
 from dicom_node.errors import ConfigError
 from dicom_node.interfaces import AssociationLog, Commitments, InstanceIndex, InstanceSink
@@ -79,6 +79,7 @@ class PynetdicomServer:
         most = min(config.max_associations, MOST_ASSOCIATIONS)
         config = config.model_copy(update={"max_associations": most})
         self._config = config
+        self._neighbours = neighbours or Alone()
         self._serving = Serving(
             config,
             sink=sink,
@@ -86,6 +87,7 @@ class PynetdicomServer:
             associations=associations,
             observe=observe,
             open_link=open_link,
+            neighbours=self._neighbours,
             commitments=commitments,
             audit=audit,
             received=received,
@@ -95,7 +97,6 @@ class PynetdicomServer:
         self._entity.acse_timeout = config.bounds.first_pdu_s
         self._entity.network_timeout = config.association_idle_timeout_s
         self._listener = sock
-        self._neighbours = neighbours or Alone()
         self._links: dict[PynetdicomLink, Peer | None] = {}
         self._policies: dict[PynetdicomLink, Policy] = {}  # of those that were admitted
         self._guard = threading.Lock()
@@ -177,7 +178,8 @@ class PynetdicomServer:
             self._entity,
             "acceptor",
             max_pdu=config.max_pdu_bytes,
-            max_data_set_bytes=config.storage.max_object_bytes,
+            max_data_set_bytes=most_read(config),
+            max_kept_bytes=config.storage.max_object_bytes,
             patience=Patience(config.bounds.first_pdu_s, config.bounds.pdu_s, config.bounds.send_s),
         )
         link.name = "dicom-association"

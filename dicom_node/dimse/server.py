@@ -26,7 +26,7 @@ from dicom_node.dimse.observer import WireObserver
 from dicom_node.dimse.policy import Policy
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requestor import open_link
-from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening
+from dicom_node.dimse.serving import TOUCH_S, Alone, Neighbours, Serving, listening, most_read
 from dicom_node.dimse.tls import failure, fingerprint, for_listener
 from dicom_node.dimse.tls_stream import TlsStream
 from dicom_node.dimse.transport import Buffers, prepare
@@ -75,6 +75,7 @@ class DicomServer:
     ) -> None:
         self._config = config
         self._tls = for_listener(config.tls) if config.tls is not None else None
+        self._neighbours = neighbours or Alone()
         self._serving = Serving(
             config,
             sink=sink,
@@ -82,6 +83,7 @@ class DicomServer:
             associations=associations,
             observe=observe,
             open_link=open_link,
+            neighbours=self._neighbours,
             commitments=commitments,
             audit=audit,
             received=received,
@@ -90,7 +92,6 @@ class DicomServer:
         if self._tls is not None:
             self._tls.told = self._serving.recertified
         self._listener, self._tls_listener = sock, tls_sock
-        self._neighbours = neighbours or Alone()
         self._buffers = Buffers()
         self._links: dict[Association, Peer | None] = {}
         self._admitted: dict[Association, Policy] = {}
@@ -255,7 +256,7 @@ class DicomServer:
             visit.stream or visit.sock,
             Connection(Side.ACCEPTOR, Limits(pdu_bytes=config.max_pdu_bytes)),
             self._buffers,
-            max_data_set_bytes=config.storage.max_object_bytes,
+            max_data_set_bytes=most_read(config),
             idle_timeout_s=config.association_idle_timeout_s,
             opened_at=visit.since,
             hosted=True,
@@ -377,6 +378,8 @@ class DicomServer:
             user=identified.user,
         )
         association.idle_timeout_s = policy.idle_timeout_s
+        if policy.rates is not None and policy.rates.data is not None:
+            association.read_little()
         with self._guard:
             self._links[association] = visit.peer = peer
         association.connection.accept(agreement.answer)

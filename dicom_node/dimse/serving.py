@@ -20,6 +20,7 @@ from dicom_node.dimse.link import Link, Message
 from dicom_node.dimse.negotiation import refusal_kind
 from dicom_node.dimse.observer import SilentObserver, WireObserver
 from dicom_node.dimse.policy import EVERYDAY_SERVICES, Policy
+from dicom_node.dimse.rates import Moment, moments
 from dicom_node.dimse.request import Peer
 from dicom_node.dimse.requests import Requests
 from dicom_node.dimse.retrieval import Retrievals
@@ -31,7 +32,7 @@ from dicom_node.services.find import FindOptions, FindService
 from dicom_node.services.retrieve import RetrieveService
 from dicom_node.services.store import StoreService
 
-__all__ = ["TOUCH_S", "Alone", "Neighbours", "Serving", "listening"]
+__all__ = ["TOUCH_S", "Alone", "Neighbours", "Serving", "listening", "most_read"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ def listening(
     )
 
 
+def most_read(config: NodeConfig) -> int:
+    """Bytes of one data set that are read at all: what is larger than it may be is read on and forgotten.
+
+    Else its sender would lose the association, with objects that are well on it, and never hear why.
+    """
+    return 2 * config.storage.max_object_bytes
+
+
 class Neighbours(Protocol):
     """Other receiver processes at the same listening socket. Nothing here waits for them: they may be stuck."""
 
@@ -63,6 +72,10 @@ class Neighbours(Protocol):
 
     def of_peer(self, number: int, mine: int) -> int:
         """As `established`, of the peer with that number (`policy.Policy.number`) alone."""
+        ...
+
+    def paid(self, number: int) -> Sequence[Moment]:
+        """What that peer's `rates.Rates` are kept in, the same for all of them."""
         ...
 
     def is_busier(self, connections: int) -> bool:
@@ -81,6 +94,10 @@ class Alone:
         """None."""
         return 0
 
+    def paid(self, number: int) -> Sequence[Moment]:
+        """Nobody else's."""
+        return moments()
+
     def is_busier(self, connections: int) -> bool:
         """No."""
         return False
@@ -98,6 +115,7 @@ class Serving:
         associations: AssociationLog,
         observe: WireObserver | None,
         open_link: OpenLink,
+        neighbours: Neighbours,
         commitments: Commitments | None = None,
         audit: AuditTrail | None = None,
         received: ReceivedStudies | None = None,
@@ -111,7 +129,7 @@ class Serving:
             extra_sop_classes=frozenset(config.extra_sop_classes), unknown_sop_classes=config.unknown_sop_classes
         )
         self._commitment = CommitmentService(config, commitments)
-        self._admission = Admission(config)
+        self._admission = Admission(config, neighbours.paid)
         self._identification = Identification(config.user_identity, self._audit)
         self._associations = associations
         destinations = {item.ae_title: config.destination(name) for name, item in config.destinations.items()}
@@ -255,6 +273,8 @@ class Serving:
             calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
         log.info("association accepted", extra={"association": source.association_id, **fields})
+        if user and self._received is not None:
+            self._received.identified(source, user)
         return Peer(source=source, find_options=find_options, policy=None if policy.is_open else policy, user=user)
 
     # --- requests and the record of associations
@@ -273,7 +293,7 @@ class Serving:
         if peer.recorded:
             _record(lambda: self._associations.end_association(str(peer.source.association_id), end))
         if self._received is not None:
-            self._received.ended(peer.source, over=over, user=peer.user)
+            self._received.ended(peer.source, over=over)
         log.info("association ended", extra={"association": peer.source.association_id, "result": end.value})
         self.observe.association_ended(peer.source.calling_ae_title, end.value)
 

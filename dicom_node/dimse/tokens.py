@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from dicom_node.config import JwtSettings
 from dicom_node.errors import ConfigError
+from dicom_node.private_files import stamp
 
 __all__ = ["Tokens"]
 
@@ -40,16 +41,15 @@ class Tokens:
         with self._guard:
             path = self._settings.key
             try:
-                found = path.stat()
-                seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+                seen = stamp(path)
                 if seen == self._seen:
                     return
+                self._seen = seen  # whatever comes of it: what is wrong is told once
                 with path.open("rb") as file:
                     content = file.read(MAX_KEY_BYTES)
             except OSError as exc:
                 raise ConfigError(f"{_WHERE}: {path} cannot be read: {exc.strerror}; name a PEM or JWKS file") from None
             self._keys = _keys(path, content, self._settings.algorithms)
-            self._seen = seen
 
     def user(self, token: bytes) -> tuple[str, str]:
         """The user's name and '', or '' and why it is not taken: words of ours, nothing of the token."""
@@ -74,6 +74,8 @@ class Tokens:
             return "", "the token is no ASCII text"
         except jwt.PyJWTError as exc:
             return "", _WORDS.get(type(exc).__name__, "the token cannot be verified")
+        except (RecursionError, ValueError, TypeError, OverflowError, AttributeError):  # what PyJWT does not foresee
+            return "", "the token cannot be verified"
         name = claims.get(settings.user_claim)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
             return "", "the token names no user"

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 BUFFER = 256 * 1024
 SHORT_READ = 16 * 1024
+LITTLE = 16 * 1024
 TICK_S = 0.4  # a wait for the peer is cut into such pieces
 LINGER_S = 1.0
 MAX_DISCARDED = 512 * 1024
@@ -113,6 +114,7 @@ class Transport:
         self._sock, self._connection, self._buffers = sock, connection, buffers
         self._hosted = hosted
         self._buffer: bytearray | None = None
+        self._reads_little = False
         self._view = memoryview(b"")
         self._events: Iterator[UpperEvent] = iter(())
         self._messages = MessageReader()  # says whether a message is under way
@@ -236,7 +238,14 @@ class Transport:
         """Be ready to receive."""
         if self._buffer is None:
             self._buffer = self._buffers.take()
-            self._view = memoryview(self._buffer)
+            self._view = memoryview(self._buffer)[: LITTLE if self._reads_little else BUFFER]
+
+    def read_little(self) -> None:
+        """Take in small pieces, and little ahead: whoever is to be slowed down sees how far it is."""
+        self._reads_little = True
+        self._view = self._view[:LITTLE]
+        with suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * LITTLE)
 
     def gone(self) -> bool:
         """When it is over and has an owner: whether the peer has closed, and so have we. Waits for nothing.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dicom_node.errors import ConfigError
-from dicom_node.private_files import read_private
+from dicom_node.private_files import read_private, stamp
 
 __all__ = ["HashedPasscode", "UsersFile", "hash_passcode", "user_line"]
 
@@ -86,16 +86,15 @@ class UsersFile:
         """Take it in if it changed. Raises ConfigError; those that were known go on to hold."""
         with self._guard:
             try:
-                found = self._path.stat()
+                seen = stamp(self._path)
             except OSError as exc:
                 raise ConfigError(
                     f"user_identity.users_file: {self._path} cannot be read: {exc.strerror}; "
                     "`dicom-node users hash NAME` prints a line for it"
                 ) from None
-            seen = (found.st_mtime_ns, found.st_ino, found.st_size, found.st_mode, found.st_uid)
             if seen != self._seen:
+                self._seen = seen  # whatever comes of it: what is wrong is told once
                 self._users = _read(self._path)
-                self._seen = seen
                 self.generation += 1
 
     def knows(self, name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from dicom_node.config import EngineSettings, TlsClientSettings
+from dicom_node.config import EngineSettings, TlsClientSettings, UserSettings
 from dicom_node.engines._settings import Options, Seconds, parse_options
 from dicom_node.settings import AeTitle
 
@@ -42,6 +42,8 @@ class DicomEngineOptions(Options):
     """Under which title the node sends; null = its first."""
     tls: bool | TlsClientSettings = False
     """As of a destination."""
+    user: UserSettings | None = None
+    """As which user the node comes, as of a destination; null = as none."""
     returns_from: tuple[AeTitle, ...] = ()
     """AE titles its answers come from; empty: the one it is sent to. What they send is never analysed as an image."""
     send_identifiable: bool = False

@@ -168,6 +168,7 @@ class DicomEngine:
             port=options.port,
             calling_ae_title=options.calling_ae_title or "",
             tls=self._tls,
+            user=options.user.credentials() if options.user is not None else None,
         )
 
     # --- asking

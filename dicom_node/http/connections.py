@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from dicom_node.addresses import whose
 from dicom_node.http.requests import BODY_BYTES_MAX, BadRequest, Request, judge
 from dicom_node.http.responses import Response, encoded, refusal
 
@@ -122,8 +123,8 @@ class Connections:
             self._keep(connection, str(told[0]))
 
     def _keep(self, connection: socket.socket, address: str) -> None:
-        if self._by_address.get(address, 0) >= WAITING_PER_ADDRESS_MAX:
-            self._close(next(one for one in self._waiting.values() if one.address == address))
+        if self._by_address.get(whose(address), 0) >= WAITING_PER_ADDRESS_MAX:
+            self._close(next(one for one in self._waiting.values() if whose(one.address) == whose(address)))
         elif len(self._waiting) >= WAITING_MAX:
             self._close(next(iter(self._waiting.values())))
         connection.setblocking(False)
@@ -133,15 +134,15 @@ class Connections:
 
     def _add(self, waiting: _Waiting) -> None:
         self._waiting[waiting.connection] = waiting
-        self._by_address[waiting.address] = self._by_address.get(waiting.address, 0) + 1
+        self._by_address[whose(waiting.address)] = self._by_address.get(whose(waiting.address), 0) + 1
         self._selector.register(waiting.connection, selectors.EVENT_READ, waiting)
 
     def _forget(self, waiting: _Waiting) -> None:
         del self._waiting[waiting.connection]
         self._selector.unregister(waiting.connection)
-        left = self._by_address.pop(waiting.address) - 1
+        left = self._by_address.pop(whose(waiting.address)) - 1
         if left:
-            self._by_address[waiting.address] = left
+            self._by_address[whose(waiting.address)] = left
 
     def _close(self, waiting: _Waiting) -> None:
         self._forget(waiting)

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from dicom_node.config import is_loopback
 from dicom_node.errors import NodeError
-from dicom_node.http.connections import Connections, Slow
+from dicom_node.http.connections import THREADS_MAX, Connections, Slow
 from dicom_node.http.requests import Request
 from dicom_node.http.responses import Response, encoded, head_of, json_response, refusal
 from dicom_node.http.token import Doorman
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 SEND_S = 30.0
 SLOWEST_BYTES_S = 16 * 1024  # a mounted answer that its client takes more slowly is ended
 PAGES_MAX = 4  # of /ready and /metrics at once: each reads the catalog
+MOUNTED_MAX = THREADS_MAX - PAGES_MAX  # engines that fetch much keep nobody from seeing how the node is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,7 @@ class HealthServer:
             page = metrics
             self._pages["/metrics"] = lambda: _metrics(page)
         self._rendering = threading.BoundedSemaphore(PAGES_MAX)
+        self._passing_on = threading.BoundedSemaphore(MOUNTED_MAX)
         self._connections = Connections(listener, self._answer, refused)
 
     @property
@@ -126,7 +128,7 @@ class HealthServer:
     def _answer(self, request: Request, address: str) -> Response | Slow:
         for prefix, mount in self._mounts.items():
             if request.target.startswith(prefix):
-                return lambda connection: _pass_on(connection, mount, request)
+                return lambda connection: self._pass_on(connection, mount, request)
         page = self._pages.get(request.path)
         if page is None and request.path != "/ping":
             return refusal(HTTPStatus.NOT_FOUND, "/ping" if not self._pages else "/ping, /ready or /metrics")
@@ -163,6 +165,18 @@ class HealthServer:
         finally:
             self._rendering.release()
         connection.sendall(encoded(response, with_body=with_body))
+
+    def _pass_on(self, connection: socket.socket, mount: Mount, request: Request) -> None:
+        if not self._passing_on.acquire(blocking=False):
+            self._refused("busy")
+            connection.settimeout(SEND_S)
+            busy = refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once", Retry_After="2")
+            connection.sendall(encoded(busy, with_body=request.method != "HEAD"))
+            return
+        try:
+            _pass_on(connection, mount, request)
+        finally:
+            self._passing_on.release()
 
 
 def _names_this_machine(host: str) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from dicom_node.addresses import whose
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, NoAuditTrail, Participant
 from dicom_node.errors import ConfigError
-from dicom_node.private_files import read_private
+from dicom_node.private_files import read_private, stamp
 
 __all__ = ["TOKEN_CHARACTERS_MIN", "BearerToken", "Doorman", "read_token"]
 
@@ -80,10 +81,9 @@ class BearerToken:
         if self._file is None:
             return ()
         try:
-            found = self._file.stat()
+            return stamp(self._file)
         except OSError:
             return (0,)
-        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 class Doorman:
@@ -125,13 +125,13 @@ class Doorman:
     def _alert(self, address: str) -> None:
         now = self._monotonic()
         with self._guard:
-            at, since = self._refused.get(address, (float("-inf"), 0))
+            at, since = self._refused.get(whose(address), (float("-inf"), 0))
             full = len(self._told_at) == ALERTS_MAX and now - self._told_at[0] < ALERT_S
             due = now - at >= ALERT_S and not full
             if due:
                 self._told_at.append(now)
-            self._refused[address] = (now, 0) if due else (at, since + 1)
-            self._refused.move_to_end(address)
+            self._refused[whose(address)] = (now, 0) if due else (at, since + 1)
+            self._refused.move_to_end(whose(address))
             while len(self._refused) > ADDRESSES_MAX:
                 self._refused.popitem(last=False)
         if not due:

@@ -133,7 +133,7 @@ def test_one_that_is_late_as_it_comes_back_is_closed_once(
     while_armed(hall, be_late)
     peer.sendall(b"0")
     wait_for(lambda: hall.served == ["0", "nothing"], 5.0, "it to be closed")
-    assert hall.lobby.connections == 0
+    wait_for(lambda: hall.lobby.connections == 0, 5.0, "whoever closed it to be through")
     assert not caplog.records
 
 
@@ -148,6 +148,21 @@ def test_whoever_comes_is_heard_though_the_one_who_has_to_go_for_it_makes_troubl
     wait_for(lambda: len(hall.dropped) == 1, 5.0, "the first to be dropped")
     second.sendall(b"2")
     wait_for(lambda: hall.served == ["2"], 5.0, "the second to be served")
+
+
+def test_whoever_has_most_connections_makes_room_and_not_whoever_waits_longest(
+    hall: Hall, come: Callable[[], socket.socket], wait_for: WaitFor
+) -> None:
+    """Somebody who opens connections without end pushes out none but his own."""
+    hall.lobby._most_silent = 4
+    addresses = iter(["192.0.2.1", "2001:db8::1", "2001:db8::2", "192.0.2.2", "2001:db8::3", "192.0.2.3", "192.0.2.4"])
+    real = hall.lobby._visit
+    hall.lobby._visit = lambda client, address, over_tls: real(client, next(addresses), over_tls)  # type: ignore[method-assign]
+    for number in range(7):
+        come()
+        wait_for(lambda: hall.lobby.silent + len(hall.dropped) == number + 1, 5.0, "it to be there")  # noqa: B023
+    assert [visit.address for visit in hall.dropped[:2]] == ["2001:db8::1", "2001:db8::2"]
+    assert hall.dropped[2].address == "192.0.2.1", "where all have as many, who waits longest"
 
 
 def test_what_is_in_hand_is_counted_at_one_moment(hall: Hall) -> None:

@@ -75,6 +75,19 @@ def test_what_contradicts_itself_is_an_error_that_says_where(peers: Any, said: s
         policies(**peers)
 
 
+def test_a_peer_may_move_to_both_of_two_destinations_with_one_title_or_to_neither() -> None:
+    """A C-MOVE names a title: which of the two would get the images is not the peer's to say."""
+    places = {name: {"ae_title": "PACS", "host": host, "port": 104} for name, host in (("a", "::1"), ("b", "::2"))}
+
+    def made(*allowed: str) -> NodeConfig:
+        peers = {"console": {"ae_title": "CONSOLE", "move_destinations": allowed}}
+        return NodeConfig.model_validate({"destinations": places, "peers": peers})
+
+    assert made() and made("a", "b")
+    with pytest.raises(ValueError, match=r"console\.move_destinations: 'b' and 'a' have the same AE title 'PACS'"):
+        made("b")
+
+
 def test_titles_are_told_apart_by_case_and_not_by_blanks(serve: Callable[..., Any], raw_peer: Any) -> None:
     node = serve(peers={"ct": {"ae_title": " CT1 "}})
     answers = [raw_peer(node.port).associate([VERIFICATION], calling=title)[0] for title in ("CT1", " CT1", "ct1")]
@@ -106,6 +119,14 @@ def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
     assert [bucket.takes() for _ in range(5)] == [True] * 4 + [False], "what was not used is not saved up"
 
 
+def test_nobody_waits_longer_than_a_sender_has_patience() -> None:
+    clock = Hands()
+    bucket = Bucket(1.0, 1.0, clock)
+    assert [bucket.take(most_s=3.0) for _ in range(6)] == [0.0, 1.0, 2.0, 3.0, 3.0, 3.0]
+    clock.now += 3.0
+    assert bucket.take(most_s=3.0) == 1.0, "what was remitted is not owed"
+
+
 def test_of_a_flood_of_addresses_only_so_many_are_kept() -> None:
     clock = Hands()
     buckets = AddressBuckets(1.0, clock)
@@ -116,6 +137,15 @@ def test_of_a_flood_of_addresses_only_so_many_are_kept() -> None:
     clock.now += 120.0
     buckets.of("another")
     assert len(buckets._buckets) < 3, "those that were used up long ago are forgotten"
+
+
+def test_whoever_has_an_ipv6_network_is_one_address() -> None:
+    buckets = AddressBuckets(2.0, Hands())
+    addresses = ("2001:db8::1", "2001:db8::2", "2001:db8::ffff:1%eth0")
+    assert [buckets.of(address).takes() for address in addresses] == [True, True, False]
+    assert buckets.of("2001:db8:0:1::1").takes()
+    assert buckets.of("192.0.2.1").takes() and buckets.of("::ffff:192.0.2.1").takes()
+    assert not buckets.of("192.0.2.1").takes()
 
 
 def test_associations_beyond_the_rate_are_rejected_for_the_moment() -> None:
@@ -223,8 +253,9 @@ def test_what_shares_a_context_with_what_is_allowed_is_not_authorised(
         )
         answer = peer.read_command()
         assert (answer.MessageIDBeingRespondedTo, answer.Status) == (number, 0x0124)
-    assert [event.kind for event in trail.events] == [AuditKind.SECURITY_ALERT] * 2
-    assert trail.events[0].participants[0].ae_title == "TEST"
+    alerts = [event for event in trail.events if event.kind is AuditKind.SECURITY_ALERT]
+    assert len(alerts) == 2
+    assert alerts[0].participants[0].ae_title == "TEST"
     assert ("store", 0x0124) in node.counted.answered
 
 
@@ -360,3 +391,55 @@ def test_a_peers_limit_holds_for_all_receivers(two_receivers: Any, raw_peer: Any
     for _ in range(4):  # whichever takes it
         assert raw_peer(servers[0].port).associate([VERIFICATION], calling="FEW") == TOO_MANY
         assert raw_peer(servers[0].port).associate([VERIFICATION], calling="CT1")[0] == 2
+
+
+def test_receivers_pay_from_one_purse() -> None:
+    """Whichever of them is asked; and one that is new, or came back, finds what was taken."""
+    import os
+
+    from dicom_node.places import Places, new_places
+
+    clock = Hands()
+    settings = RateSettings(objects_per_s=4, queries_per_minute=3)
+    fd = new_places(3, 2)
+    first, second = (Rates(settings, clock, Places(fd, number, 2).paid(1)) for number in (0, 1))
+    assert first.queries is not None and second.queries is not None
+    assert [first.queries.takes(), second.queries.takes(), first.queries.takes()] == [True] * 3
+    assert not second.queries.takes() and not first.queries.takes()
+    assert first.objects is not None and second.objects is not None
+    assert [first.objects.take(), second.objects.take(4.0)] == [0.0, pytest.approx(0.25)]
+    Places(fd, 0, 2).leave()
+    again = Rates(settings, clock, Places(fd, 0, 2).paid(1)).queries
+    assert again is not None and not again.takes()
+    another = Rates(settings, clock, Places(fd, 0, 2).paid(0)).queries
+    assert another is not None and another.takes(), "another peer has its own"
+    assert Places(fd, 2, 2).established(1) == 0, "and what receivers count is not touched by it"
+    clock.now += 20.0
+    assert second.queries.takes() and not first.queries.takes()
+    os.close(fd)
+
+
+def test_a_rate_holds_for_all_receivers(two_receivers: Any, raw_peer: Any) -> None:
+    rate = {"associations_per_minute": 4}
+    servers = two_receivers(peers={"ct": {"ae_title": "CT1"}, "often": {"ae_title": "OFTEN", "rate": rate}})
+    answers = [raw_peer(servers[0].port).associate([VERIFICATION], calling="OFTEN") for _ in range(10)]
+    assert [answer == TOO_OFTEN for answer in answers] == [False] * 4 + [True] * 6
+    assert raw_peer(servers[0].port).associate([VERIFICATION], calling="CT1")[0] == 2
+
+
+@pytest.mark.parametrize("wire", ["own"])
+def test_a_sender_whose_bytes_are_counted_is_not_read_far_ahead(serve: Callable[..., Any], raw_peer: Any) -> None:
+    """What lies in our buffers when its last byte has left is what it waits for, and senders wait a minute."""
+    import socket
+
+    node = serve(peers={"slow": {"ae_title": "SLOW", "rate": {"bytes_per_s": 65536}}, "ct": {"ae_title": "CT1"}})
+    ahead = {}
+    for calling in ("SLOW", "CT1"):
+        peer = raw_peer(node.port)
+        assert peer.associate([VERIFICATION], calling=calling)[0] == 2
+        (association,) = [one for one in node.server._living() if one.log_fields["calling_ae_title"] == repr(calling)]
+        association.wake()
+        ahead[calling] = association._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), len(association._view)
+        association.rest()
+    assert ahead["SLOW"] == (128 * 1024, 16 * 1024), "the system doubles what it is told"
+    assert ahead["CT1"][1] == 256 * 1024

@@ -254,7 +254,20 @@ def test_messages_without_an_end_are_cut_off(serve: Callable[..., Any], raw_peer
     assert kinds <= {0, 7}
 
 
-def test_an_object_above_the_limit_is_cut_off(serve: Callable[..., Any], raw_peer: Any) -> None:
+def test_an_object_above_the_limit_is_refused_and_its_association_goes_on(
+    serve: Callable[..., Any], dcmtk: Callable[..., Any], make_file: Callable[..., Path]
+) -> None:
+    node = serve(storage={"reserve_bytes": 0, "reserve_ratio": 0, "max_object_bytes": 30_000})
+    paths = [make_file(pixels=pixels) for pixels in (64, 150, 64)]  # 8, 45 and 8 KB
+    said = dcmtk("storescu", "-v", "-nh", "-aec", "DICOM_NODE", "127.0.0.1", node.port, *paths, check=False).stdout
+    node.counted.wait_for(lambda c: c.ended)
+    assert node.counted.answered == [("store", 0), ("store", 0xA700), ("store", 0)], said
+    assert node.counted.ended[0][1] == "released"
+    kept = [path for path in paths if node.catalog.index.instance(path.stem) is not None]
+    assert kept == [paths[0], paths[2]]
+
+
+def test_an_object_that_goes_on_beyond_twice_the_limit_is_cut_off(serve: Callable[..., Any], raw_peer: Any) -> None:
     peer = raw_peer(serve(storage={"reserve_bytes": 0, "reserve_ratio": 0, "max_object_bytes": 10000}).port)
     peer.associate([(1, CT, [EXPLICIT])])
     peer.send_command(1, **STORE_RQ, MessageID=1, AffectedSOPInstanceUID="1.2.3")

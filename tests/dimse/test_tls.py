@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
 
 from dicom_node.config import DeliverySettings, NodeConfig
+from dicom_node.dimse import credentials as credentials_module
+from dicom_node.dimse import identification as identification_module
 from dicom_node.dimse import server as server_module
 from dicom_node.dimse import tls as tls_module
 from dicom_node.dimse import transport as transport_module
@@ -25,8 +28,9 @@ from dicom_node.dimse.commands import NO_DATA_SET
 from dicom_node.dimse.files import get_study
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.tls import Credentials, check_tls, for_listener
-from dicom_node.errors import ConfigError, DeliveryUnavailable
-from dicom_node.model import Destination
+from dicom_node.dimse.users import hash_passcode, user_line
+from dicom_node.errors import ConfigError, DeliveryRefused, DeliveryUnavailable
+from dicom_node.model import Destination, UserCredentials
 
 EXPLICIT, VERIFICATION, CT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2"
 CONTEXTS = [(1, VERIFICATION, [EXPLICIT]), (3, CT, [EXPLICIT])]
@@ -413,6 +417,43 @@ def test_a_peer_bound_to_its_certificate_comes_with_that_one_only(
     assert tls_peer(node.port, other).associate(CONTEXTS) == (3, b"\0\1\1\3")
     assert tls_peer(node.port, other).associate(CONTEXTS, calling="MR")[0] == 2
     assert node.counted.rejected == ["certificate"]
+
+
+def test_a_user_proves_who_he_is_over_tls_and_not_in_clear(
+    serve: Callable[..., Any],
+    settings: Callable[..., dict[str, Any]],
+    dcmtk: Callable[..., Any],
+    plus_tls: Any,
+    make_file: Callable[..., Path],
+    called: Callable[..., Destination],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As from another machine: nothing here is loopback."""
+    for module in (identification_module, credentials_module):
+        monkeypatch.setattr(module, "is_loopback", lambda host: False)
+    users = tmp_path / "users"
+    users.write_text(f"{user_line('anna', hash_passcode(b'correct horse'))}\n")
+    users.chmod(0o600)
+    node = serve(tls=settings(port=0), user_identity={"users_file": users, "mode": "required"})
+
+    def store(passcode: str, port: int, *tls: object) -> bool:
+        who = ("-usr", "anna", "-pwd", passcode, "-rsp")
+        done = dcmtk("storescu", *tls, *who, "-aec", "DICOM_NODE", "127.0.0.1", port, make_file(), check=False)
+        return int(done.returncode) == 0
+
+    assert store("correct horse", node.server.tls_port, *plus_tls())
+    assert not store("wrong", node.server.tls_port, *plus_tls())
+    assert not store("correct horse", node.port), "the same passcode, in clear"
+    assert node.counted.rejected == ["user", "user"]
+
+    monkeypatch.setenv("PACS_PASSCODE", "correct horse")
+    user = UserCredentials(name="anna", passcode_env="PACS_PASSCODE")
+    assert calls(replace(called(node.server.tls_port), user=user)) == 0
+    with pytest.raises(DeliveryRefused, match="1,1,1"):
+        calls(called(node.server.tls_port))
+    with pytest.raises(DeliveryUnavailable, match="in clear; use TLS"):
+        calls(replace(called(node.port), tls=None, user=user))
 
 
 def test_plain_and_tls_have_a_port_each(

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from dicom_node import cli, transfers
 from dicom_node.auditing import AuditEvent, AuditKind, NoAuditTrail
-from dicom_node.config import JwtSettings, NodeConfig, UserIdentitySettings
+from dicom_node.config import EngineSettings, JwtSettings, NodeConfig, UserIdentitySettings
 from dicom_node.dimse import identification as identification_module
 from dicom_node.dimse import users as users_module
 from dicom_node.dimse.identification import Identification, Identified, Unidentified
@@ -29,7 +29,8 @@ from dicom_node.dimse.tokens import Tokens
 from dicom_node.dimse.upper_layer.pdus import UserIdentity
 from dicom_node.dimse.users import UsersFile, hash_passcode, user_line
 from dicom_node.dimse.wires import open_link
-from dicom_node.errors import ConfigError, DeliveryRefused, DeliveryUnavailable
+from dicom_node.engines.dicom_engine import DicomEngine
+from dicom_node.errors import ConfigError, DeliveryRefused, DeliveryUnavailable, EngineUnavailable
 from dicom_node.model import Destination, UserCredentials
 
 VERIFICATION = (1, "1.2.840.10008.1.1", ["1.2.840.10008.1.2"])
@@ -129,9 +130,14 @@ def test_dcmtk_comes_with_name_and_passcode(
         refused = store(*words)
         assert refused.returncode != 0 and "Rejected Permanent" in refused.stdout, refused.stdout
     assert node.counted.rejected == ["user"] * 4
-    kinds = [event.kind for event in trail.events]
+    node.counted.wait_for(lambda c: len(c.ended) == 2)
+    verdicts = [one for one in trail.events if one.kind in (AuditKind.USER_AUTHENTICATED, AuditKind.SECURITY_ALERT)]
+    kinds = [event.kind for event in verdicts]
     assert kinds == [AuditKind.USER_AUTHENTICATED] * 2 + [AuditKind.SECURITY_ALERT] * 4
-    assert [event.participants[0].user for event in trail.events][:4] == ["anna", "anna", "anna", "nobody"]
+    assert [event.participants[0].user for event in verdicts][:4] == ["anna", "anna", "anna", "nobody"]
+    transfers = [event for event in trail.events if event not in verdicts]
+    assert {event.kind for event in transfers} == {AuditKind.TRANSFER_BEGUN, AuditKind.TRANSFERRED}
+    assert {event.participants[0].user for event in transfers} == {"anna"}, "what was sent was sent by somebody"
     logged = " ".join(str(vars(record)) for record in caplog.records)
     assert "nobody" not in logged and "anna" not in logged and SECRET not in logged and "wrong" not in logged
 
@@ -259,7 +265,8 @@ def test_a_changed_file_holds_at_once_and_a_broken_one_never(
     assert isinstance(judge(made, passcode()), Identified)
     users_file.write_text("nonsense\n")
     assert isinstance(judge(made, passcode()), Identified), "what was read before holds on"
-    assert "cannot be read" in caplog.text
+    assert isinstance(judge(made, passcode()), Identified)
+    assert caplog.text.count("cannot be read") == 1, "once, and not for each who comes"
     users_file.write_text(user_line("anna", hash_passcode(b"another one")) + "\n")
     assert isinstance(judge(made, passcode()), Unidentified), "and is not remembered"
     assert isinstance(judge(made, passcode("another one")), Identified)
@@ -430,9 +437,24 @@ def test_the_token_does_not_choose_how_it_is_verified(with_tokens: Any, signer: 
     assert tokens.user(forged({"alg": "none"}))[0] == ""
     assert tokens.user(forged({"alg": "HS256"}, public(signer)))[0] == ""
     assert tokens.user(forged({"alg": "ES384"}))[0] == ""
+    for nested in (b"[" * 6000, b'{"a":' * 2000, b'{"alg":"ES256","kid":[1]}', b"7", b"null", b'{"alg":{}}'):
+        import base64
+
+        forgery = base64.urlsafe_b64encode(nested).rstrip(b"=") + b".e30.eA"
+        assert tokens.user(forgery)[0] == "" and tokens.user(forgery)[1].startswith("the token")
     assert tokens.user(b"\xff.x.y")[0] == tokens.user(b"x" * 20_000)[0] == tokens.user(b"")[0] == ""
     with pytest.raises(ValueError, match="algorithms"):
         JwtSettings.model_validate({**with_tokens, "algorithms": ["HS256"]})
+
+
+@pytest.mark.parametrize("exp", [1e400, -1e400, "9" * 5000, [1], {"a": 1}])
+def test_a_token_of_the_issuer_that_is_nonsense_is_not_taken(with_tokens: Any, signer: Any, exp: Any) -> None:
+    from jwt.api_jws import PyJWS
+
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "anna", "exp": exp}
+    signed = PyJWS().encode(json.dumps(claims).encode(), signer, algorithm="ES256")
+    name, why = Tokens(JwtSettings.model_validate(with_tokens)).user(signed.encode())
+    assert name == "" and why.startswith("the token")
 
 
 def test_a_key_set_is_read_by_key_id_and_taken_in_when_it_changes(with_tokens: Any, tmp_path: Path) -> None:
@@ -518,6 +540,28 @@ def test_the_node_tells_no_secret_in_clear_to_another_machine(monkeypatch: pytes
     with pytest.raises(DeliveryUnavailable, match="in clear; use TLS") as refused:
         DimseSender(NodeConfig().delivery, "OTHER").echo(destination(104, user, "192.0.2.1"))
     assert SECRET not in str(refused.value) and "anna" not in str(refused.value) + repr(user)
+
+
+@pytest.mark.parametrize("wire", ["own"])
+def test_an_engine_that_speaks_dicom_is_told_who_comes(
+    serve: Callable[..., Any], users_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = serve(user_identity={"users_file": users_file, "mode": "required"})
+    monkeypatch.setenv("BOX_PASSCODE", SECRET)
+
+    def engine(**more: Any) -> DicomEngine:
+        options = {"ae_title": "DICOM_NODE", "host": "127.0.0.1", "port": node.port, **more}
+        settings = EngineSettings(kind="dicom", options=options)
+        return DicomEngine("ai-box", settings, sender=DimseSender(NodeConfig().delivery, "NODE"))
+
+    reached = dict(engine(user={"name": "anna", "passcode_env": "BOX_PASSCODE"}).report())["reached"]
+    assert reached.endswith("answers C-ECHO with status 0x0000")
+    with pytest.raises(EngineUnavailable, match=r"1,1,1"):
+        engine().report()
+    with pytest.raises(EngineUnavailable, match=r"user\.passcode_env: the variable NO_SUCH is not set"):
+        engine(user={"name": "anna", "passcode_env": "NO_SUCH"}).report()
+    with pytest.raises(ConfigError, match=r"engines\.ai-box\.options\.user"):
+        engine(user={"passcode_env": "BOX_PASSCODE"})
 
 
 @pytest.mark.parametrize("wire", ["own"])

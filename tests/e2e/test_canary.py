@@ -1,16 +1,20 @@
 """Every text of a patient's images is a canary: none is seen in a log, a metric, a file's name or what commands print.
 
-The images are taken, refused, routed, failed by an engine that is not there and by rules that stumble over them,
-delivered in vain, asked for, and looked over by fsck; HTTP asks for its token meanwhile.
+The images are taken, refused, routed, failed by an engine that is not there and by rules that stumble over them, sent
+to an engine that speaks DICOM and answers, delivered and delivered in vain, asked for, and looked over by fsck; HTTP
+asks for its token meanwhile. The audit trail tells which patient by the Patient ID, and nothing else of anybody.
 """
 
 import copy
+import importlib.util
 import json
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from pydicom.uid import generate_uid
 from dicom_node.demo.phantom_dicom import write_cxr
 
 TOKEN = "5c" * 32
+GIVEN_UP = 'dicom_node_dead_letters{kind="delivery"} '
 TEXTS = {"LO", "LT", "PN", "SH", "ST", "UC", "UT"}
 ADDED = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientAddress", "PatientComments", "PatientTelephoneNumbers"),
@@ -35,6 +40,8 @@ ADDED = (
     *("RequestedProcedureDescription", "AdmissionID", "CountryOfResidence", "MilitaryRank", "EthnicGroup"),
 )
 RULES = {
+    "box": "rule: to-the-box\nwhen: ['Modality == \"DX\"']\n"
+    "run: {engine: box, results: [sr]}\nsend: {to: [KEEPS], what: both}\n",
     "engine": "rule: to-nobody\nwhen: ['Modality == \"DX\"', 'PatientName != \"x\"']\n"
     "run: {engine: gone, results: [sr]}\nsend: {to: [PACS], what: both}\n",
     "error": "rule: stumbles\nwhen: ['int(PatientID) > 3 && double(StudyDescription) > 1.0']\n"
@@ -90,6 +97,20 @@ def _saved(ds: Dataset, path: Path, **values: Any) -> Path:
     return path
 
 
+@pytest.fixture
+def entity() -> Iterator[Callable[..., Any]]:
+    """`entity(title, **more)`: an AE that takes what it is sent, and may answer (`tests/engines/servers`)."""
+    name = "contract_server_dicom_engine"
+    path = Path(__file__).parents[1] / "engines" / "servers" / "dicom_engine.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    with ExitStack() as stack:
+        yield lambda title, **more: stack.enter_context(module.DicomEngineServer(title, **more))
+
+
 @pytest.mark.timeout(240)
 def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     running_node: Callable[..., Any],
@@ -97,6 +118,7 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     tool: Callable[[str], str],
     free_port: Callable[[], int],
     wait_for: Callable[..., None],
+    entity: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     token = tmp_path / "http.token"
@@ -106,27 +128,38 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     rules.mkdir()
     for name, text in RULES.items():
         (rules / f"{name}.yaml").write_text(text)
-    nobody = free_port()
+    nobody, dicom_port = free_port(), free_port()
+    here = {"host": "127.0.0.1"}
+    keeps, box = entity("KEEPS"), entity("AI_BOX", node=("127.0.0.1", dicom_port, "DICOM_NODE"), automatic=["sr"])
     node = running_node(
+        dicom_port=dicom_port,
+        audit={},
         rules_dir=str(rules),
         log_level="DEBUG",
         http_token_file=str(token),
         metrics_port=0,
         completion={"quiet_s": 0.2, "quiet_after_fault_s": 0.2},
-        destinations={"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": nobody}},
+        destinations={
+            "PACS": {"ae_title": "PACS", "port": nobody, **here},
+            "KEEPS": {"ae_title": "KEEPS", "port": keeps.port, **here},
+        },
         engines={
             "gone": {
                 "kind": "monai_label", "model": "m", "timeout_s": 5,
                 "options": {"base_url": f"http://127.0.0.1:{nobody}"},
-            }
+            },
+            "box": {"kind": "dicom", "options": {
+                "ae_title": "AI_BOX", "port": box.port, "count": 1, "quiet_s": 0.5, "poll_s": 0.5, **here
+            }},
         },
-        jobs={"workers": 2, "max_attempts": 1, "backoff_s": 0.1, "deadline_s": 5},
-        delivery={"backoff_s": 0.1, "connect_timeout_s": 1, "give_up_after_s": 3},
+        jobs={"workers": 2, "max_attempts": 1, "backoff_s": 0.1, "deadline_s": 60},
+        delivery={"backoff_s": 0.1, "breaker_probe_s": 0.5, "connect_timeout_s": 5, "give_up_after_s": 3},
     )  # fmt: skip
     canaries = Canaries()
     source = write_cxr(tmp_path / "film.dcm", 810002)
     film = pydicom.dcmread(tmp_path / "film.dcm")
     canaries.fill(film)
+    patient_ids = {str(film.PatientID), "CNRYOTHER"}
     odd = {"StudyDate": "CNRYDATE", "InstanceNumber": "CNRYNUMBER  ", "ContentTime": "CNRYTIME"}
     canaries.sung += ["CNRYDATE", "CNRYNUMBER", "CNRYTIME"]
     folder = tmp_path / "send"
@@ -135,6 +168,16 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     for keyword, value in odd.items():
         storescu(node, _saved(film, folder / f"{keyword}.dcm", **{keyword: value}))
     assert storescu(node, folder / "film.dcm").returncode == 0
+    facts = json.loads((node.data_dir / "run" / "supervisor.json").read_text())["facts"]
+    there = f"http://127.0.0.1:{facts['metrics_port']}"
+
+    def is_through() -> bool:
+        """One delivery given up, image and answer delivered. A study of two identities would wait for a person."""
+        page = _get(f"{there}/metrics", TOKEN)[1]
+        is_given_up = GIVEN_UP in page and GIVEN_UP + "0.0" not in page
+        return is_given_up and {"DX", "SR"} <= {ds.Modality for ds in keeps.received}
+
+    wait_for(is_through, 120, f"the study to be sent, answered and given up; log: {node.log}")
     film.PatientName = canaries.sung[0] + "^OTHER"  # the same UID with other content, and another identity
     film.PatientID = "CNRYOTHER"
     canaries.sung.append("CNRYOTHER")
@@ -156,12 +199,6 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
         ]
         subprocess.run([tool("findscu"), *asked], capture_output=True, timeout=60, check=False)
 
-    facts = json.loads((node.data_dir / "run" / "supervisor.json").read_text())["facts"]
-    there = f"http://127.0.0.1:{facts['metrics_port']}"
-    given_up = 'dicom_node_dead_letters{kind="delivery"} '
-    wait_for(lambda: given_up in (page := _get(f"{there}/metrics", TOKEN)[1]) and given_up + "0.0" not in page, 90,
-             f"a delivery that is given up; log:\n{node.tail()}")  # fmt: skip
-
     # what HTTP says to whom
     assert _get(f"{there}/metrics")[0] == 401 and _get(f"{there}/ready", "f" * 64)[0] == 401
     assert _get(f"{there}/ping")[0] == 200 and node.get("/ping")[0] == 200 and node.get("/metrics")[0] == 404
@@ -169,7 +206,7 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
     assert 'dicom_node_http_refusals_total{reason="token"} 1.0' in told["metrics"]
     with urllib.request.urlopen(f"http://127.0.0.1:{node.http_port}/ping", timeout=10) as answer:
         assert TOKEN not in str(answer.headers)
-    for words in (["status"], ["fsck"]):
+    for words in (["status"], ["fsck"], ["timeline", source.study_instance_uid], ["audit", "verify"]):
         ran = node.command(*words, check=False)
         told[" ".join(words)] = ran.stdout + ran.stderr
     assert node.stop() == 0
@@ -179,6 +216,9 @@ def test_no_text_of_a_patient_is_seen_outside_the_archive_and_the_catalog(
 
     assert len(canaries.sung) > 40 and source.study_instance_uid in told["log"]
     assert {where: canaries.heard(text) for where, text in told.items() if canaries.heard(text)} == {}
+    audited = "".join(path.read_text() for path in (node.data_dir / "audit").rglob("*") if path.is_file())
+    assert set(canaries.heard(audited)) == patient_ids
+    told["audit trail"] = audited
     assert not [where for where, text in told.items() if TOKEN in text]
     kept = b"".join(path.read_bytes() for path in (node.data_dir / "archive").rglob("*.dcm"))
     assert canaries.sung[0].encode() in kept  # they were there to be seen

@@ -94,6 +94,33 @@ def test_other_paths_are_answered_as_before(mounted: Callable[[Mount], HealthSer
     assert _ask(server, "/ping", "POST")[0] == 405 and _ask(server, "/here", "POST")[0] == 404
 
 
+def test_engines_that_fetch_much_leave_room_for_whoever_looks_how_the_node_is(
+    mounted: Callable[[Mount], HealthServer],
+) -> None:
+    go_on, begun = threading.Event(), threading.Semaphore(0)
+
+    class Held(Answer):
+        def __iter__(self) -> Iterator[bytes]:
+            begun.release()
+            go_on.wait(20)
+            yield from self.pieces
+
+    server = mounted(lambda *_: Held())
+    fetching = [threading.Thread(target=_ask, args=(server, "/here/x")) for _ in range(health.MOUNTED_MAX)]
+    for thread in fetching:
+        thread.start()
+    try:
+        assert all(begun.acquire(timeout=10) for _ in fetching)
+        status, headers, _ = _ask(server, "/here/x")
+        assert (status, headers["retry-after"]) == (503, "2")
+        assert _ask(server, "/ready")[0] == _ask(server, "/metrics")[0] == 200
+    finally:
+        go_on.set()
+        for thread in fetching:
+            thread.join(10)
+    assert _ask(server, "/here/x")[0] == 200
+
+
 def test_what_is_posted_to_a_mount_reaches_it_without_its_body(mounted: Callable[[Mount], HealthServer]) -> None:
     seen: list[str] = []
 
