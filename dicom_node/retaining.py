@@ -228,7 +228,8 @@ def _delete(
     deleter.delete(order)
     left = catalog.queue.unfinished_deletions()
     if any(one.study_instance_uid == study for one in left):
-        return f"{what} is deleted; some of its files could not be removed yet, the node tries again"
+        why = "some of its files could not be removed, or the audit trail not be told"
+        return f"{what} is deleted, but {why}; the node tries again"
     return f"{what} is deleted"
 
 

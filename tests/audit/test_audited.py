@@ -19,6 +19,9 @@ class Heard:
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
     def told(self) -> list[tuple[str, tuple[str, ...], int, dict[str, int]]]:
         return [(one.kind.value, one.study_instance_uids, int(one.outcome), dict(one.instances)) for one in self.events]
 

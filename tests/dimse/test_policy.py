@@ -151,6 +151,9 @@ class Trail:
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
 
 def results(body: bytes) -> dict[int, int]:
     """Result of each context of an A-ASSOCIATE-AC."""

@@ -88,6 +88,9 @@ class Trail:
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
 
 def item(kind: int, primary: bytes, secondary: bytes = b"", response: int = 0) -> bytes:
     body = struct.pack(">BBH", kind, response, len(primary)) + primary
