@@ -34,8 +34,7 @@ class _Study:
 
 @dataclass(slots=True)
 class _Received:
-    source: Source
-    user: str = ""
+    participants: tuple[Participant, Participant]
     studies: dict[tuple[str, str], _Study] = field(default_factory=dict)  # by Study Instance UID and Patient ID
     refused: int = 0
 
@@ -51,7 +50,7 @@ class ReceivedStudies:
         """The association is for this user, as was proved."""
         received = self._of(source)
         if received is not None:
-            received.user = user
+            received.participants = peer_of(source, user)
 
     def stored(
         self, source: Source, study_instance_uid: str, sop_class_uid: str, patient_id: str, outcome: StoreOutcome
@@ -69,7 +68,7 @@ class ReceivedStudies:
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFER_BEGUN,
-                    participants=peer_of(source, received.user),
+                    participants=received.participants,
                     study_instance_uids=(study_instance_uid,),
                     patient_ids=(patient_id,),
                 )
@@ -99,7 +98,7 @@ class ReceivedStudies:
                 AuditEvent(
                     kind=AuditKind.TRANSFERRED,
                     outcome=AuditOutcome.MINOR_FAILURE,
-                    participants=peer_of(source, received.user),
+                    participants=received.participants,
                     study_instance_uids=tuple(study for study, _ in received.studies) if of_one else (),
                     patient_ids=patients if of_one else (),
                     detail=f"{received.refused} objects were refused",
@@ -111,7 +110,7 @@ class ReceivedStudies:
             return None
         received = self._open.get(source.association_id)
         if received is None:
-            received = self._open[source.association_id] = _Received(source)
+            received = self._open[source.association_id] = _Received(peer_of(source))
         return received
 
     def _tell(self, received: _Received, outcome: AuditOutcome, detail: str) -> None:
@@ -120,7 +119,7 @@ class ReceivedStudies:
                 AuditEvent(
                     kind=AuditKind.TRANSFERRED,
                     outcome=outcome,
-                    participants=peer_of(received.source, received.user),
+                    participants=received.participants,
                     study_instance_uids=(uid,),
                     patient_ids=(patient_id,),
                     instances=study.instances,

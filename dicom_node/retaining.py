@@ -213,20 +213,18 @@ def _delete(
 ) -> str:
     _, instances, length = catalog.queue.study_contents(study)
     what = f"study {study}: {sum(instances.values())} objects, {length} bytes"
-    if held := deleter.held(study, holds):
+    held = deleter.held(study, holds)
+    if held and arguments.dry_run:
         raise StudyHeld(held)
     if arguments.dry_run:
         return f"{what} would be deleted"
+    broken = ", although the node committed to it" if arguments.break_commitment else ""
+    why = f"asked for on the command line{broken}"
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who=person().user, why=why, holds=holds)
+    if held:
+        deleter.refuse(order, held)
     if not (arguments.yes or _agreed(what)):
         return f"{what} stays"
-    broken = ", although the node committed to it" if arguments.break_commitment else ""
-    order = DeletionOrder(
-        study_instance_uid=study,
-        rule=PERSON,
-        who=person().user,
-        why=f"asked for on the command line{broken}",
-        holds=holds,
-    )
     deleter.delete(order)
     left = catalog.queue.unfinished_deletions()
     if any(one.study_instance_uid == study for one in left):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, NoAuditTrail, Participant
 from dicom_node.errors import NodeError, StorageError
@@ -134,6 +134,13 @@ class Deleter:
                 extra={"action": "deletion_unfinished", "study": deletion.study_instance_uid, "error": str(exc)},
             )
         return deletion
+
+    def refuse(self, order: DeletionOrder, held: Sequence[Held]) -> NoReturn:
+        """Tell that it was asked for and is not done. Raises StudyHeld, NotFound."""
+        patients, instances, _ = self._book.study_contents(order.study_instance_uid)
+        refusal = StudyHeld(held)
+        self._tell(order, patients, instances, AuditOutcome.MINOR_FAILURE, f"not done: {refusal}")
+        raise refusal
 
     def finish(self, deletion: Deletion) -> None:
         """Remove its files, make that durable, tell it, and end it. Idempotent. Raises StorageError."""

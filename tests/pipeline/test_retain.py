@@ -435,3 +435,15 @@ def test_a_deletion_is_not_forgotten_before_the_audit_trail_has_it(
     (done,) = world.trail.events
     assert done.detail.endswith("done") and done.patient_ids == ("P1",)
     assert not world.bench.queue.unfinished_deletions()
+
+
+def test_a_deletion_that_a_person_asked_for_in_vain_is_told(world: World) -> None:
+    study = world.receive(1)
+    deleter = world.deleter()
+    held = deleter.held(study, PERSON_IS_HELD_BY)
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who="root", why="asked for", holds=PERSON_IS_HELD_BY)
+    with pytest.raises(StudyHeld):
+        deleter.refuse(order, held)
+    (told,) = world.trail.events
+    assert told.outcome is AuditOutcome.MINOR_FAILURE and told.detail.startswith("deletion by a person, not done: ")
+    assert told.patient_ids == ("P1",) and world.studies() == {study}
