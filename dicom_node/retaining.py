@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +22,7 @@ from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.retain import Fate, Retainer, Run
 from dicom_node.retention import PERSON, PERSON_IS_HELD_BY, Deletion, DeletionOrder, Hold, RetentionSettings, StudyHeld
 from dicom_node.store.catalog import Catalog
-from dicom_node.trails import command_trail
+from dicom_node.trails import command_trail, person
 
 __all__ = ["Retention", "delete", "node_deleter", "node_retainer", "retention"]
 
@@ -154,7 +152,7 @@ def retention(arguments: argparse.Namespace) -> int:
         print("retention is off: everything is kept until a person deletes it")
         return OK
     fates: list[Fate] = []
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         deleter = node_deleter(catalog, config, trail)
         if not arguments.dry_run:
             deleter.finish_all()
@@ -199,7 +197,7 @@ def delete(arguments: argparse.Namespace) -> int:
     config = offline(arguments)
     holds = PERSON_IS_HELD_BY - ({Hold.COMMITTED_TO} if arguments.break_commitment else frozenset())
     stay = 0
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         deleter = node_deleter(catalog, config, trail)
         for study in arguments.study:
             try:
@@ -215,20 +213,23 @@ def _delete(
 ) -> str:
     _, instances, length = catalog.queue.study_contents(study)
     what = f"study {study}: {sum(instances.values())} objects, {length} bytes"
-    if held := deleter.held(study, holds):
+    held = deleter.held(study, holds)
+    if held and arguments.dry_run:
         raise StudyHeld(held)
     if arguments.dry_run:
         return f"{what} would be deleted"
+    broken = ", although the node committed to it" if arguments.break_commitment else ""
+    why = f"asked for on the command line{broken}"
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who=person().user, why=why, holds=holds)
+    if held:
+        deleter.refuse(order, held)
     if not (arguments.yes or _agreed(what)):
         return f"{what} stays"
-    broken = ", although the node committed to it" if arguments.break_commitment else ""
-    order = DeletionOrder(
-        study_instance_uid=study, rule=PERSON, who=_user(), why=f"asked for on the command line{broken}", holds=holds
-    )
     deleter.delete(order)
     left = catalog.queue.unfinished_deletions()
     if any(one.study_instance_uid == study for one in left):
-        return f"{what} is deleted; some of its files could not be removed yet, the node tries again"
+        why = "some of its files could not be removed, or the audit trail not be told"
+        return f"{what} is deleted, but {why}; the node tries again"
     return f"{what} is deleted"
 
 
@@ -237,10 +238,3 @@ def _agreed(what: str) -> bool:
         print("dicom-node: nobody to ask; say --yes", file=sys.stderr)
         return False
     return input(f"{what}. Delete for good? [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container without that user
-        return f"uid {os.getuid()}"

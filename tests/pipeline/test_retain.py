@@ -30,9 +30,13 @@ class Trail:
     """Keeps what it is told."""
 
     events: list[AuditEvent] = field(default_factory=list)
+    takes: bool = True
 
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
+
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return self.takes
 
 
 @dataclass
@@ -408,3 +412,38 @@ def test_files_that_cannot_be_removed_are_tried_again(
     assert "deletion_unfinished" in str([record.__dict__ for record in caplog.records])
     assert not world.studies() and len(world.bench.queue.unfinished_deletions()) == 1
     assert world.deleter().finish_all() == 1 and not list(world.bench.archive.locations())
+
+
+def test_a_deletion_is_not_forgotten_before_the_audit_trail_has_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = world.receive(1, send=False)
+    world.trail.takes = False
+    deleter = world.deleter()
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who="root", why="asked for", holds=PERSON_IS_HELD_BY)
+    deleter.delete(order)
+    assert not world.studies() and not list(world.bench.archive.locations())  # a full disk gets its room
+    assert "before the audit trail has it on disk" in caplog.text and "could not be ended" in caplog.text
+    with pytest.raises(StorageError, match="audit trail"):
+        deleter.finish_all()
+    assert [event.detail.rpartition(" ")[2] for event in world.trail.events] == ["for", "done"]  # not at each try
+    (left,) = world.bench.queue.unfinished_deletions()
+    assert left.patient_ids == ("P1",)
+    world.trail.takes = True
+    world.trail.events.clear()
+    assert world.deleter().finish_all() == 1  # the next process, of which nobody knows whether the last was heard
+    (done,) = world.trail.events
+    assert done.detail.endswith("done") and done.patient_ids == ("P1",)
+    assert not world.bench.queue.unfinished_deletions()
+
+
+def test_a_deletion_that_a_person_asked_for_in_vain_is_told(world: World) -> None:
+    study = world.receive(1)
+    deleter = world.deleter()
+    held = deleter.held(study, PERSON_IS_HELD_BY)
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who="root", why="asked for", holds=PERSON_IS_HELD_BY)
+    with pytest.raises(StudyHeld):
+        deleter.refuse(order, held)
+    (told,) = world.trail.events
+    assert told.outcome is AuditOutcome.MINOR_FAILURE and told.detail.startswith("deletion by a person, not done: ")
+    assert told.patient_ids == ("P1",) and world.studies() == {study}
