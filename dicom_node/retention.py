@@ -119,6 +119,7 @@ class Hold(StrEnum):
     FAILED_SERIES = "failed-series"
     DELIVERIES = "deliveries"
     FAILED_DELIVERIES = "failed-deliveries"
+    UNSENT = "unsent"
     CONFLICT = "identity-conflict"
     QUARANTINE = "quarantine"
     VARIANTS = "variants"

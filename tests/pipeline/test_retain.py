@@ -13,7 +13,17 @@ import pytest
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome
 from dicom_node.errors import DeliveryError, DeliveryUnavailable, StorageError
 from dicom_node.interfaces import RoutedSeries
-from dicom_node.model import CloseTrigger, CommitmentTimes, Destination, Level, Priority, SendWhat, SeriesHeader
+from dicom_node.model import (
+    CloseTrigger,
+    CommitmentTimes,
+    ConflictPolicy,
+    Destination,
+    LatePolicy,
+    Level,
+    Priority,
+    SendWhat,
+    SeriesHeader,
+)
 from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.retain import Fate, Retainer, Run
@@ -271,6 +281,59 @@ def test_what_was_cancelled_was_not_delivered(world: World) -> None:
     assert world.run(world.retainer(DONE)).deleted == 0 and not world.fates
     world.bench.clock.sleep(DAY)
     assert world.run(world.retainer(DONE, NONE)).deleted == 1
+
+
+def late(world: World, number: int, *images: int, rerun: bool, **attributes: Any) -> None:
+    """More of a study that was sent came, and is routed."""
+    study, series = f"1.{number}", f"1.{number}.1"
+    bench = world.bench
+    bench.receive(*(bench.dataset(f"{series}.{image}", study=study, series=series, **attributes) for image in images))
+    policy = LatePolicy.RERUN if rerun else LatePolicy.IGNORE
+    plan = bench.plan(
+        engine="",
+        series_instance_uid=series,
+        send_what=SendWhat.SOURCE,
+        priority=Priority.ROUTINE,
+        late_instances=policy,
+    )
+    bench.route(plan, study=study, series=series)
+    bench.clock.sleep(DAY)
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_a_late_image_that_was_not_sent_keeps_the_study(world: World, rerun: bool) -> None:
+    world.receive(1)
+    world.deliver()
+    late(world, 1, 7, rerun=rerun)
+    world.deliver()
+    run = world.run(world.retainer())
+    assert (run.deleted, world.told()) == ((1, []) if rerun else (0, ["unsent"]))
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_replaced_an_object_that_was_sent_keeps_the_study_until_it_is_sent(world: World, rerun: bool) -> None:
+    world.receive(1)
+    world.deliver()
+    world.bench.ingest._conflict_policy_for = lambda source: ConflictPolicy.REPLACE
+    late(world, 1, 0, rerun=rerun, StudyDescription="other")
+    assert len(world.bench.catalog.index.variants("1.1.1.0")) == 1
+    world.deliver()
+    run = world.run(world.retainer())  # the destination has that UID, and other content under it
+    assert (run.deleted, world.told()) == ((1, []) if rerun else (0, ["unsent"]))
+
+
+def test_objects_that_another_study_is_still_sending_keep_their_own(world: World) -> None:
+    study = world.receive(1, send=False)
+    world.receive(2)
+    add = (
+        "INSERT INTO delivery_item (delivery, position, sop_instance_uid, sha256) "
+        "SELECT (SELECT max(id) FROM delivery), 99, sop_instance_uid, sha256 FROM instance "
+        "WHERE study_instance_uid = ? LIMIT 1"
+    )
+    world.bench.database.write(lambda connection: connection.execute(add, (study,)))
+    world.bench.clock.sleep(5 * DAY)
+    world.run(world.retainer(NONE))
+    assert world.told() == ["deliveries"] and study in world.studies()
 
 
 def test_a_quarantined_part_keeps_the_study(world: World) -> None:
