@@ -33,9 +33,7 @@ SELECT study.*,
   (SELECT json_group_array(DISTINCT calling_ae) FROM receipt
     WHERE receipt.study_instance_uid = study.study_instance_uid) AS callers,
   (SELECT json_group_array(DISTINCT value) FROM routed_series, json_each(planned)
-    WHERE routed_series.study_instance_uid = study.study_instance_uid) AS rules,
-  CASE WHEN :sizes THEN (SELECT coalesce(sum(data_set_offset + data_set_length), 0) FROM instance
-    WHERE instance.study_instance_uid = study.study_instance_uid) ELSE 0 END AS bytes
+    WHERE routed_series.study_instance_uid = study.study_instance_uid) AS rules
 FROM study WHERE (first_received_at, study_instance_uid) > (:after_at, :after_uid)
 ORDER BY first_received_at, study_instance_uid LIMIT :limit
 """
@@ -98,9 +96,9 @@ class Deletions(CatalogPart):
 
     # --- looking
 
-    def studies_to_keep(self, after: tuple[str, str], limit: int, *, sizes: bool) -> Sequence[StudyToKeep]:
+    def studies_to_keep(self, after: tuple[str, str], limit: int) -> Sequence[StudyToKeep]:
         """Studies in the order in which they first came, those after (first_received_at, Study Instance UID)."""
-        names = {"after_at": after[0], "after_uid": after[1], "limit": limit, "sizes": sizes}
+        names = {"after_at": after[0], "after_uid": after[1], "limit": limit}
         with self.database.read() as connection:
             rows = connection.execute(_PAGE, names).fetchall()
             return [self._study(row, mark_of(connection, row["study_instance_uid"])) for row in rows]
@@ -115,9 +113,14 @@ class Deletions(CatalogPart):
             routing_rules=frozenset(json.loads(row["rules"])),
             received=bool(row["received"]),
             delivers=bool(row["delivers"]),
-            bytes=row["bytes"],
             mark=mark,
+            contents=f"{row['last_received_at']}|{row['again_at']}|{row['instance_count']}",
         )
+
+    def study_bytes(self, study_instance_uid: str) -> int:
+        """Of the files of all its objects."""
+        sql = "SELECT coalesce(sum(data_set_offset + data_set_length), 0) FROM instance WHERE study_instance_uid = ?"
+        return int(self.database.rows(sql, (study_instance_uid,))[0][0])
 
     def has_study(self, study_instance_uid: str) -> bool:
         """Whether anything of the study is here."""

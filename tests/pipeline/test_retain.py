@@ -408,6 +408,50 @@ def test_free_space_is_made_and_the_young_are_spared(world: World) -> None:
     assert world.studies() == {young} and run.over_bytes == {"room": 900}
 
 
+def test_no_more_goes_than_what_is_lacking_where_deleting_frees_nothing(world: World) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+    each = world.bench.queue.study_contents(studies[0])[2]
+    rule = {"name": "room", "deliveries": "none", "free_bytes": each + 100}
+    run = world.run(world.retainer(rule, free=lambda: 100))  # a snapshot keeps all that is deleted
+    assert run.deleted == 1 and world.studies() == set(studies[1:]) and run.over_bytes == {"room": each}
+
+
+def test_a_run_ends_where_files_cannot_be_removed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+
+    def fails(location: str) -> None:
+        raise StorageError("a file cannot be removed: Read-only file system")
+
+    world.bench.clock.sleep(5 * DAY)
+    with monkeypatch.context() as patched:
+        patched.setattr(world.bench.archive, "remove", fails)
+        run = world.run(world.retainer())
+        assert (run.deleted, run.whole) == (1, False)
+        with pytest.raises(StorageError):  # what each tick of the node does before its next run
+            world.deleter().finish_all()
+    assert world.studies() == set(studies[1:])
+
+
+def test_sizes_are_summed_up_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+    summed: list[str] = []
+    queue = type(world.bench.queue)
+    study_bytes = queue.study_bytes
+
+    def counted(part: Any, study: str) -> int:
+        summed.append(study)
+        return study_bytes(part, study)
+
+    monkeypatch.setattr(queue, "study_bytes", counted)
+    retainer = world.retainer({"name": "small", "deliveries": "none", "keep_bytes": 2**30})
+    for _ in range(3):
+        world.run(retainer)
+    assert summed == studies
+    world.bench.receive(world.bench.dataset("1.1.1.9", study="1.1", series="1.1.1"))
+    world.run(retainer)
+    assert summed == [*studies, "1.1"]
+
+
 def test_a_run_is_bounded_and_the_next_goes_on(world: World) -> None:
     for number in range(5):
         world.receive(number, send=False)
