@@ -137,7 +137,8 @@ class Deletions(CatalogPart):
         today = utc_text(self.clock.wall())[:_DAY]
 
         def write(connection: sqlite3.Connection) -> str | None:
-            last: str | None = connection.execute("SELECT max(day) FROM day_seen WHERE day <= ?", (today,)).fetchone()[0]
+            last: str | None
+            (last,) = connection.execute("SELECT max(day) FROM day_seen WHERE day <= ?", (today,)).fetchone()
             if last != today:
                 connection.execute("INSERT INTO day_seen VALUES (?)", (today,))
             return last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +23,9 @@ from dicom_node.store.ledger import Ledger
 from dicom_node.store.receipts import LedgerLine, Unaccounted, by_source_and_hour, unaccounted
 from dicom_node.store.returned import Returned
 from dicom_node.store.rows import QueueOptions
+from dicom_node.store.standing import audit, stand
 from dicom_node.store.status import Stuck
+from dicom_node.store.tally import audit_tallies, recount
 from dicom_node.store.timeline import timeline
 
 __all__ = ["LedgerReport", "QueueOptions", "SqliteQueue", "Stuck"]
@@ -91,6 +94,28 @@ class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentReques
                 studies=totals["ledger_studies"],
                 unaccounted=unaccounted(connection) if broken else (),
             )
+
+    def audit_counts(self, *, repair: bool) -> Sequence[str]:
+        """For fsck: which of the counts and standings that are kept differ from what the rows say; `repair`: no more.
+
+        Looks at every row there is.
+        """
+        with self.database.read() as connection:
+            connection.execute("BEGIN")  # all of one moment
+            try:
+                stands, counts = audit(connection), audit_tallies(connection)
+            finally:
+                connection.execute("ROLLBACK")
+
+        def write(connection: sqlite3.Connection) -> None:
+            for study, series in audit(connection):
+                stand(connection, study, series)
+            if audit_tallies(connection):
+                recount(connection)
+
+        if repair and (stands or counts):
+            self.database.write(write)
+        return [*(f"standing of series {series} of study {study}" for study, series in stands), *counts]
 
     def stuck(
         self,
