@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
+from dicom_node.config import StorageSettings
 from dicom_node.errors import NotFound, StorageError
 from dicom_node.interfaces import RoutedSeries
 from dicom_node.model import AssociationEnd, CloseTrigger, ConflictPolicy, InstanceRecord, Level, SeriesHeader, Verdict
 from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.retention import DeletionOrder, Hold, StudyHeld
-from dicom_node.store.backup import back_up
-from dicom_node.store.catalog import Catalog
+from dicom_node.store.backup import back_up, bring_back
+from dicom_node.store.catalog import Catalog, open_catalog
 
 STUDY, OTHER = "1.9.1", "1.9.2"
 DAY = 24 * 3600.0
@@ -150,6 +151,29 @@ def test_a_backup_made_meanwhile_knows_of_the_deletion(
     with closing(sqlite3.connect(tmp_path / "saved.db")) as copy:
         assert copy.execute("SELECT study_instance_uid FROM deletion").fetchall() == [(STUDY,)]
         assert copy.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+def test_a_backup_that_is_brought_back_removes_nothing_that_came_since(
+    catalog: Catalog,
+    clock: Any,
+    settled: list[InstanceRecord],
+    receive: Callable[..., InstanceRecord],
+    tmp_path: Path,
+) -> None:
+    catalog.queue.begin_deletion(order())  # and its files stay so far
+    back_up(catalog, tmp_path / "saved.db")
+    again = receive(2)
+    for one in settled:
+        os.utime(catalog.archive.path(one.file.location), (clock.wall().timestamp() - 3600,) * 2)
+    os.utime(catalog.archive.path(again.file.location), (clock.wall().timestamp() - 1,) * 2)  # on its way meanwhile
+    shutil.copytree(catalog.data_dir / "archive", tmp_path / "restored" / "archive")
+    bring_back(tmp_path / "restored", tmp_path / "saved.db")
+    restored = open_catalog(tmp_path / "restored", clock, StorageSettings(reserve_bytes=0, reserve_ratio=0.0))
+    assert deleter(restored).finish_all() == 1
+    report = fsck(restored, rebuild=True, verify_hashes=True, clock=clock)
+    assert report.indexed == [again.file.location] and len(report.deleted) == 2
+    assert found(restored, STUDY) == 1
+    restored.close()
 
 
 class _Cut(Exception):
