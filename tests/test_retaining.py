@@ -153,11 +153,11 @@ def test_from_dry_run_to_deleted(settings: Path, tmp_path: Path, capfd: pytest.C
     deliver(config)
     assert json.loads(said("retention", "--dry-run", "--json"))["studies"][0]["safe"] == {"PACS": "found"}
 
-    deleted: list[tuple[str, int]] = []
+    told_of: list[tuple[str, int]] = []
     catalog = node_catalog(config, SystemClock())
-    service = Retention(catalog, config, SystemClock(), lambda rule, length: deleted.append((rule, length)))
+    service = Retention(catalog, config, SystemClock(), lambda rule, length: told_of.append((rule, length)))
     service.tick()
-    assert [rule for rule, _ in deleted] == ["sent", "here"] and service.facts()["error"] == ""
+    assert [rule for rule, _ in told_of] == ["sent", "here"] and service.facts()["error"] == ""
     assert ("deletions_unfinished", (), 0) in list(service.readings())
     service.stop()
     catalog.close()
@@ -170,6 +170,9 @@ def test_from_dry_run_to_deleted(settings: Path, tmp_path: Path, capfd: pytest.C
     assert "would be deleted" in said("delete", again, "--dry-run")
     assert "nobody to ask" in said("delete", again)
     assert "is deleted" in said("delete", again, "--yes") and f"no study {again}" in said("delete", again, status=2)
+    assert "deleted by retention rule sent, and counted no more: 1 studies of 1 series" in said("ledger")
+    deleted = {rule: {"studies": 1, "series": 1} for rule in ("here", "person", "sent")}
+    assert json.loads(said("ledger", "--json"))["deleted"] == deleted
     assert said("fsck").endswith("archive and index agree\n")
 
 

@@ -15,7 +15,7 @@ import json
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
+from datetime import date, datetime
 
 from dicom_node.errors import NotFound
 from dicom_node.retention import Deletion, DeletionOrder, Held, Hold, Sent, StudyHeld, StudyToKeep
@@ -259,6 +259,14 @@ class Deletions(CatalogPart):
         if study_instance_uid is None:
             return self._deletions("1", (), limit)
         return self._deletions("study_instance_uid = ?", (study_instance_uid,), limit)
+
+    def deleted_by_rule(self, since: datetime | None) -> Mapping[str, tuple[int, int]]:
+        """Rule (or 'person') to how many studies, and series in them, were deleted since then, None: ever."""
+        rows = self.database.rows(
+            "SELECT rule, count(*), sum(series) FROM deletion WHERE at >= ? GROUP BY rule ORDER BY rule",
+            ("" if since is None else utc_text(since),),
+        )
+        return {row[0]: (row[1], row[2]) for row in rows}
 
     def _deletions(self, where: str, values: Sequence[object], limit: int = -1) -> Sequence[Deletion]:
         order = "DESC" if limit >= 0 else "ASC"

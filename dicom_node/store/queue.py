@@ -37,12 +37,15 @@ CHEAP_S = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerReport:
-    """`SqliteQueue.ledger`. `totals` (of series) and `studies` are those of `store.status.snapshot`: of all time."""
+    """`SqliteQueue.ledger`. `totals` (of series) and `studies` are those of `store.status.snapshot`: of all time that
+    is here still. `deleted`: rule to studies and series that were taken out of all this since then.
+    """
 
     lines: Sequence[LedgerLine]
     totals: Mapping[str, Any]
     studies: Mapping[str, int]
     unaccounted: Sequence[Unaccounted]
+    deleted: Mapping[str, tuple[int, int]]
 
 
 class _Paced(Generic[T]):
@@ -85,6 +88,7 @@ class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentReques
         """What was received and where it stands: by source and hour since then (None: ever), in all, and what breaks
         the balance; see `store.receipts`. Not for every scrape: it looks at each series of that time.
         """
+        deleted = self.deleted_by_rule(since)
         with self.database.read() as connection:
             totals = status.ledger_totals(connection)
             broken = totals["ledger"]["imbalance"] or totals["ledger_studies"]["imbalance"]
@@ -93,6 +97,7 @@ class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentReques
                 totals=totals["ledger"],
                 studies=totals["ledger_studies"],
                 unaccounted=unaccounted(connection) if broken else (),
+                deleted=deleted,
             )
 
     def audit_counts(self, *, repair: bool) -> Sequence[str]:
