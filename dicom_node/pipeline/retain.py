@@ -11,6 +11,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, timedelta
+from itertools import takewhile
 from typing import Literal, Protocol
 
 from dicom_node.errors import DeliveryError, NodeError, NotFound
@@ -36,6 +38,7 @@ PAGE = 200
 LOOK_AGAIN_S = 3600.0  # at a study that was held
 RUN_S = 120.0  # then the next run goes on
 MOST_HELD = 100_000  # studies remembered as held
+MOST_AGE_S = 100 * 365 * 24 * 3600.0
 MOST_SIZES = 1_000_000  # studies of which the bytes are remembered
 _ALL_HOLDS = frozenset(Hold)
 
@@ -139,7 +142,7 @@ class Retainer:
         self._silent.clear()
         began = self._clock.boot().seconds
         kept, after = (Counter[str](), ("", "")) if dry else (self._kept, self._after)
-        for study in self._studies(after):
+        for study in self._studies(after, self._young_since(quotas)):
             late = self._clock.boot().seconds - began > RUN_S
             if not dry and (run.deleted >= self._settings.studies_per_run or late):
                 break
@@ -192,12 +195,20 @@ class Retainer:
             return False
         return any(one.study_instance_uid == fate.study_instance_uid for one in self._book.unfinished_deletions())
 
-    def _studies(self, after: tuple[str, str]) -> Iterator[StudyToKeep]:
+    def _young_since(self, quotas: _Quotas) -> str:
+        """What first came later than this is not old enough for any rule, and need not be looked at."""
+        ages = [rule.older_than for rule in self._settings.rules if rule.older_than is not None]
+        ages += [rule.quota_spares for rule in self._settings.rules if quotas.is_over(rule)]
+        age = timedelta(seconds=min(*ages, MOST_AGE_S, MOST_AGE_S))
+        return (self._clock.wall() - age).astimezone(UTC).isoformat(timespec="microseconds")
+
+    def _studies(self, after: tuple[str, str], until: str = "~") -> Iterator[StudyToKeep]:
         while not self._stopping():
             page = self._book.studies_to_keep(after, PAGE)
-            if not page:
+            old = list(takewhile(lambda study: study.first_received_at <= until, page))
+            yield from old
+            if not page or len(old) < len(page):
                 return
-            yield from page
             after = (page[-1].first_received_at, page[-1].study_instance_uid)
 
     def _rule_for(self, study: StudyToKeep) -> RetentionRule | None:
@@ -343,6 +354,11 @@ class _Quotas:
     def count(self, rule: RetentionRule, study: StudyToKeep) -> None:
         """The study is one of that rule's."""
         self._total[rule.name] += self._bytes_of(study)
+
+    def is_over(self, rule: RetentionRule) -> bool:
+        """Whether more than age decides by that rule now."""
+        over = rule.keep_bytes is not None and self._total[rule.name] > rule.keep_bytes
+        return over or (rule.free_bytes is not None and self._lacking(rule.free_bytes) > 0)
 
     def gone(self, rule: RetentionRule, length: int) -> None:
         """A study of that rule was deleted, or would be."""

@@ -452,6 +452,28 @@ def test_sizes_are_summed_up_once(world: World, monkeypatch: pytest.MonkeyPatch)
     assert summed == [*studies, "1.1"]
 
 
+def test_what_is_too_young_for_every_rule_is_not_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        world.receive(number, send=False)
+    pages: list[int] = []
+    monkeypatch.setattr("dicom_node.pipeline.retain.PAGE", 1)
+    queue = type(world.bench.queue)
+    page_of = queue.studies_to_keep
+
+    def counted(part: Any, after: tuple[str, str], limit: int) -> Any:
+        pages.append(limit)
+        return page_of(part, after, limit)
+
+    monkeypatch.setattr(queue, "studies_to_keep", counted)
+    for age, looked_at in (("4w", 1), ("52000000w", 1), ("1h", 4)):
+        pages.clear()
+        run = world.run(world.retainer({**NONE, "older_than": age}), dry=True)
+        assert (len(pages), run.whole, run.deleted) == (looked_at, True, 3 if age == "1h" else 0)
+    pages.clear()
+    assert world.run(world.retainer({"name": "room", "deliveries": "none", "free_bytes": 1})).whole
+    assert len(pages) == 1  # there is room
+
+
 def test_a_run_is_bounded_and_the_next_goes_on(world: World) -> None:
     for number in range(5):
         world.receive(number, send=False)
