@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from typing import Any
 
 from dicom_node.auditing import AuditTrail
@@ -93,6 +94,7 @@ class Retention:
         self._kept: Mapping[str, int] = {}
         self._over: Mapping[str, int] = {}
         self._error = ""
+        self._day: date | None = None  # that is noted
 
     @property
     def tick_s(self) -> float:
@@ -103,6 +105,7 @@ class Retention:
         """Do what is due. Raises nothing."""
         try:
             self._deleter.finish_all()
+            self._note_day()
             now = self._clock.boot().seconds
             if self._settings is not None and self._settings.rules and now >= self._due_s:
                 self._due_s = now + self._settings.every_s
@@ -111,6 +114,18 @@ class Retention:
         except Exception as exc:  # edge: the timer's tick; the next one tries again
             self._error = str(exc) if isinstance(exc, NodeError) else type(exc).__name__
             log.error("retention failed", exc_info=exc)
+
+    def _note_day(self) -> None:
+        """Also while retention is off: it may be turned on, and then must know how old studies are for certain."""
+        today = self._clock.wall().date()
+        if today == self._day:
+            return
+        if missed := self._queue.note_day():
+            log.warning(
+                "the clock says that the node did not run for days; they make no study older",
+                extra={"action": "days_missed", "days": missed},
+            )
+        self._day = today
 
     def _run(self) -> None:
         run = self._retainer.run()
