@@ -26,7 +26,10 @@ class TrailWatch:
         self._folder, self._anchor, self._look_s = folder, anchor, look_s
         self._position: Position | None = None
         self._logged_s = -LOGGED_S
-        self.is_whole = True
+        self._kept: Head | None = None
+        self._changed = False
+        self._trouble = ""
+        self._unread = ""
         self.sequence = 0
         """The last line there is."""
         self._stopping = threading.Event()
@@ -47,36 +50,58 @@ class TrailWatch:
             self._guarded()
         self._guarded(is_last=True)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is what was written, as far as can be seen."""
+        return not (self._changed or self._unread)
+
     def _guarded(self, *, is_last: bool = False) -> None:
         try:
             self.look(is_last=is_last)
+            unread = ""
         except OSError as exc:
-            log.error("the audit trail cannot be read", extra={"error": exc.strerror or type(exc).__name__})
-            self.is_whole = False
+            unread = exc.strerror or type(exc).__name__
+        if unread and unread != self._unread:
+            log.error("the audit trail cannot be read", extra={"error": unread})
+        elif self._unread and not unread:
+            log.warning("the audit trail can be read again")
+        self._unread = unread
 
     def look(self, *, is_last: bool = False) -> None:
         """Verify what came since the last look, and keep its head. Raises OSError."""
-        if not self.is_whole:
+        if self._changed:
             return  # it was told; a person must look, and a new head would hide it
         if self._position is None and not self._begin():
             return
         anchor = read_anchor(self._anchor)
         report = verify(self._folder, [anchor] if anchor else [], start=self._position)
         if report.faults:
-            self.is_whole = False
+            self._changed = True
             for fault in report.faults:
                 log.critical("the audit trail was changed", extra={"fault": str(fault)})
             return
         if report.end is None:
             return
-        moved = report.end != self._position
         self._position, self.sequence = report.end, report.end.head.sequence
-        if moved:
-            self._sync(report.end.file)  # or after a power cut lines would seem to be gone
-            write_anchor(self._anchor, report.end.head)
+        if report.end.head != self._kept:
+            self._keep(report.end)
         if is_last or time.monotonic() - self._logged_s >= LOGGED_S:
             self._logged_s = time.monotonic()
             log.info("audit trail", extra={"head": f"{self.sequence}:{report.end.head.hash}"})
+
+    def _keep(self, end: Position) -> None:
+        """A disk that is full changes nothing about the trail: the head is kept when there is room."""
+        try:
+            self._sync(end.file)  # or after a power cut lines would seem to be gone
+            write_anchor(self._anchor, end.head)
+            self._kept, trouble = end.head, ""
+        except OSError as exc:
+            trouble = exc.strerror or type(exc).__name__
+        if trouble and trouble != self._trouble:
+            log.error("the head of the audit trail cannot be kept", extra={"error": trouble})
+        elif self._trouble and not trouble:
+            log.warning("the head of the audit trail is kept again")
+        self._trouble = trouble
 
     def _sync(self, name: str) -> None:
         fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)

@@ -190,6 +190,29 @@ def test_the_node_itself_keeps_the_head_and_notices(tmp_path: Path) -> None:
     assert not again.is_whole
 
 
+def test_a_disk_without_room_for_the_head_is_no_changed_trail(tmp_path: Path) -> None:
+    folder, anchor = tmp_path / "audit", tmp_path / "elsewhere" / "head.json"
+    head = filled(folder)
+    watch = TrailWatch(folder, anchor)
+    watch._guarded()
+    assert watch.is_whole and watch.sequence == 30
+    anchor.parent.mkdir()
+    watch._guarded()
+    assert watch.is_whole and read_anchor(anchor) == head
+
+
+def test_a_trail_that_could_not_be_read_for_a_while_is_whole_again(tmp_path: Path) -> None:
+    folder, anchor = tmp_path / "audit", tmp_path / "head.json"
+    filled(folder)
+    watch = TrailWatch(folder, anchor)
+    (folder / "audit-000000000099.log").mkdir()  # reading it fails as a bad disk does
+    watch._guarded()
+    assert not watch.is_whole
+    (folder / "audit-000000000099.log").rmdir()
+    watch._guarded()
+    assert watch.is_whole and watch.sequence == 30
+
+
 def appended(folder: Path, messages: Sequence[bytes]) -> None:
     chain = Chain(folder, file_bytes=900)
     chain.append([("t", message) for message in messages])
