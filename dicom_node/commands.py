@@ -30,7 +30,7 @@ from dicom_node.model import (
     StudyActivity,
 )
 from dicom_node.pulse import fresh, lives, read_pulse
-from dicom_node.trails import acted, command_trail
+from dicom_node.trails import acted, command_trail, upkeep
 
 OK = 0
 FAILED = 2
@@ -189,7 +189,6 @@ def fsck(arguments: argparse.Namespace) -> int:
     from dicom_node.process import wait_for_children
     from dicom_node.retaining import node_deleter
     from dicom_node.store.catalog import data_lock
-    from dicom_node.trails import command_trail
     from dicom_node.wiring import replay_journals
 
     config = offline(arguments)
@@ -207,6 +206,8 @@ def fsck(arguments: argparse.Namespace) -> int:
                 clock=SystemClock(),
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
+            if arguments.repair:
+                trail.record(upkeep(f"fsck --repair: {len(report.indexed)} files indexed"))
     print(f"{report.rows} rows, {report.files} files")
     kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
     for kind in (*kinds, "quarantined"):
