@@ -15,7 +15,7 @@ from pydicom.filereader import read_dataset
 
 from dicom_node import headers
 from dicom_node.dimse.contexts import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from dicom_node.dimse.request import read_encoded
+from dicom_node.dimse.request import read_data_set, read_encoded
 from dicom_node.errors import InvalidIdentifier, InvalidInstance, TranscodeError
 from dicom_node.headers import scan
 from dicom_node.model import CommitmentReport, InstanceHeader, ObjectReference
@@ -167,7 +167,7 @@ def identifier(data: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            data_set = read_encoded([raw], syntax, 1 << 20)
+            data_set = read_data_set([raw], syntax, 1 << 20)
             read = identifier_of(data_set)
         except BadIdentifier:
             assert scanned is None, "the scanner reads what pydicom does not"
