@@ -161,7 +161,8 @@ class Leaks:
                             process.num_threads(),
                             process.num_fds(),
                         )
-                    self._samples[role, pid].append(found)
+                    if found[3]:  # one that was just killed has no files any more
+                        self._samples[role, pid].append(found)
 
     def figures(self) -> list[Figures]:
         """One for each role that lived long enough."""

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from _bench_systems import Node, Orthanc, System, without_nodelay
+from _bench_systems import Node, Orthanc, System, free_port, without_nodelay
 
 CALLER = "FAULTS"
 VERDICTS = ("PASS", "FAIL", "WARN", "INFO", "SKIP")
@@ -27,13 +27,14 @@ LIMIT_S = 1500
 
 
 class ListedNode(Node):
-    """dicom-node under an allow-list of one peer."""
+    """dicom-node under an allow-list of one peer, which may ask for storage commitment."""
 
     name = "ours"
 
     def more_settings(self) -> dict[str, object]:
         """What is set beside the benchmark's own."""
-        return {"peers": {"faults": {"ae_title": CALLER}}, "destinations": {}}
+        commitment = {"storage_commitment": True, "report_host": "127.0.0.1", "report_port": free_port()}
+        return {"peers": {"faults": {"ae_title": CALLER, **commitment}}, "destinations": {}}
 
     def command(self) -> list[str]:
         """As a user starts it."""

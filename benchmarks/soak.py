@@ -2,7 +2,8 @@
 
     python benchmarks/soak.py [--minutes 30] [--load 0.8] [--fault-every 60] [--json FILE]
 
-A node with peers, rules and the demonstration models, and a second node as its destination, both on this machine. A
+A node with peers, rules, the demonstration models, an audit trail and retention, and a second node as its destination,
+which is asked for storage commitment, both on this machine. A
 calibration finds how many rounds (two CT studies, a radiograph that is analysed, C-ECHO, C-FIND, C-GET, now and then a
 C-MOVE) they get done in a second, to the last delivery. Then rounds begin at `--load` of that. The first quarter is
 left in peace; after it one fault is injected every so many seconds: each process of the node is killed in turn, the
@@ -28,9 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from _bench_node import BenchNode
+from _bench_systems import free_port
 from _soak_load import Load, Sample, StoredStudy, films
 from _soak_watch import Faults, Figures, Leaks
 
+from dicom_node.audit.verify import read_anchor, verify
+from dicom_node.audit.watch import LOOK_S
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
 from dicom_node.model import DeliveryState, JobState, Level
@@ -51,6 +55,8 @@ rule: onward
 when: ['Modality == "CT"']
 send: {to: [PACS], what: source}
 """
+PLENTY = {"objects_per_s": 100_000, "bytes_per_s": 10_000_000_000, "queries_per_minute": 1_000_000}
+COMMIT = {"timeout_s": 20.0, "wait_s": 0.5}
 QUICK = {"lease_s": 10.0, "backoff_s": 1.0, "backoff_max_s": 10.0, "breaker_probe_s": 3.0, "response_timeout_s": 15.0}
 
 
@@ -75,7 +81,9 @@ def _say(text: str) -> None:
 
 
 def _nodes(work: Path) -> tuple[BenchNode, BenchNode]:
-    pacs = BenchNode(work / "pacs", ae_titles=["PACS"])
+    port = free_port()
+    asks = {"ae_title": "DICOM_NODE", "storage_commitment": True, "report_host": "127.0.0.1", "report_port": port}
+    pacs = BenchNode(work / "pacs", ae_titles=["PACS"], peers={"node": asks, "bench": {"ae_title": "BENCH"}})
     rules = work / "rules"
     rules.mkdir()
     for text in RULES.split("---\n"):
@@ -83,13 +91,19 @@ def _nodes(work: Path) -> tuple[BenchNode, BenchNode]:
     node = BenchNode(
         work / "node",
         rules_dir=str(rules),
-        peers={"bench": {"ae_title": "BENCH"}},
+        dicom_port=port,
+        peers={"bench": {"ae_title": "BENCH", "max_associations": 100, "rate": PLENTY}, "pacs": {"ae_title": "PACS"}},
+        audit={"site_id": "SOAK"},
+        retention={"every_s": 10.0, "rules": [{"name": "old", "older_than": "1d", "free_bytes": 1}]},
         engines={"cxr-findings": {"model": "demo-cxr-findings"}},
         jobs={"lease_s": 10.0, "backoff_s": 1.0, "backoff_max_s": 10.0, "max_attempts": 50},
         delivery=QUICK,
-        destinations={"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs.port}},
+        destinations={
+            "PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs.port, "storage_commitment": COMMIT}
+        },
         completion={"quiet_s": 1.0, "quiet_after_fault_s": 3.0},
     )
+    node.port = port
     return node, pacs
 
 
@@ -111,6 +125,7 @@ def _run(work: Path, options: argparse.Namespace) -> list[str]:
             broken += _leaking(leaks.figures())
             broken += [f"study {uid} could not be stored" for uid in load.given_up]
             broken += _ledger(catalog)
+            broken += _audited(node)
             broken += _fetched(load)
             broken += _accounted(load.studies, catalog, pacs)
         finally:
@@ -158,7 +173,7 @@ def _rest(catalog: Catalog) -> list[str]:
     """Until nothing is under way; what still is after DRAIN_S."""
     deadline = time.monotonic() + DRAIN_S
     moving_jobs = (JobState.PENDING, JobState.LEASED, JobState.WAITING)
-    moving = (DeliveryState.PENDING, DeliveryState.LEASED)
+    moving = (DeliveryState.PENDING, DeliveryState.LEASED, DeliveryState.COMMITTING)
     while True:
         found = catalog.queue.snapshot()
         left = {
@@ -180,6 +195,15 @@ def _ledger(catalog: Catalog) -> list[str]:
     print(f", waiting {ledger['waiting']}, failed {ledger['failed']}, imbalance {ledger['imbalance']}")
     broken = [f"the ledger does not balance: {ledger}"] if ledger["imbalance"] else []
     return broken + ([f"dead letters: {letters}"] if any(letters.values()) else [])
+
+
+def _audited(node: BenchNode) -> list[str]:
+    """Whoever was killed whenever: the chain holds."""
+    time.sleep(LOOK_S + 1.0)  # the head of the last messages is kept
+    anchor = read_anchor(node.data_dir / "audit_head.json")
+    report = verify(node.data_dir / "audit", [anchor] if anchor is not None else [])
+    print(f"audit trail: {report.lines} messages, faults: {len(report.faults)}")
+    return [f"the audit trail is not what was written: {report.faults[0]}"] if report.faults else []
 
 
 def _fetched(load: Load) -> list[str]:

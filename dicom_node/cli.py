@@ -36,7 +36,11 @@ _MODULES = {
 }
 
 _SETTINGS = argparse.ArgumentParser(add_help=False)
-_SETTINGS.add_argument("--config", metavar="FILE", help="settings (default: config/node.yaml where it exists)")
+_SETTINGS.add_argument(
+    "--config",
+    metavar="FILE",
+    help="settings (default: config/node.yaml, else /etc/dicom-node/node.yaml, where it exists)",
+)
 _SETTINGS.add_argument("--data-dir", metavar="DIR", help="where the node keeps everything (default: data)")
 _SETTINGS.add_argument("--rules", metavar="DIR", help="routing rules (default: routing_rules where it exists)")
 _SETTINGS.add_argument("--ae-title", metavar="AET", action="append", help="own AE title; may be repeated")
@@ -52,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo"]:  # it has a command line of its own
         return _guarded(_demo, words[1:])
-    if words[:1] in (["jobs"], ["deliveries"]) and words[1:2] in ([], ["--study"], ["--limit"]):
+    second = words[1] if len(words) > 1 else "--"
+    if words[:1] in (["jobs"], ["deliveries"]) and second.startswith("-") and second not in ("-h", "--help"):
         words.insert(1, "list")
     arguments = _parser().parse_args(words)
     return _guarded(_run, arguments)

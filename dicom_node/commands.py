@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pwd
 import re
+import shlex
 import signal
 import sys
 import time
@@ -27,11 +29,12 @@ from dicom_node.model import (
     SendingRecord,
     StudyActivity,
 )
-from dicom_node.pulse import fresh, read_pulse
-from dicom_node.trails import acted, command_trail
+from dicom_node.pulse import fresh, lives, read_pulse
+from dicom_node.trails import acted, command_trail, upkeep
 
 OK = 0
 FAILED = 2
+INSTALLED = Path("/etc/dicom-node/node.yaml")
 RELOAD_S = 15.0
 WHY_CHARS = 160
 
@@ -39,8 +42,8 @@ WHY_CHARS = 160
 
 
 def settings(arguments: argparse.Namespace) -> NodeConfig:
-    """The configuration: file, variables, flags. Without --config, `config/node.yaml` is read where it exists."""
-    path = Path(arguments.config) if arguments.config else Path("config/node.yaml")
+    """The configuration: file, variables, flags."""
+    path = settings_file(arguments)
     overrides: dict[str, Any] = {
         "data_dir": arguments.data_dir,
         "rules_dir": arguments.rules,
@@ -51,7 +54,14 @@ def settings(arguments: argparse.Namespace) -> NodeConfig:
         "wire": arguments.wire,
         "receivers": arguments.receivers,
     }
-    return load_config(path if arguments.config or path.is_file() else None, overrides=overrides)
+    return load_config(path, overrides=overrides)
+
+
+def settings_file(arguments: argparse.Namespace) -> Path | None:
+    """What --config names; else that of the current folder, else that of the installed node; None: there is none."""
+    if arguments.config:
+        return Path(arguments.config)
+    return next((path for path in (Path("config/node.yaml"), INSTALLED) if path.is_file()), None)
 
 
 @contextmanager
@@ -60,7 +70,7 @@ def open_here(config: NodeConfig) -> Iterator[Any]:
     from dicom_node.wiring import node_catalog
 
     if not ((config.data_dir / "catalog.db").is_file() or (config.data_dir / "archive").is_dir()):
-        raise NotFound(f"{config.data_dir}: no node has been here; start one, or name its folder with --data-dir")
+        raise NotFound(f"{config.data_dir}: no node has been here; start one, or name its settings with --config")
     catalog = node_catalog(config, SystemClock())
     try:
         yield catalog
@@ -69,10 +79,28 @@ def open_here(config: NodeConfig) -> Iterator[Any]:
 
 
 def offline(arguments: argparse.Namespace) -> NodeConfig:
-    """The configuration for a command that logs nothing below errors."""
+    """The configuration for a command that logs nothing below errors. Raises ConfigError."""
     config = settings(arguments)
     setup_logging("ERROR", "command")
+    _not_root_for_another(config)
     return config
+
+
+def _not_root_for_another(config: NodeConfig) -> None:
+    """Raises ConfigError where root would leave files in the folder of a node that runs as somebody else."""
+    try:
+        owner = (config.data_dir / "catalog.db").stat().st_uid
+    except OSError:
+        return
+    if os.geteuid() == 0 and owner != 0:
+        try:
+            name = pwd.getpwuid(owner).pw_name
+        except KeyError:
+            name = f"#{owner}"
+        raise ConfigError(
+            f"data_dir: the node in {config.data_dir} runs as {name}, which could not use files that root makes there; "
+            f"run this as that user: sudo -u {shlex.quote(name)} dicom-node ..."
+        )
 
 
 # --- the node
@@ -84,6 +112,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     config = settings(arguments)
     setup_logging(config.log_level, "supervisor")
+    _not_root_for_another(config)
     config.resolved_rules_dir()
     _check_tls(config)
     _check_access(config)
@@ -93,7 +122,12 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def _check_tls(config: NodeConfig) -> None:
     """Raises ConfigError for certificates and keys that cannot be used."""
-    if config.tls is not None or any(one.tls is not False for one in config.destinations.values()):
+    collectors = config.audit.collectors.values() if config.audit is not None else ()
+    if (
+        config.tls is not None
+        or any(one.tls is not False for one in config.destinations.values())
+        or any(one.protocol == "tls" for one in collectors)
+    ):
         from dicom_node.dimse.tls import check_tls
 
         check_tls(config)
@@ -155,7 +189,6 @@ def fsck(arguments: argparse.Namespace) -> int:
     from dicom_node.process import wait_for_children
     from dicom_node.retaining import node_deleter
     from dicom_node.store.catalog import data_lock
-    from dicom_node.trails import command_trail
     from dicom_node.wiring import replay_journals
 
     config = offline(arguments)
@@ -174,6 +207,8 @@ def fsck(arguments: argparse.Namespace) -> int:
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
             miscounted = catalog.queue.audit_counts(repair=arguments.repair)
+            if arguments.repair:
+                trail.record(upkeep(f"fsck --repair: {len(report.indexed)} files indexed"))
     print(f"{report.rows} rows, {report.files} files")
     kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
     for kind in (*kinds, "quarantined"):
@@ -255,7 +290,7 @@ def status(arguments: argparse.Namespace) -> int:
         name="/".join(config.ae_titles),
         data_dir=str(config.data_dir),
         pulses=pulses,
-        alive=frozenset(role for role, pulse in pulses.items() if fresh(pulse, clock) and pulse.detail != "stopped"),
+        alive=frozenset(role for role, pulse in pulses.items() if lives(pulse, clock)),
         free_bytes=free_bytes,
         pressed=pressed,
         snapshot=snapshot,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dicom_node.commands import FAILED, OK, offline
+from dicom_node.commands import FAILED, OK, offline, settings_file
 from dicom_node.errors import NodeError
 
 __all__ = ["Check", "Finding", "State", "doctor", "examine", "lines"]
@@ -100,12 +100,20 @@ def lines(finding: Finding) -> list[str]:
     return textwrap.wrap(head, WIDTH, subsequent_indent=_INDENT, break_on_hyphens=False, break_long_words=False)
 
 
+def _settings(arguments: argparse.Namespace) -> Finding:
+    """Which file everything else is about."""
+    file = settings_file(arguments)
+    text = str(file.absolute()) if file is not None else "no file: every setting has its default"
+    return Finding(what="settings", state=State.OK, text=text)
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Look at everything. Exit status 2 when something is wrong; a configuration that cannot be read is raised."""
     from dicom_node.doctor_checks import checks
 
     config = offline(arguments)
     wrong = 0
+    print("\n".join(lines(_settings(arguments))), flush=True)
     for finding in examine(*checks(config)):
         wrong += finding.state is State.WRONG
         print("\n".join(lines(finding)), flush=True)

@@ -24,7 +24,7 @@ from dicom_node.doctor_audit import audit_trail, collector_of
 from dicom_node.doctor_http import http_settings, reachable, ready
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
-from dicom_node.pulse import fresh, read_pulse
+from dicom_node.pulse import lives, read_pulse
 from dicom_node.store.pressure import Grade, Volume, pressed_by, volumes
 
 __all__ = ["checks"]
@@ -282,9 +282,11 @@ def _clock() -> Iterator[Finding]:
 def _ports(config: NodeConfig) -> Iterator[Finding]:
     clock = SystemClock()
     supervisor = read_pulse(config.data_dir, "supervisor")
-    if supervisor is None or not fresh(supervisor, clock) or supervisor.detail == "stopped":
+    if supervisor is None or not lives(supervisor, clock):
         yield _note("node", "does not run", "dicom-node serve")
         wanted = [("dicom_port", config.host, config.dicom_port), ("http_port", config.http_host, config.http_port)]
+        if config.tls is not None and config.tls.port is not None:
+            wanted.append(("tls.port", config.host, config.tls.port))
         if config.metrics_port is not None:
             wanted.append(("metrics_port", config.monitoring_host(), config.metrics_port))
         for key, host, port in wanted:
@@ -292,10 +294,20 @@ def _ports(config: NodeConfig) -> Iterator[Finding]:
         return
     yield _ok("node", f"runs since {supervisor.started_at[:19]}Z, process {supervisor.pid}")
     facts: Mapping[str, Any] = supervisor.facts
-    port = int(facts.get("dicom_port", config.dicom_port))
-    with socket.create_connection((reachable(config.host), port), timeout=_PEER_S):
-        yield _ok("dicom_port", f"{config.host}:{port} takes connections")
+    for key, bound in (("dicom_port", facts.get("dicom_port", config.dicom_port)), ("tls.port", facts.get("tls_port"))):
+        if bound:
+            yield _taking(key, config.host, int(bound))
     yield from ready(config, facts)
+
+
+def _taking(key: str, host: str, port: int) -> Finding:
+    try:
+        with socket.create_connection((reachable(host), port), timeout=_PEER_S):
+            return _ok(key, f"{host}:{port} takes connections")
+    except OSError as exc:
+        return _wrong(
+            key, f"{host}:{port} takes no connection: {exc.strerror or type(exc).__name__}", "see the node's log"
+        )
 
 
 def _free(key: str, host: str, port: int) -> Finding:

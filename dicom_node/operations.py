@@ -13,6 +13,7 @@ from dicom_node.clock import SystemClock
 from dicom_node.commands import FAILED, OK, age, offline, open_here, table
 from dicom_node.errors import NotFound
 from dicom_node.retention import PERSON
+from dicom_node.trails import command_trail, upkeep
 
 __all__ = ["backup", "ledger", "restore"]
 
@@ -55,8 +56,10 @@ def backup(arguments: argparse.Namespace) -> int:
     """Save the catalog. What is wrong with it is raised, and leaves nothing behind."""
     from dicom_node.store.backup import back_up
 
-    with open_here(offline(arguments)) as catalog:
+    config = offline(arguments)
+    with open_here(config) as catalog, command_trail(config) as trail:
         saved = back_up(catalog, Path(arguments.path))
+        trail.record(upkeep(f"the catalog was saved: {saved.studies} studies"))
     print(f"{arguments.path}: {saved.studies} studies, {saved.files} files, all in the archive; copy the archive now")
     return OK
 
@@ -74,8 +77,9 @@ def restore(arguments: argparse.Namespace) -> int:
     with data_lock(config.data_dir):
         wait_for_children(config.data_dir)
         saved = bring_back(config.data_dir, Path(arguments.path))
-        with open_here(config) as catalog:
+        with open_here(config) as catalog, command_trail(config) as trail:
             replay_journals(catalog, config)
+            trail.record(upkeep(f"the catalog was brought back from a backup: {saved.studies} studies"))
     print(f"{saved.studies} studies, {saved.files} files are back; `dicom-node fsck --repair` indexes what came later")
     if saved.missing_count:
         print(f"dicom-node: {saved.missing_count} of its files are not in the archive: run fsck", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import grp
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from dicom_node.errors import ConfigError
@@ -26,7 +29,7 @@ def check_private(where: str, path: str | Path, found: os.stat_result | None = N
     try:
         found = found or Path(path).stat()
     except OSError as exc:
-        raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; name {kind}") from None
+        raise _unreadable(where, path, exc, kind) from None
     mode = stat.S_IMODE(found.st_mode)
     if mode & 0o137:
         raise ConfigError(f"{where}: {path} has mode {mode:04o}, expected 0600 or 0640: run `chmod 600 {path}`")
@@ -35,6 +38,18 @@ def check_private(where: str, path: str | Path, found: os.stat_result | None = N
             f"{where}: {path} belongs to user {found.st_uid}, expected the node's ({os.geteuid()}) or root: run "
             f"`chown {os.geteuid()} {path}`"
         )
+    if found.st_uid != os.geteuid() and not os.access(path, os.R_OK, effective_ids=True):
+        raise _unreadable(where, path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), kind)
+
+
+def _unreadable(where: str, path: str | Path, exc: OSError, kind: str) -> ConfigError:
+    remedy = f"name {kind}"
+    if isinstance(exc, PermissionError):  # made by root, as installations go
+        group = str(os.getegid())
+        with suppress(KeyError):
+            group = grp.getgrgid(os.getegid()).gr_name
+        remedy = f"run `chown root:{group} {path}` and `chmod 640 {path}` as root, and let {group} into its folder"
+    return ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; {remedy}")
 
 
 def read_private(where: str, path: str | Path, most_bytes: int) -> bytes:
@@ -47,7 +62,7 @@ def read_private(where: str, path: str | Path, most_bytes: int) -> bytes:
             check_private(where, path, found)
             content = stream.read(most_bytes + 1)
     except OSError as exc:
-        raise ConfigError(f"{where}: {path} cannot be read: {exc.strerror}; name a file the node can read") from None
+        raise _unreadable(where, path, exc, "a file the node can read") from None
     if len(content) > most_bytes:
         raise ConfigError(f"{where}: {path} is longer than {most_bytes} bytes; it cannot be what it should be")
     return content

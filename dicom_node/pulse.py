@@ -17,7 +17,7 @@ from typing import Any
 from dicom_node.interfaces import Clock, seconds_since
 from dicom_node.model import BootTime
 
-__all__ = ["FRESH_S", "Pulse", "beat", "fresh", "read_pulse", "receiver_role", "receiver_roles", "run_folder"]
+__all__ = ["FRESH_S", "Pulse", "beat", "fresh", "lives", "read_pulse", "receiver_role", "receiver_roles", "run_folder"]
 
 FRESH_S = 6.0  # processes beat every second; one that is silent this long is stuck or dead
 
@@ -89,6 +89,19 @@ def read_pulse(data_dir: Path, role: str) -> Pulse | None:
         return Pulse(**json.loads((run_folder(data_dir) / f"{role}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def lives(pulse: Pulse | None, clock: Clock) -> bool:
+    """As `fresh`, and it has not ended since: for whoever is on the node's machine and wants to know it now."""
+    if pulse is None or not fresh(pulse, clock) or pulse.detail == "stopped":
+        return False
+    try:
+        os.kill(pulse.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def fresh(pulse: Pulse | None, clock: Clock) -> bool:

@@ -43,10 +43,9 @@ def render_status(facts: NodeFacts) -> str:
 def _node(facts: NodeFacts) -> list[str]:
     supervisor = facts.pulses.get("supervisor")
     if supervisor is None or not facts.alive:
-        lines = [f"{facts.name}: not running; data in {facts.data_dir}"]
+        lines = [f"{facts.name}: not running"]
     else:
-        ports = f"DICOM port {supervisor.facts.get('dicom_port')}, HTTP port {supervisor.facts.get('http_port')}"
-        lines = [f"{facts.name}: running since {supervisor.started_at[:19]}Z, {ports}; data in {facts.data_dir}"]
+        lines = [f"{facts.name}: running since {supervisor.started_at[:19]}Z, {_ports(supervisor.facts)}"]
         roles = supervisor.facts.get("restarts", ())
         receivers = [role for role in roles if role.startswith("receiver")] or ["receiver"]
         processes = ", ".join(_process(facts, role) for role in (*receivers, "service", "work"))
@@ -68,6 +67,15 @@ def _node(facts: NodeFacts) -> list[str]:
     return lines
 
 
+def _ports(facts: Mapping[str, Any]) -> str:
+    dicom, http = f"DICOM port {facts.get('dicom_port')}", f"HTTP port {facts.get('http_port')}"
+    if facts.get("tls_port"):
+        dicom += f", over TLS {facts['tls_port']}"
+    if facts.get("metrics_port", facts.get("http_port")) != facts.get("http_port"):
+        http += f", /ready and /metrics on {facts['metrics_port']}"
+    return f"{dicom}, {http}"
+
+
 def _disk(facts: NodeFacts) -> str:
     waits = {
         Grade.PAUSED: "routine and background jobs WAIT",
@@ -75,15 +83,15 @@ def _disk(facts: NodeFacts) -> str:
         Grade.FULL: "C-STORE IS REFUSED, and no job is done",
     }.get(facts.pressed.grade)
     if waits:
-        return f"disk        {waits}: {facts.pressed.reason}"
-    return f"disk        {_bytes(facts.free_bytes)} above the reserve"
+        return f"disk        {waits}: {facts.pressed.reason}; data in {facts.data_dir}"
+    return f"disk        {_bytes(facts.free_bytes)} above the reserve; data in {facts.data_dir}"
 
 
 def _process(facts: NodeFacts, role: str) -> str:
     pulse, restarts = facts.pulses.get(role), 0
     if supervisor := facts.pulses.get("supervisor"):
         restarts = supervisor.facts.get("restarts", {}).get(role, 0)
-    again = f" ({restarts} restarts)" if restarts else ""
+    again = f" ({restarts} restart{'s' if restarts > 1 else ''})" if restarts else ""
     if pulse is None or role not in facts.alive:
         return f"{role} SILENT{again}"
     return f"{role} {'ok' if pulse.ok else pulse.detail or 'not ok'}{again}"

@@ -231,7 +231,7 @@ class _Supervisor:
         self._config = config
         self._signals = signals
         self._clock = SystemClock()
-        self._dicom, self._http, self._metrics = dicom, http, metrics
+        self._dicom, self._http, self._tls, self._metrics = dicom, http, tls, metrics
         self._holds_folder = False
         receivers = receiver_roles(config.receivers)
         self._children = [
@@ -468,6 +468,7 @@ class _Supervisor:
             facts={
                 "dicom_port": self._ports()[0],
                 "http_port": self._ports()[1],
+                "tls_port": int(self._tls.getsockname()[1]) if self._tls is not None else None,
                 "metrics_port": int((self._metrics or self._http).getsockname()[1]),
                 "restarts": {child.role: child.restarts for child in self._children},
             },

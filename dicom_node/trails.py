@@ -38,6 +38,7 @@ __all__ = [
     "node_trail",
     "person",
     "trail_folder",
+    "upkeep",
 ]
 
 log = logging.getLogger(__name__)
@@ -191,6 +192,16 @@ def _digests(value: object, key: str) -> Iterator[tuple[str, str]]:
             yield from _digests(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def upkeep(what: str) -> AuditEvent:
+    """A person saved the catalog, brought it back or mended it; `what` in constant words and numbers."""
+    return AuditEvent(
+        kind=AuditKind.CONFIGURATION_CHANGED,
+        participants=(person(),),
+        detail=what,
+        alert_type=AlertType.USE_OF_RESTRICTED_FUNCTION,
+    )
 
 
 def configuration_event(what: str, *, alert_type: AlertType = AlertType.SOFTWARE_CONFIGURATION) -> AuditEvent:

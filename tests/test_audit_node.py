@@ -92,6 +92,8 @@ def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
     assert re.search(
         r"ok +audit trail: \d+ lines in 1 files, none changed", again.command("doctor", check=False).stdout
     )
+    again.command("backup", str(tmp_path / "saved.db"))
+    wait_for(lambda: told(folder)[-1] == ("110132", "the catalog was saved: 1 studies"), 20, "the backup")
     again.stop()
 
     name = file_names(folder)[-1]

@@ -1,6 +1,7 @@
 """The command line: what it says when something is wrong, and its offline commands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,12 +113,38 @@ def test_status_of_an_empty_node_fits_a_screen(here: Path, capsys: pytest.Captur
     assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 120
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it gives a file to another user")
+@pytest.mark.parametrize("words", [["status"], ["delete", "1.2.3", "--yes"], ["doctor"], ["serve"], ["fsck"]])
+def test_root_does_not_work_in_the_folder_of_a_node_that_runs_as_another_user(
+    here: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    os.chown(here / "data" / "catalog.db", 54321, 54321)
+    status, _, err = said(capsys, *words)
+    assert status == 2 and "runs as #54321" in err and "sudo -u '#54321' dicom-node" in err
+
+
+def test_commands_find_the_settings_of_the_installed_node(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = here / "etc.yaml"
+    installed.write_text("ae_titles: [AINODE]\nengines: {}\n")
+    monkeypatch.setattr("dicom_node.commands.INSTALLED", installed)
+    assert said(capsys, "status")[1].startswith("AINODE: ")
+    assert f"ok    settings: {installed}" in " ".join(said(capsys, "doctor")[1].split("\n        "))
+    (here / "config").mkdir()
+    (here / "config" / "node.yaml").write_text("ae_titles: [HERE]\n")
+    assert said(capsys, "status")[1].startswith("HERE: ")
+    assert said(capsys, "status", "--config", str(installed))[1].startswith("AINODE: ")
+
+
 def test_status_for_programs_is_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = said(capsys, "status", "--json")
     assert json.loads(out)["ledger_studies"]["imbalance"] == 0
 
 
-@pytest.mark.parametrize("words", [["jobs"], ["jobs", "list"], ["jobs", "--limit", "3"], ["deliveries"]])
+@pytest.mark.parametrize(
+    "words", [["jobs"], ["jobs", "list"], ["jobs", "--limit", "3"], ["deliveries", "--data-dir", "data"]]
+)
 def test_lists_are_the_default_action(here: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     status, out, _ = said(capsys, *words)
     assert status == 0

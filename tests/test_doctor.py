@@ -133,7 +133,10 @@ def test_a_taken_port_is_named(config: Callable[..., NodeConfig]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         (finding,) = wrong(found(config(dicom_port=port), "ports"))
+        files = {name: f"/nowhere/{name}" for name in ("certificate", "key", "ca")}
+        (encrypted,) = wrong(found(config(tls={**files, "port": port}), "ports"))
     assert finding.what == "dicom_port" and str(port) in finding.text and "another dicom_port" in finding.remedy
+    assert encrypted.what == "tls.port" and str(port) in encrypted.text
 
 
 def test_a_disk_below_the_reserve_is_wrong(config: Callable[..., NodeConfig]) -> None:

@@ -104,6 +104,8 @@ def test_plain_and_tls_side_by_side_and_delivery_over_tls(
         **BARE,
     )
     assert f"and, over TLS, on 127.0.0.1:{port}" in node.ready_line
+    assert f"over TLS {port}," in node.command("status").stdout
+    assert f"ok    tls.port: 127.0.0.1:{port} takes connections" in node.command("doctor", check=False).stdout
     stored = node.command("send", str(image), "--to", f"127.0.0.1:{node.dicom_port}/DICOM_NODE")
     assert "1 of 1 files stored" in stored.stdout
     wait_for(lambda: metric(node, "deliveries_total", outcome="sent") == 1, 30.0, "the delivery")

@@ -71,6 +71,13 @@ def test_a_healthy_node_on_one_screen() -> None:
     assert len(text.splitlines()) <= 24
 
 
+def test_ports_of_their_own_are_shown() -> None:
+    ports = {"dicom_port": 104, "tls_port": 2762, "http_port": 8080, "metrics_port": 9100}
+    text = screen(pulses={"supervisor": pulse(**ports)})
+    assert "DICOM port 104, over TLS 2762, HTTP port 8080, /ready and /metrics on 9100" in text
+    assert "over TLS" not in screen() and "/ready" not in screen()
+
+
 def test_an_engine_that_cannot_run_and_a_device_that_fails_are_said() -> None:
     runtimes = [{"device": "cuda:0", "breaker": 1, "models": []}, {"device": "cpu", "breaker": 0, "models": []}]
     text = screen(

@@ -4,6 +4,7 @@ import importlib
 import os
 import pkgutil
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dicom_node import settings as settings_module
 from dicom_node.cli import main
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
-from dicom_node.private_files import read_private
+from dicom_node.private_files import check_private, read_private
 
 TELLING = re.compile(r"(token|secret|pass(word|phrase|code|wd)|credential|auth|api_?key|(^|_)key)", re.IGNORECASE)
 # Of a type that takes env:NAME or file:/path and nothing else, or blocks of such
@@ -115,6 +116,31 @@ def test_a_pipe_is_no_secret_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     with pytest.raises(ConfigError, match="no regular file"):
         read_private("key", tmp_path / "pipe", 10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it becomes another user")
+def test_a_secret_that_root_made_says_how_the_node_gets_to_read_it(free_folder: Path) -> None:
+    path = free_folder / "secret"
+    path.write_text("value")
+    path.chmod(0o600)
+    os.setegid(54321)
+    os.seteuid(54321)
+    try:
+        with pytest.raises(ConfigError, match=r"run `chown root:54321 .*secret` and `chmod 640 .*secret` as root"):
+            read_private("key", path, 10)
+        with pytest.raises(ConfigError, match="chown root:54321"):
+            check_private("key", path)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.fixture
+def free_folder() -> Iterator[Path]:
+    """A folder that every user can enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def test_neither_a_folder_nor_what_is_too_long_is_read_as_a_secret(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class FileTrail:
         self._wake, self._stopping = threading.Event(), threading.Event()
         self._waiting: list[tuple[str, bytes, AuditEvent]] = []  # made, not yet written
         self._synced_s = self._closed_by_s = 0.0
-        self._complained_s = -_COMPLAIN_S
+        self._complained_s, self._fails = -_COMPLAIN_S, False
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
@@ -336,6 +336,9 @@ class FileTrail:
         except OSError as exc:
             self._failed("the audit trail cannot be synced", exc)
             return False
+        if self._fails:
+            self._fails = False
+            log.warning("the audit trail is written again")
         return True
 
     def _synced(self, chain: Chain) -> None:
@@ -358,6 +361,7 @@ class FileTrail:
 
     def _failed(self, message: str, exc: OSError) -> None:
         self._observe.audit_failed("file")
+        self._fails = True
         if time.monotonic() - self._complained_s >= _COMPLAIN_S:
             self._complained_s = time.monotonic()
             log.error(message, extra={"error": exc.strerror or str(exc)})

@@ -27,8 +27,10 @@ class TrailWatch:
         self._folder, self._anchor, self._look_s = folder, anchor, look_s
         self._position: Position | None = None
         self._logged_s = -LOGGED_S
+        self._kept: Head | None = None
         self._was_changed = False
         self._unreadable = 0
+        self._trouble = ""
         self.sequence = 0
         """The last line there is."""
         self._stopping = threading.Event()
@@ -58,11 +60,14 @@ class TrailWatch:
         """`look`, and note where it cannot. Raises nothing that a disk does."""
         try:
             self.look(is_last=is_last)
-            self._unreadable = 0
         except OSError as exc:
             self._unreadable += 1
             if self._unreadable in (1, UNREADABLE):
                 log.error("the audit trail cannot be read", extra={"error": exc.strerror or type(exc).__name__})
+            return
+        if self._unreadable:
+            log.warning("the audit trail can be read again")
+        self._unreadable = 0
 
     def look(self, *, is_last: bool = False) -> None:
         """Verify what came since the last look, and keep its head. Raises OSError."""
@@ -79,14 +84,26 @@ class TrailWatch:
             return
         if report.end is None:
             return
-        moved = report.end != self._position
         self._position, self.sequence = report.end, report.end.head.sequence
-        if moved:
-            self._sync(report.end.file)  # or after a power cut lines would seem to be gone
-            write_anchor(self._anchor, report.end.head)
+        if report.end.head != self._kept:
+            self._keep(report.end)
         if is_last or time.monotonic() - self._logged_s >= LOGGED_S:
             self._logged_s = time.monotonic()
             log.info("audit trail", extra={"head": f"{self.sequence}:{report.end.head.hash}"})
+
+    def _keep(self, end: Position) -> None:
+        """A disk that is full changes nothing about the trail: the head is kept when there is room."""
+        try:
+            self._sync(end.file)  # or after a power cut lines would seem to be gone
+            write_anchor(self._anchor, end.head)
+            self._kept, trouble = end.head, ""
+        except OSError as exc:
+            trouble = exc.strerror or type(exc).__name__
+        if trouble and trouble != self._trouble:
+            log.error("the head of the audit trail cannot be kept", extra={"error": trouble})
+        elif self._trouble and not trouble:
+            log.warning("the head of the audit trail is kept again")
+        self._trouble = trouble
 
     def _sync(self, name: str) -> None:
         fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)

@@ -168,9 +168,10 @@ class PynetdicomServer:
 
     def _admit_connection(self, client: socket.socket) -> None:
         if len(self._living()) >= self._config.max_associations + SPARE_CONNECTIONS:
-            log.warning("too many connections")
+            address = str(client.getpeername()[0])
+            log.warning("too many connections", extra={"address": address})
             self._serving.observe.association_rejected("limit")
-            self._serving.alert("association rejected: limit", address=str(client.getpeername()[0]))
+            self._serving.alert("association rejected: limit", address=address)
             client.close()
             return
         config = self._config
@@ -191,6 +192,7 @@ class PynetdicomServer:
         link.acceptor.implementation_class_uid = self._entity.implementation_class_uid
         link.acceptor.implementation_version_name = self._entity.implementation_version_name
         link.requestor.address_info = AddressInformation.from_tuple(client.getpeername())
+        link.log_fields = {"address": str(link.requestor.address)}
         link.on_associate, link.on_request, link.on_end = self._negotiate, self._serve, self._ended
         with self._guard:
             self._links[link] = None

@@ -262,6 +262,7 @@ class DicomServer:
             hosted=True,
             patience=self._patience,
         )
+        association.log_fields = {"address": visit.address}
         with self._guard:
             self._links[association] = None
         return association
@@ -311,7 +312,7 @@ class DicomServer:
         visit.sock.close()
 
     def _turn_away(self, visit: Visit) -> None:
-        log.warning("too many connections")
+        log.warning("too many connections", extra={"address": visit.address})
         self._serving.observe.association_rejected("limit")
         self._serving.alert("association rejected: limit", address=visit.address)
         if visit.over_tls:

@@ -149,7 +149,9 @@ def failure(exc: OSError) -> str:
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {exc.verify_message}".rstrip(".")
     if isinstance(exc, ssl.SSLError) and exc.reason:
-        return exc.reason.lower().replace("_", " ")
+        reason = exc.reason.lower().replace("_", " ")
+        version, is_alert, what = reason.partition(" alert ")  # "sslv3" there is the alert's age, not the connection's
+        return f"the peer refused: {what}" if is_alert and version.startswith(("sslv", "tlsv")) else reason
     return exc.strerror or type(exc).__name__
 
 
@@ -218,7 +220,7 @@ class Credentials:
         if not self.not_after or left_s > _WARN_S or time.monotonic() - self._reminded < _REMIND_S:
             return
         self._reminded = time.monotonic()
-        fields = {"where": self._where, "days_left": int(left_s // 86400)}
+        fields = {"where": self._where, "days_left": int(left_s / 86400)}
         if left_s > 0:
             log.warning("a TLS certificate ends soon: replace its files", extra=fields)
         else:
@@ -263,6 +265,9 @@ def check_tls(config: NodeConfig) -> None:
         settings = config.destination(name).tls
         if settings is not None:
             _client_context(settings, f"destinations.{name}.tls")
+    for name, one in (config.audit.collectors if config.audit is not None else {}).items():
+        if one.protocol == "tls" and (asked := config.client_tls(one.tls)) is not None:
+            _client_context(asked, f"audit.collectors.{name}.tls")
 
 
 # --- how long they hold

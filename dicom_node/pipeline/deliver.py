@@ -333,7 +333,8 @@ class Courier:
             return
         delay_s = backoff_s(delivery.attempts, settings.backoff_s, settings.backoff_max_s, self._jitter())
         self._outbox.retry_delivery_later(delivery, error, delay_s)
-        log.warning("delivery will be tried again", extra=_fields(delivery) | {"delay_s": round(delay_s, 1)})
+        why = {"delay_s": round(delay_s, 1), "error": error}
+        log.warning("delivery will be tried again", extra=_fields(delivery) | why)
 
     def _give_up(self, delivery: Delivery, reason: str, error: str, exc: Exception | None = None) -> None:
         self._outbox.give_up_delivery(delivery, error)

@@ -191,6 +191,17 @@ def test_the_node_itself_keeps_the_head_and_notices(tmp_path: Path) -> None:
     assert not again.is_whole
 
 
+def test_a_disk_without_room_for_the_head_is_no_changed_trail(tmp_path: Path) -> None:
+    folder, anchor = tmp_path / "audit", tmp_path / "elsewhere" / "head.json"
+    head = filled(folder)
+    watch = TrailWatch(folder, anchor)
+    watch.tick()
+    assert watch.is_whole and watch.sequence == 30
+    anchor.parent.mkdir()
+    watch.tick()
+    assert watch.is_whole and read_anchor(anchor) == head
+
+
 def appended(folder: Path, messages: Sequence[bytes]) -> None:
     chain = Chain(folder, file_bytes=900)
     chain.append([("t", message) for message in messages])

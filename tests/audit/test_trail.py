@@ -97,7 +97,11 @@ def test_alerts_from_ever_other_places_do_not_fill_the_disk() -> None:
 
 
 def test_where_the_file_cannot_be_written_events_wait_and_nothing_is_raised(
-    tmp_path: Path, open_trail: Callable[..., Any], event: Make, wait_for: Callable[..., None]
+    tmp_path: Path,
+    open_trail: Callable[..., Any],
+    event: Make,
+    wait_for: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     counted = Counted()
     (tmp_path / "audit").write_text("a file where the folder must be")
@@ -107,6 +111,9 @@ def test_where_the_file_cannot_be_written_events_wait_and_nothing_is_raised(
     (tmp_path / "audit").unlink()
     wait_for(lambda: len(counted.recorded) == 1, 20, "the event to be written")
     assert len(messages(tmp_path / "audit")) == 1
+    trail.close()
+    said = [record.message for record in caplog.records]
+    assert said == ["the audit trail cannot be written", "the audit trail is written again"]
 
 
 def test_more_than_can_wait_is_lost_counted_and_told_in_the_trail(

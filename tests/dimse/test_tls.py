@@ -324,7 +324,7 @@ def test_the_node_calls_over_tls_and_verifies_who_answers(
     late = secure({"certificate": certificate, "key": key})
     with pytest.raises(DeliveryUnavailable, match="TLS: certificate verify failed: certificate has expired"):
         calls(called(late.port))
-    with pytest.raises(DeliveryUnavailable, match="TLS: tlsv13 alert certificate required"):
+    with pytest.raises(DeliveryUnavailable, match="TLS: the peer refused: certificate required"):
         calls(called(node.port, certificate=None, key=None))
 
 
@@ -734,6 +734,17 @@ def test_a_key_that_others_may_read_is_refused_with_the_remedy(
     key.unlink()
     with pytest.raises(ConfigError, match=r"tls.key: .* cannot be read"):
         check_tls(config)
+
+
+def test_the_files_for_an_audit_collector_are_looked_at_too(
+    authority: Authority, settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    collector: dict[str, Any] = {"host": "192.0.2.1", "tls": {"ca": str(tmp_path / "nowhere.pem")}}
+    block = {"tls": settings(), "audit": {"collectors": {"arr": collector}}}
+    with pytest.raises(ConfigError, match=r"audit.collectors.arr.tls.ca: .*nowhere.pem"):
+        check_tls(NodeConfig.model_validate(block))
+    check_tls(NodeConfig.model_validate({**block, "audit": {"collectors": {"arr": {**collector, "tls": {}}}}}))
+    check_tls(NodeConfig.model_validate({**block, "audit": {"collectors": {"arr": {**collector, "protocol": "udp"}}}}))
 
 
 def test_a_passphrase_comes_from_a_variable_or_a_file(

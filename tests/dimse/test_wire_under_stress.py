@@ -351,3 +351,15 @@ def test_a_request_that_crosses_the_abort_of_an_idle_association_leaves_its_send
     peer.send_command(1, **STORE_RQ, MessageID=2, AffectedSOPInstanceUID="1.2.3")
     node.counted.wait_for(lambda c: c.ended)
     assert node.association_ends() == [("aborted", 0)]
+
+
+@pytest.mark.parametrize("wire", ["own"])
+def test_whoever_sends_nonsense_is_named_by_his_address(
+    serve: Callable[..., Any], raw_peer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = serve()
+    raw_peer(node.port).socket.sendall(b"GET / HTTP/1.0\r\n\r\n" + bytes(64))
+    deadline = time.monotonic() + 10
+    while not (found := [one for one in caplog.records if "protocol" in one.message]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert {vars(one).get("address") for one in found} == {"127.0.0.1"}

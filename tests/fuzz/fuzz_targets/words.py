@@ -25,7 +25,7 @@ from ._target import Target
 
 __all__ = ["TARGETS"]
 
-KNOWN = frozenset({200, 400, 401, 403, 404, 405, 408, 413, 414, 421, 429, 431, 503})
+KNOWN = frozenset({200, 400, 401, 403, 404, 405, 408, 413, 414, 421, 429, 431, 501, 503, 505})
 NOON = datetime(2026, 3, 2, 12, 0, tzinfo=UTC)
 REPOSITORY = Path(__file__).resolve().parents[3]
 
