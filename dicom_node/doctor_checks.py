@@ -22,6 +22,7 @@ from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.doctor import Check, Finding, State
 from dicom_node.doctor_audit import audit_trail, collector_of
 from dicom_node.doctor_http import http_settings, reachable, ready
+from dicom_node.doctor_retention import retention
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Engine
 from dicom_node.pulse import lives, read_pulse
@@ -52,7 +53,7 @@ def checks(config: NodeConfig) -> tuple[list[Check], list[Check]]:
         Check(what="ports", look=partial(_ports, config), remedy="see the node's log"),
         Check(what="catalog", look=partial(_catalog, config), remedy="dicom-node fsck", limit_s=60),
         Check(what="audit trail", look=partial(audit_trail, config), remedy="see the message", limit_s=60),
-        Check(what="retention", look=partial(_retention, config), remedy="dicom-node retention --dry-run"),
+        Check(what="retention", look=partial(retention, config), remedy="dicom-node retention --dry-run"),
         Check(what="sandbox", look=partial(_sandbox, config), remedy="try it again: the machine is busy", limit_s=30),
     ]
     together = [
@@ -348,25 +349,6 @@ def _catalog(config: NodeConfig) -> Iterator[Finding]:
         ))  # fmt: skip
     finally:
         catalog.close()
-
-
-def _retention(config: NodeConfig) -> Iterator[Finding]:
-    rules = config.retention.rules if config.retention else ()
-    if not rules:
-        yield _ok("retention", "off: everything is kept until a person deletes it")
-        return
-    pulse = read_pulse(config.data_dir, "service")
-    facts: Mapping[str, Any] = pulse.facts.get("retention", {}) if pulse is not None else {}
-    kept = ", ".join(f"{count} {reason}" for reason, count in sorted(facts.get("kept", {}).items()))
-    text = f"{len(rules)} rules" + (f"; due and kept: {kept}" if kept else "")
-    over = [name for name, bytes_ in facts.get("over", {}).items() if bytes_]
-    if facts.get("error"):
-        yield _wrong("retention", f"it failed: {facts['error']}", "see the node's log")
-    elif over:
-        remedy = "dicom-node retention --dry-run says what stays and why"
-        yield _wrong("retention", f"{text}; quota not met: {', '.join(over)}", remedy)
-    else:
-        yield _ok("retention", text)
 
 
 def _times(received_at: str) -> Iterator[Finding]:

@@ -186,6 +186,18 @@ def test_the_file_system_matters(
     assert finding.state is state
 
 
+def test_retention_that_makes_room_only_after_jobs_wait_is_wrong(config: Callable[..., NodeConfig]) -> None:
+    (off,) = found(config(), "retention")
+    assert off.state is State.OK and "everything is kept" in off.text
+    storage = {"reserve_bytes": 1000, "reserve_ratio": 0.0, "pause_at": 1.5}
+    for free, is_wrong in ((500, True), (501, False)):
+        rules = [{"name": "room", "free_bytes": free}]
+        bad = wrong(found(config(storage=storage, retention={"rules": rules}), "retention"))
+        assert [one.text for one in bad] == [
+            f"rule room makes room below {free} bytes above the reserve, where jobs wait below 500"
+        ] * is_wrong
+
+
 def test_a_data_folder_open_to_others_is_wrong(config: Callable[..., NodeConfig]) -> None:
     made = config()
     made.data_dir.chmod(0o755)

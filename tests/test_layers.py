@@ -25,7 +25,7 @@ ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
     *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
     *("watching", "deciding", "gauges", "backpressure", "handing_out", "operations", "doctor", "doctor_checks"),
-    *("trails", "audit_commands", "doctor_audit", "doctor_http", "retaining"),
+    *("trails", "audit_commands", "doctor_audit", "doctor_http", "doctor_retention", "retaining"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

@@ -188,7 +188,7 @@ def test_a_node_that_runs_deletes_by_its_timer(
     config = NodeConfig(data_dir=data, storage=StorageSettings(reserve_bytes=0, reserve_ratio=0.0))
     study = kept_and_routed(config, tmp_path / "here", False)
     rules = [{"name": "here", "deliveries": "none", "older_than": "1h"}]
-    node = running_node(retention={"every_s": 1.0, "rules": rules})
+    node = running_node(engines={}, jobs={"workers": 0}, retention={"every_s": 1.0, "rules": rules})
 
     def metrics() -> str:
         return str(node.get("/metrics")[1])

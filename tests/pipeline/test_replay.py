@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,6 +170,50 @@ def test_what_was_deleted_does_not_come_back_from_the_journal(node: Callable[[st
     assert [after.catalog.index.instance(uid) for uid in bodies if uid != "1.2.3.1"] == [None] * 3
     assert len(list(after.catalog.archive.locations())) == 1
     after.check()
+
+
+def test_what_two_receivers_acknowledge_while_its_study_is_deleted_is_kept(
+    node: Callable[[str], Node], tmp_path: Path
+) -> None:
+    doors, other = (node("one").begin(), node("one").open_door(1)), node("one").catalog
+    deleter = Deleter(other.queue, other.archive, ae_title="NODE")
+    order = DeletionOrder(study_instance_uid="1.2.826.1", rule="old", who="r", why="old", holds=frozenset())
+    bodies = {f"1.2.3.{number}": image(f"1.2.3.{number}") for number in range(8)}
+    acknowledged: list[tuple[float, str]] = []
+    stop, sent_once = threading.Event(), threading.Semaphore(0)
+
+    def send_on(door: Node) -> None:
+        while not stop.is_set():
+            for uid, body in bodies.items():
+                began = time.monotonic()
+                if door.send(uid, body) is not None:
+                    acknowledged.append((began, uid))
+            sent_once.release()
+
+    senders = [threading.Thread(target=send_on, args=(door,)) for door in doors]
+    for sender in senders:
+        sender.start()
+    for _ in range(6):
+        assert sent_once.acquire(timeout=60) and sent_once.acquire(timeout=60)
+        deletion = other.queue.begin_deletion(order)
+        gone_at = time.monotonic()
+        deleter.finish(deletion)
+    while not any(began > gone_at for began, _ in list(acknowledged)):
+        assert sent_once.acquire(timeout=60)
+    stop.set()
+    for sender in senders:
+        sender.join(60)
+    since = {uid for began, uid in acknowledged if began > gone_at}
+    power_cut(doors[0], tmp_path / "after", wal_bytes=None, lost=lambda path: True)
+
+    after = node("after")
+    replay_journals(after.catalog, after.config)
+    Deleter(after.catalog.queue, after.catalog.archive, ae_title="NODE").finish_all()
+    for uid in since:
+        assert doors[1].kept(uid) == after.kept(uid) == bodies[uid]
+    for one in (doors[0], after):
+        one.check()
+        assert one.catalog.queue.audit_counts(repair=False) == [] and not one.catalog.queue.ledger().unaccounted
 
 
 def power_cut(node: Node, to: Path, *, wal_bytes: int | None, lost: Callable[[Path], bool]) -> None:
