@@ -4,8 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,27 @@ def told(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def lines_of(folder: Path) -> list[bytes]:
+    return [line for name in file_names(folder) for line in (folder / name).read_bytes().splitlines()]
+
+
+@pytest.fixture
+def pacs(tool: Callable[[str], str], free_port: Callable[[], int], wait_for: Any, tmp_path: Path) -> Iterator[int]:
+    """The port of a receiver of dcmtk's."""
+    (tmp_path / "pacs").mkdir()
+    port = free_port()
+    words = [tool("storescp"), "-od", str(tmp_path / "pacs"), str(port)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+
+        def listens() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(listens, 20, "storescp to listen")
+        yield port
+        process.terminate()
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     ds = Dataset()
@@ -55,11 +77,14 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
-    running_node: Callable[..., Any], image: Path, tool: Callable[[str], str], wait_for: Any, tmp_path: Path
+    running_node: Callable[..., Any], image: Path, tool: Callable[[str], str], wait_for: Any, pacs: int
 ) -> None:
-    settings: dict[str, Any] = {"engines": {}, "jobs": {"workers": 0}, "audit": {"site_id": "HERE"}}
+    there_is = {"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs}}
+    settings: dict[str, Any] = {"engines": {}, "jobs": {"workers": 0}, "destinations": there_is}
+    settings["audit"] = {"site_id": "HERE"}
     node = running_node(**settings)
     folder = node.data_dir / "audit"
+    (node.rules_dir / "one.yaml").write_text("rule: one\nwhen: [Modality == 'CT']\nsend: {to: [PACS], what: source}\n")
 
     def run(*words: object) -> None:
         subprocess.run([tool(str(words[0])), *map(str, words[1:])], check=True, capture_output=True, timeout=60)
@@ -69,10 +94,15 @@ def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
     run("findscu", "-S", "-k", "QueryRetrieveLevel=STUDY", "-k", f"PatientName={NAME}", *there)
     node.command("rules", "reload")
     node.command("route", STUDY)
-    wait_for(lambda: len(told(folder)) >= 7, 30, "all to be told")
+    wait_for(lambda: len(told(folder)) >= 9, 30, "all to be told")
     codes = [code for code, _ in told(folder)]
     assert codes[:2] == ["110129", "110120"]  # the first settings, then the start
-    assert sorted(codes[2:]) == ["110102", "110103", "110104", "110112", "110131"]
+    assert sorted(codes[2:]) == ["110102", "110102", "110103", "110104", "110104", "110112", "110131"]
+    received, sent = (line for line in lines_of(folder) if b'csd-code="110104"' in line)
+    assert b'UserID="PACS"' in sent and b'UserID="PACS"' not in received
+    assert b'ParticipantObjectID="P1"' in sent and b'NumberOfInstances="1"' in sent
+    assert node.command("delete", STUDY, "--yes", check=False).returncode == 2  # it came just now
+    assert told(folder)[-1][0] == "110105" and "not done: " in told(folder)[-1][1]
     wait_for(lambda: 'audit_events_total{kind="query",outcome="0"} 1.0' in node.get("/metrics")[1], 20, "the count")
     assert "dicom_node_audit_trail_whole 1.0" in node.get("/metrics")[1]
     os.kill(node.pid("receiver"), signal.SIGKILL)
