@@ -260,6 +260,7 @@ class _Supervisor:
                 from dicom_node.wiring import replay_journals  # slow to load
 
                 replay_journals(catalog, self._config)
+        was_killed = _was_killed(self._config)
         run = run_folder(self._config.data_dir)
         shutil.rmtree(run, ignore_errors=True)
         (run / "metrics").mkdir(parents=True)
@@ -273,7 +274,20 @@ class _Supervisor:
                     alert_type=AlertType.SECURITY_CONFIGURATION,
                 )
             )
+        if was_killed:
+            self._tell_death("the node died")
         self._audit.record(life_event(AuditKind.APPLICATION_STARTED))
+
+    def _tell_death(self, who: str) -> None:
+        if self._audit is not None:
+            self._audit.record(
+                AuditEvent(
+                    kind=AuditKind.SECURITY_ALERT,
+                    outcome=AuditOutcome.SERIOUS_FAILURE,
+                    detail=f"{who}: transfers that had begun there are not told as ended",
+                    alert_type=AlertType.SOFTWARE_CONFIGURATION,
+                )
+            )
 
     @contextlib.contextmanager
     def _catalog(self) -> Iterator[Catalog]:
@@ -429,15 +443,7 @@ class _Supervisor:
 
     def _receiver_died(self, child: _Child) -> None:
         child.epoch = ""
-        if self._audit is not None:
-            self._audit.record(
-                AuditEvent(
-                    kind=AuditKind.SECURITY_ALERT,
-                    outcome=AuditOutcome.SERIOUS_FAILURE,
-                    detail=f"receiver {child.receiver} died: transfers that had begun there are not told as ended",
-                    alert_type=AlertType.SOFTWARE_CONFIGURATION,
-                )
-            )
+        self._tell_death(f"receiver {child.receiver} died")
         if self._places_fd >= 0:
             Places(self._places_fd, child.receiver, len(self._config.peers)).leave()
         self._epochs_to_close = True

@@ -4,8 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,27 @@ def told(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def lines_of(folder: Path) -> list[bytes]:
+    return [line for name in file_names(folder) for line in (folder / name).read_bytes().splitlines()]
+
+
+@pytest.fixture
+def pacs(tool: Callable[[str], str], free_port: Callable[[], int], wait_for: Any, tmp_path: Path) -> Iterator[int]:
+    """The port of a receiver of dcmtk's."""
+    (tmp_path / "pacs").mkdir()
+    port = free_port()
+    words = [tool("storescp"), "-od", str(tmp_path / "pacs"), str(port)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+
+        def listens() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
+
+        wait_for(listens, 20, "storescp to listen")
+        yield port
+        process.terminate()
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     ds = Dataset()
@@ -55,11 +77,14 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
-    running_node: Callable[..., Any], image: Path, tool: Callable[[str], str], wait_for: Any, tmp_path: Path
+    running_node: Callable[..., Any], image: Path, tool: Callable[[str], str], wait_for: Any, pacs: int
 ) -> None:
-    settings: dict[str, Any] = {"engines": {}, "jobs": {"workers": 0}, "audit": {"site_id": "HERE"}}
+    there_is = {"PACS": {"ae_title": "PACS", "host": "127.0.0.1", "port": pacs}}
+    settings: dict[str, Any] = {"engines": {}, "jobs": {"workers": 0}, "destinations": there_is}
+    settings["audit"] = {"site_id": "HERE"}
     node = running_node(**settings)
     folder = node.data_dir / "audit"
+    (node.rules_dir / "one.yaml").write_text("rule: one\nwhen: [Modality == 'CT']\nsend: {to: [PACS], what: source}\n")
 
     def run(*words: object) -> None:
         subprocess.run([tool(str(words[0])), *map(str, words[1:])], check=True, capture_output=True, timeout=60)
@@ -69,16 +94,21 @@ def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
     run("findscu", "-S", "-k", "QueryRetrieveLevel=STUDY", "-k", f"PatientName={NAME}", *there)
     node.command("rules", "reload")
     node.command("route", STUDY)
-    wait_for(lambda: len(told(folder)) >= 7, 30, "all to be told")
+    wait_for(lambda: len(told(folder)) >= 9, 30, "all to be told")
     codes = [code for code, _ in told(folder)]
     assert codes[:2] == ["110129", "110120"]  # the first settings, then the start
-    assert sorted(codes[2:]) == ["110102", "110103", "110104", "110112", "110131"]
+    assert sorted(codes[2:]) == ["110102", "110102", "110103", "110104", "110104", "110112", "110131"]
+    received, sent = (line for line in lines_of(folder) if b'csd-code="110104"' in line)
+    assert b'UserID="PACS"' in sent and b'UserID="PACS"' not in received
+    assert b'ParticipantObjectID="P1"' in sent and b'NumberOfInstances="1"' in sent
+    assert node.command("delete", STUDY, "--yes", check=False).returncode == 2  # it came just now
+    assert told(folder)[-1][0] == "110105" and "not done: " in told(folder)[-1][1]
     wait_for(lambda: 'audit_events_total{kind="query",outcome="0"} 1.0' in node.get("/metrics")[1], 20, "the count")
     assert "dicom_node_audit_trail_whole 1.0" in node.get("/metrics")[1]
     os.kill(node.pid("receiver"), signal.SIGKILL)
     wait_for(lambda: any("died" in why for _, why in told(folder)), 30, "the killed receiver to be told")
-    assert node.stop() == 0
-    assert told(folder)[-1][0] == "110121"
+    os.kill(node.process.pid, signal.SIGKILL)
+    node.process.wait(60)
     text = b"".join((folder / name).read_bytes() for name in file_names(folder))
     assert NAME.encode() not in text and b"P1" in text  # no names of patients, but in queries as they came
     assert NAME not in node.log.read_text()
@@ -86,15 +116,17 @@ def test_a_node_tells_who_did_what_and_verify_finds_what_is_changed(
     settings["max_associations"] = 77
     again = running_node(**settings)
     assert ("110129", "settings differ from the last start: max_associations") in told(folder)
+    assert any(why.startswith("the node died") for _, why in told(folder))
     verified = again.command("audit", "verify")
     assert re.search(r"\d+ lines in 1 files, none changed; head \d+:[0-9a-f]{64}", verified.stdout)
     wait_for(lambda: told(folder)[-1][0] == "110101", 20, "that somebody looked")
     assert re.search(
         r"ok +audit trail: \d+ lines in 1 files, none changed", again.command("doctor", check=False).stdout
     )
-    again.command("backup", str(tmp_path / "saved.db"))
+    again.command("backup", str(image.parent / "saved.db"))
     wait_for(lambda: told(folder)[-1] == ("110132", "the catalog was saved: 1 studies"), 20, "the backup")
-    again.stop()
+    assert again.stop() == 0
+    assert told(folder)[-1][0] == "110121"
 
     name = file_names(folder)[-1]
     lines = (folder / name).read_bytes().splitlines(keepends=True)

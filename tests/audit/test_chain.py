@@ -311,7 +311,7 @@ def test_what_the_disk_still_took_stays_and_the_rest_is_written_later(
 
 
 def test_cut_at_any_byte_the_trail_goes_on_and_no_whole_line_is_lost(tmp_path: Path) -> None:
-    filled(tmp_path / "whole", lines=3, file_bytes=1 << 20)
+    filled(tmp_path / "whole", lines=2, file_bytes=1 << 20)
     (name,) = file_names(tmp_path / "whole")
     written = (tmp_path / "whole" / name).read_bytes()
     folder = tmp_path / "cut"

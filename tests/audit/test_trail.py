@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,8 @@ def test_more_than_can_wait_is_lost_counted_and_told_in_the_trail(
         assert time.monotonic() - began < 1.5  # it was not waited for
     wait_for(lambda: counted.lost > 100, 30, "what was lost to be told")
     trail.close()
-    (told,) = [one for one in messages(tmp_path / "audit") if "were lost" in one]
-    assert f"{counted.lost} audit messages were lost" in told
+    told = re.findall(r">(\d+) audit messages were lost", " ".join(messages(tmp_path / "audit")))
+    assert sum(map(int, told)) == counted.lost  # in more than one message where room came between
 
 
 def test_patients_are_looked_up_where_nobody_told_them_and_not_being_found_costs_nothing_else(
@@ -197,13 +197,17 @@ def test_what_cannot_be_written_before_the_process_ends_is_counted_as_lost(
 def test_a_lock_that_comes_free_late_does_not_cost_what_a_command_told(
     tmp_path: Path, open_trail: Callable[..., Any], event: Make
 ) -> None:
-    trail = open_trail()
+    class Hasty(Chain):
+        def append(self, messages: Sequence[tuple[str, bytes]], lock_s: float = 0.05) -> int:
+            return super().append(messages, lock_s)
+
+    trail = open_trail(open_chain=lambda: Hasty(tmp_path / "audit", file_bytes=1 << 20))
     trail.record(event())
     assert trail.settled()
     with (tmp_path / "audit" / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         trail.record(event())
-        threading.Timer(2.5, lambda: fcntl.flock(other, fcntl.LOCK_UN)).start()  # longer than one try
+        threading.Timer(0.3, lambda: fcntl.flock(other, fcntl.LOCK_UN)).start()  # longer than one try
         assert trail.close()
     assert len(messages(tmp_path / "audit")) == 2
 
@@ -242,14 +246,14 @@ for number in range(10**6):
 def test_killed_at_any_moment_what_was_settled_is_there_and_the_chain_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "audit"
     seen: dict[str, int] = {}
-    for turn in range(6):
+    for turn in range(4):
         writers = {}
         for name in (f"a{turn}", f"b{turn}"):
             words = [sys.executable, "-c", WRITER, str(folder), name]
             writers[name] = subprocess.Popen(words, stdout=subprocess.PIPE)
         for name, writer in writers.items():
             assert writer.stdout is not None
-            for _ in range(2 + 3 * turn):
+            for _ in range(1 + 2 * turn):
                 seen[name] = int(writer.stdout.readline())
         for name, writer in writers.items():
             writer.kill()
