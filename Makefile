@@ -13,7 +13,7 @@ PEERS ?= build/peers
 PEERS_PYTHON ?= $(PYTHON)
 # the probe of faults that is run on the node and on Orthanc; our own cases need none
 FAULTS_SCRIPT ?= ../shared/bench/dicom_faults.py
-ROUNDS ?= $(or $(DICOM_NODE_CRASH_ROUNDS),10)
+ROUNDS ?= 10
 # of `make crash`: a script that kills at random moments and cuts the power, where there is one
 KILL9 ?= $(wildcard ../shared/bench/dicom_kill9.py)
 POWERCUTS ?= 5
@@ -90,7 +90,7 @@ build/audit/.installed:
 	touch $@
 
 crash: $(STAMP) tools  ## kill -9 at every commit point and at random moments, power cuts, outages; ROUNDS=n POWERCUTS=n
-	DICOM_NODE_CRASH_ROUNDS=$(ROUNDS) TEST_KILL9="$(abspath $(KILL9))" TEST_KILL9_ROUNDS=$(ROUNDS) TEST_KILL9_POWERCUTS=$(POWERCUTS) \
+	TEST_CRASH_ROUNDS=$(ROUNDS) TEST_KILL9="$(abspath $(KILL9))" TEST_KILL9_ROUNDS=$(ROUNDS) TEST_KILL9_POWERCUTS=$(POWERCUTS) \
 	  $(BIN)/python -m pytest -m crash tests/crash tests/store -o log_cli=true -o log_cli_level=WARNING $(PYTEST_ARGS)
 
 soak: $(STAMP)   ## everything at once at 80 % of capacity, a fault each minute, then every promise is checked; MINUTES=n

@@ -43,7 +43,7 @@ def pieces(count: int) -> None:
         for number in range(count):
             received.stored(source(number), f"1.2.{number}", CT, "P1", StoreOutcome.NEW)
             received.ended(source(number), over=True)
-        trail.close()
+        trail.settled(60.0)
         took = time.process_time() - began
         size = sum(file.stat().st_size for file in Path(folder, "audit").glob("*.log"))
         print(f"an association with one study: {took / count * 1e6:.0f} us, {size / count:.0f} bytes")
@@ -52,6 +52,7 @@ def pieces(count: int) -> None:
         for _ in range(100 * count):
             received.stored(same, "1.2.3", CT, "P1", StoreOutcome.NEW)
         print(f"one more object: {(time.process_time() - began) / count * 1e4:.1f} us")
+        trail.close()
     with tempfile.TemporaryDirectory() as folder:
         trail = FileTrail(Path(folder, "audit"), IDENTITY, SystemClock(), file_bytes=64 << 20, max_message_bytes=32768)
         asked = AuditEvent(

@@ -34,7 +34,7 @@ def audit_verify(arguments: argparse.Namespace) -> int:
         raise NotFound(f"{folder}: there is no audit trail; set `audit:` in the configuration, or name its folder")
     report = verify(folder, anchors)
     if is_own:
-        _told(config, str(folder), is_whole=not report.faults)
+        _told(config, folder.resolve().as_uri(), is_whole=not report.faults)
     for fault in report.faults:
         print(f"dicom-node: {folder}: {fault}", file=sys.stderr)
     if report.unfinished_bytes:
@@ -51,9 +51,9 @@ def audit_verify(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _told(config: NodeConfig, folder: str, *, is_whole: bool) -> None:
+def _told(config: NodeConfig, uri: str, *, is_whole: bool) -> None:
     outcome = AuditOutcome.SUCCESS if is_whole else AuditOutcome.SERIOUS_FAILURE
-    event = AuditEvent(kind=AuditKind.AUDIT_LOG_USED, outcome=outcome, participants=(person(),), detail=folder)
+    event = AuditEvent(kind=AuditKind.AUDIT_LOG_USED, outcome=outcome, participants=(person(),), detail=uri)
     with command_trail(config) as trail:
         trail.record(event)
 

@@ -28,17 +28,15 @@ def peer_of(source: Source, user: str = "") -> tuple[Participant, Participant]:
 
 @dataclass(slots=True)
 class _Study:
-    patient_id: str
     instances: Counter[str] = field(default_factory=Counter)
     action: str = "R"  # PS3.15 A.5.3.7: all of it was here; C: some was not; U: what was here was altered
 
 
 @dataclass(slots=True)
 class _Received:
-    source: Source
-    studies: dict[str, _Study] = field(default_factory=dict)
+    participants: tuple[Participant, Participant]
+    studies: dict[tuple[str, str], _Study] = field(default_factory=dict)  # by Study Instance UID and Patient ID
     refused: int = 0
-    user: str = ""
 
 
 class ReceivedStudies:
@@ -49,10 +47,10 @@ class ReceivedStudies:
         self._open: dict[str, _Received] = {}
 
     def identified(self, source: Source, user: str) -> None:
-        """An association began, for this user."""
+        """The association is for this user, as was proved."""
         received = self._of(source)
         if received is not None:
-            received.user = user
+            received.participants = peer_of(source, user)
 
     def stored(
         self, source: Source, study_instance_uid: str, sop_class_uid: str, patient_id: str, outcome: StoreOutcome
@@ -61,16 +59,16 @@ class ReceivedStudies:
         received = self._of(source)
         if received is None:
             return
-        study = received.studies.get(study_instance_uid)
+        study = received.studies.get((study_instance_uid, patient_id))
         if study is None:
             if len(received.studies) >= MAX_STUDIES:
                 self._tell(received, AuditOutcome.SUCCESS, "")
                 received.studies.clear()
-            study = received.studies[study_instance_uid] = _Study(patient_id)
+            study = received.studies[study_instance_uid, patient_id] = _Study()  # a message is about one patient
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFER_BEGUN,
-                    participants=peer_of(source, received.user),
+                    participants=received.participants,
                     study_instance_uids=(study_instance_uid,),
                     patient_ids=(patient_id,),
                 )
@@ -82,7 +80,7 @@ class ReceivedStudies:
             study.action = "U"
 
     def refused(self, source: Source) -> None:
-        """An object was not kept."""
+        """An object was answered with a failure."""
         received = self._of(source)
         if received is not None:
             received.refused += 1
@@ -94,13 +92,15 @@ class ReceivedStudies:
             return
         self._tell(received, AuditOutcome.SUCCESS, "" if over else "the association did not end by a release")
         if received.refused:
+            patients = tuple({patient: None for _, patient in received.studies})
+            of_one = len(patients) == 1  # else nobody knows of which
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFERRED,
                     outcome=AuditOutcome.MINOR_FAILURE,
-                    participants=peer_of(source, received.user),
-                    study_instance_uids=tuple(received.studies),
-                    patient_ids=tuple(dict.fromkeys(study.patient_id for study in received.studies.values())),
+                    participants=received.participants,
+                    study_instance_uids=tuple(study for study, _ in received.studies) if of_one else (),
+                    patient_ids=patients if of_one else (),
                     detail=f"{received.refused} objects were refused",
                 )
             )
@@ -110,18 +110,18 @@ class ReceivedStudies:
             return None
         received = self._open.get(source.association_id)
         if received is None:
-            received = self._open[source.association_id] = _Received(source)
+            received = self._open[source.association_id] = _Received(peer_of(source))
         return received
 
     def _tell(self, received: _Received, outcome: AuditOutcome, detail: str) -> None:
-        for uid, study in received.studies.items():
+        for (uid, patient_id), study in received.studies.items():
             self._audit.record(
                 AuditEvent(
                     kind=AuditKind.TRANSFERRED,
                     outcome=outcome,
-                    participants=peer_of(received.source, received.user),
+                    participants=received.participants,
                     study_instance_uids=(uid,),
-                    patient_ids=(study.patient_id,),
+                    patient_ids=(patient_id,),
                     instances=study.instances,
                     action=study.action,
                     detail=detail,

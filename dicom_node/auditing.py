@@ -107,9 +107,20 @@ class AuditTrail(Protocol):
         """Keep it. Where it cannot be kept, that is counted and logged, and the node goes on."""
         ...
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        """Wait until what this process recorded is durable; False: not in that time, or something of it was lost.
+
+        For what must not be done, or forgotten, before it is told.
+        """
+        ...
+
 
 class NoAuditTrail:
     """Nobody asked for one (`AuditTrail`)."""
 
     def record(self, event: AuditEvent) -> None:
         """Nothing is kept."""
+
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        """There is nothing to wait for."""
+        return True

@@ -163,7 +163,7 @@ def fsck(arguments: argparse.Namespace) -> int:
         raise NotFound(f"{config.data_dir}: there is no such folder; name the node's with --data-dir")
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
         wait_for_children(config.data_dir)
-        with open_here(config) as catalog, command_trail(config) as trail:
+        with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
             replay_journals(catalog, config)
             node_deleter(catalog, config, trail).finish_all()
             report = check(
@@ -173,13 +173,16 @@ def fsck(arguments: argparse.Namespace) -> int:
                 clock=SystemClock(),
                 max_inflated_header_bytes=config.storage.max_inflated_header_bytes,
             )
+            miscounted = catalog.queue.audit_counts(repair=arguments.repair)
     print(f"{report.rows} rows, {report.files} files")
     kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
     for kind in (*kinds, "quarantined"):
         for what in getattr(report, kind):
             print(f"{kind.replace('_', ' ')}: {what}")
+    for what in miscounted:
+        print(f"{'counted anew' if arguments.repair else 'miscounted'}: {what}")
     print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")
-    return OK if report.clean else FAILED
+    return OK if report.clean and (arguments.repair or not miscounted) else FAILED
 
 
 # --- studies
@@ -195,13 +198,12 @@ def route(arguments: argparse.Namespace) -> int:
     with open_here(config) as catalog:
         router = node_router(catalog, config, lambda: rules, clock, Unobserved())
         routed = router.route_now(arguments.study, again=arguments.again, rule=arguments.rule)
+        with command_trail(config, catalog.index.patient_ids) as trail:
+            trail.record(acted(arguments.study, f"routed by hand: {len(routed.job_ids)} new jobs"))
     for series in routed.series:
         matched = [verdict.rule for verdict in series.verdicts if verdict.matched]
         outcome = series.failure or (f"matched {', '.join(matched)}" if matched else "no rule matched")
         print(f"series {series.series_instance_uid}: {outcome}")
-    with command_trail(config) as trail:
-        detail = f"routed by hand: {len(routed.job_ids)} new jobs"
-        trail.record(acted(arguments.study, detail))
     print(f"new jobs: {', '.join(map(str, routed.job_ids)) or 'none'}")
     return OK
 
@@ -209,7 +211,7 @@ def route(arguments: argparse.Namespace) -> int:
 def release(arguments: argparse.Namespace) -> int:
     """Let a study with an identity conflict be analysed."""
     config = offline(arguments)
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         catalog.queue.release_study(arguments.study)
         trail.record(acted(arguments.study, "released from its identity conflict"))
     print(f"study {arguments.study} is released")
@@ -338,7 +340,7 @@ def deliveries_cancel(arguments: argparse.Namespace) -> int:
 def _each(arguments: argparse.Namespace, verb: Callable[[Any], Callable[[int], None]], done: str) -> int:
     wrong = 0
     config = offline(arguments)
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         for number in arguments.id:
             try:
                 verb(catalog)(number)

@@ -150,7 +150,7 @@ def engines_run(arguments: argparse.Namespace) -> int:
     kinds = tuple(arguments.results or (kind for kind in encoder_kinds() if kind != "labelmap"))  # as bits by seg
     if unknown := set(kinds) - set(encoder_kinds()):
         raise ConfigError(f"--results: {', '.join(sorted(unknown))} is none of {', '.join(encoder_kinds())}")
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         engine = engines(config, arguments.name, returns=catalog.queue)[arguments.name]
         try:
             by_hand = _ByHand(config, catalog, engine, arguments, kinds, trail)

@@ -12,6 +12,7 @@ from pathlib import Path
 from dicom_node.clock import SystemClock
 from dicom_node.commands import FAILED, OK, age, offline, open_here, table
 from dicom_node.errors import NotFound
+from dicom_node.retention import PERSON
 
 __all__ = ["backup", "ledger", "restore"]
 
@@ -27,8 +28,9 @@ def ledger(arguments: argparse.Namespace) -> int:
     if arguments.json:
         lines = [{**asdict(line), "imbalance": line.imbalance} for line in report.lines]
         missing = [asdict(one) for one in report.unaccounted]
-        whole = {"lines": lines, "series": report.totals, "studies": report.studies, "unaccounted": missing}
-        print(json.dumps(whole, indent=2))
+        deleted = {rule: {"studies": one[0], "series": one[1]} for rule, one in report.deleted.items()}
+        totals = {"series": report.totals, "studies": report.studies}
+        print(json.dumps({"lines": lines, **totals, "unaccounted": missing, "deleted": deleted}, indent=2))
         return FAILED if broken else OK
     rows = [
         (f"{line.hour}:00Z", line.calling_ae_title or "-", *(str(getattr(line, name)) for name in _COLUMNS))
@@ -39,6 +41,9 @@ def ledger(arguments: argparse.Namespace) -> int:
         for name, counts in ((("all time", "all series"), report.totals), (("", "all studies"), report.studies))
     ]
     table(("HOUR", "FROM", *(name.upper() for name in _COLUMNS)), rows, "")
+    for rule, (studies, series) in report.deleted.items():
+        by = "by people" if rule == PERSON else f"by retention rule {rule}"
+        print(f"deleted {by}, and counted no more: {studies} studies of {series} series")
     for one in report.unaccounted:
         print(f"{one.why}: study {one.study_instance_uid} series {one.series_instance_uid}")
     if broken:

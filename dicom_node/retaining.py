@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from datetime import date
 from typing import Any
 
 from dicom_node.auditing import AuditTrail
@@ -24,7 +23,7 @@ from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.retain import Fate, Retainer, Run
 from dicom_node.retention import PERSON, PERSON_IS_HELD_BY, Deletion, DeletionOrder, Hold, RetentionSettings, StudyHeld
 from dicom_node.store.catalog import Catalog
-from dicom_node.trails import command_trail
+from dicom_node.trails import command_trail, person
 
 __all__ = ["Retention", "delete", "node_deleter", "node_retainer", "retention"]
 
@@ -95,6 +94,7 @@ class Retention:
         self._kept: Mapping[str, int] = {}
         self._over: Mapping[str, int] = {}
         self._error = ""
+        self._day: date | None = None  # that is noted
 
     @property
     def tick_s(self) -> float:
@@ -105,6 +105,7 @@ class Retention:
         """Do what is due. Raises nothing."""
         try:
             self._deleter.finish_all()
+            self._note_day()
             now = self._clock.boot().seconds
             if self._settings is not None and self._settings.rules and now >= self._due_s:
                 self._due_s = now + self._settings.every_s
@@ -113,6 +114,18 @@ class Retention:
         except Exception as exc:  # edge: the timer's tick; the next one tries again
             self._error = str(exc) if isinstance(exc, NodeError) else type(exc).__name__
             log.error("retention failed", exc_info=exc)
+
+    def _note_day(self) -> None:
+        """Also while retention is off: it may be turned on, and then must know how old studies are for certain."""
+        today = self._clock.wall().date()
+        if today == self._day:
+            return
+        if missed := self._queue.note_day():
+            log.warning(
+                "the clock says that the node did not run for days; they make no study older",
+                extra={"action": "days_missed", "days": missed},
+            )
+        self._day = today
 
     def _run(self) -> None:
         run = self._retainer.run()
@@ -154,7 +167,7 @@ def retention(arguments: argparse.Namespace) -> int:
         print("retention is off: everything is kept until a person deletes it")
         return OK
     fates: list[Fate] = []
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         deleter = node_deleter(catalog, config, trail)
         if not arguments.dry_run:
             deleter.finish_all()
@@ -199,7 +212,7 @@ def delete(arguments: argparse.Namespace) -> int:
     config = offline(arguments)
     holds = PERSON_IS_HELD_BY - ({Hold.COMMITTED_TO} if arguments.break_commitment else frozenset())
     stay = 0
-    with open_here(config) as catalog, command_trail(config) as trail:
+    with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
         deleter = node_deleter(catalog, config, trail)
         for study in arguments.study:
             try:
@@ -215,20 +228,23 @@ def _delete(
 ) -> str:
     _, instances, length = catalog.queue.study_contents(study)
     what = f"study {study}: {sum(instances.values())} objects, {length} bytes"
-    if held := deleter.held(study, holds):
+    held = deleter.held(study, holds)
+    if held and arguments.dry_run:
         raise StudyHeld(held)
     if arguments.dry_run:
         return f"{what} would be deleted"
+    broken = ", although the node committed to it" if arguments.break_commitment else ""
+    why = f"asked for on the command line{broken}"
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who=person().user, why=why, holds=holds)
+    if held:
+        deleter.refuse(order, held)
     if not (arguments.yes or _agreed(what)):
         return f"{what} stays"
-    broken = ", although the node committed to it" if arguments.break_commitment else ""
-    order = DeletionOrder(
-        study_instance_uid=study, rule=PERSON, who=_user(), why=f"asked for on the command line{broken}", holds=holds
-    )
     deleter.delete(order)
     left = catalog.queue.unfinished_deletions()
     if any(one.study_instance_uid == study for one in left):
-        return f"{what} is deleted; some of its files could not be removed yet, the node tries again"
+        why = "some of its files could not be removed, or the audit trail not be told"
+        return f"{what} is deleted, but {why}; the node tries again"
     return f"{what} is deleted"
 
 
@@ -237,10 +253,3 @@ def _agreed(what: str) -> bool:
         print("dicom-node: nobody to ask; say --yes", file=sys.stderr)
         return False
     return input(f"{what}. Delete for good? [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container without that user
-        return f"uid {os.getuid()}"

@@ -119,6 +119,7 @@ class Hold(StrEnum):
     FAILED_SERIES = "failed-series"
     DELIVERIES = "deliveries"
     FAILED_DELIVERIES = "failed-deliveries"
+    UNSENT = "unsent"
     CONFLICT = "identity-conflict"
     QUARANTINE = "quarantine"
     VARIANTS = "variants"
@@ -158,7 +159,9 @@ class StudyHeld(NodeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyToKeep:
-    """What rules look at. `mark` differs once anything came, was decided or was queued since."""
+    """What rules look at. `mark` differs once anything came, was decided or was queued since; `contents` once anything
+    came, new or again.
+    """
 
     study_instance_uid: str
     first_received_at: str
@@ -168,8 +171,8 @@ class StudyToKeep:
     routing_rules: frozenset[str]
     received: bool
     delivers: bool
-    bytes: int
     mark: str
+    contents: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from operator import itemgetter
 
 __all__ = ["Shape", "Shapes", "shape_of"]
 
-MAX_SHAPES = 256
+MAX_SHAPES, MAX_HEADS = 256, 400  # heads of one shape; together they bound what strangers make us keep: 17 MiB
 _LE, _BE = struct.Struct("<HH2sH"), struct.Struct(">HH2sH")
 _LE_LONG, _BE_LONG = struct.Struct("<I"), struct.Struct(">I")
 
@@ -71,7 +71,7 @@ def shape_of(
     kept: frozenset[int],
     short: frozenset[bytes],
 ) -> Shape | None:
-    """The shape of an explicit data set that begins with `head`, None where too little of it is plain.
+    """The shape of an explicit data set that begins with `head`, None where it has too little or too much.
 
     `top`, `nested`: where elements begin, at the top level and within sequences, items and delimiters too, each in
     order and without a gap. `kept`: tags whose values are wanted; `short`: VRs with a 16-bit length.
@@ -100,7 +100,7 @@ def shape_of(
         if position < end:
             group, _, vr, _ = unpack(head, position)
             heads.append(slice(position, position + (8 if group == 0xFFFE or vr in short else 12)))
-    if len(values) < 2:
+    if len(values) < 2 or len(heads) > MAX_HEADS:
         return None
     pick: Pick = itemgetter(*heads)
     return Shape(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import logging
 import os
+import pwd
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,19 +43,21 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SETTINGS_SEEN = "audit_settings.json"
+_NO_LOGIN = 2**32 - 1
 
 
 class ClosableTrail(AuditTrail, Protocol):
     """What a process holds."""
 
-    def close(self) -> None:
-        """Write what waits. Idempotent."""
+    def close(self) -> bool:
+        """Write what waits; False: something was lost. Idempotent."""
         ...
 
 
 class _Nothing(NoAuditTrail):
-    def close(self) -> None:
+    def close(self) -> bool:
         """Nothing is open."""
+        return True
 
 
 def trail_folder(config: NodeConfig) -> Path:
@@ -104,12 +106,14 @@ def node_trail(
 
 
 @contextmanager
-def command_trail(config: NodeConfig) -> Iterator[AuditTrail]:
+def command_trail(
+    config: NodeConfig, patient_ids: Callable[[Sequence[str]], Sequence[str]] | None = None
+) -> Iterator[AuditTrail]:
     """The trail for a command; what it recorded is written at the end. Only where a node has been."""
     if config.audit is None or not config.data_dir.is_dir():
         yield NoAuditTrail()
         return
-    trail = node_trail(config, "command", SystemClock())
+    trail = node_trail(config, "command", SystemClock(), patient_ids=patient_ids)
     try:
         yield trail
     finally:
@@ -118,9 +122,9 @@ def command_trail(config: NodeConfig) -> Iterator[AuditTrail]:
 
 def close_trail(config: NodeConfig, trail: ClosableTrail) -> None:
     """Write what waits, and keep the head where nobody of the node may do it later. Raises nothing."""
-    trail.close()
+    is_synced = trail.close()
     head = getattr(trail, "head", None)
-    if head is None:
+    if head is None or not is_synced:  # after a power cut its lines would seem to have been taken away
         return
     from dicom_node.audit.verify import write_anchor
 
@@ -131,11 +135,18 @@ def close_trail(config: NodeConfig, trail: ClosableTrail) -> None:
 
 
 def person() -> Participant:
-    """Whoever runs this command, by the name of the system's user."""
-    name = ""
-    with suppress(OSError, KeyError):  # a user id without a name
-        name = getpass.getuser()
-    return Participant(user=name or f"uid {os.getuid()}", host=socket.gethostname(), is_requestor=True)
+    """Whoever runs this command: who logged in, where the system keeps that over `sudo`, else the system's user.
+
+    Never what the environment says, which anybody can set.
+    """
+    number = os.getuid()
+    with suppress(OSError, ValueError):
+        login = int(Path("/proc/self/loginuid").read_text(encoding="ascii"))
+        number = number if login == _NO_LOGIN else login
+    name = f"uid {number}"
+    with suppress(KeyError):  # a user id without a name
+        name = pwd.getpwuid(number).pw_name
+    return Participant(user=name, host=socket.gethostname(), is_requestor=True)
 
 
 def acted(study_instance_uid: str, what: str) -> AuditEvent:

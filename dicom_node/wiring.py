@@ -225,8 +225,6 @@ class CountedIngest:
         if result.outcome is None:  # nothing was stored: the sender's fault (A9xx, Cxxx) or the node's
             outcome = "invalid" if result.status >> 12 == 0xC or result.status >> 8 == 0xA9 else "failed"
             self._observer.instance_received(source.calling_ae_title, "", outcome)
-            if self._received is not None:
-                self._received.refused(source)
         return result
 
     def _stored(self, record: InstanceRecord, outcome: StoreOutcome) -> None:
@@ -238,11 +236,7 @@ class CountedIngest:
             irregular_uids=record.header.irregular_uids,
             durable_by="file" if record.file.journal is None else "journal",
         )
-        if self._received is None:
-            return
-        if outcome is StoreOutcome.REFUSED:
-            self._received.refused(record.source)
-        else:
+        if self._received is not None and outcome is not StoreOutcome.REFUSED:
             header = record.header
             self._received.stored(
                 record.source,

@@ -109,7 +109,8 @@ def test_verify_of_a_copy_names_file_and_line(
     from dicom_node.audit.chain import Chain
 
     chain = Chain(tmp_path / "copy", file_bytes=1 << 20)
-    head = chain.append([("t", b"<m>%d</m>" % n) for n in range(5)])
+    chain.append([("t", b"<m>%d</m>" % n) for n in range(5)])
+    head = chain.head
     chain.close()
     monkeypatch.chdir(tmp_path)
     words = ["audit", "verify", "--folder", str(tmp_path / "copy")]

@@ -17,7 +17,8 @@ CORE = {
     *("logs", "metrics", "headers", "geometry", "pixels"),
     *("planes", "frames", "stored_values", "decoder", "decoder_link", "decoding"),
     *("apart", "breaker", "budget", "identity", "lifeline", "quiet", "memory_files", "nudge"),
-    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests", "shapes"),
+    *("radiograph", "chest_gate", "anatomy", "anatomy_codes", "transcode", "plugins", "digests"),
+    *("shapes", "structure", "texts"),
 }
 # the composition root: may import anything
 ROOT = {

@@ -1,7 +1,7 @@
 """`dicom-node retention` and `dicom-node delete` on a data folder, beside a second node that is asked by C-FIND."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -153,11 +153,11 @@ def test_from_dry_run_to_deleted(settings: Path, tmp_path: Path, capfd: pytest.C
     deliver(config)
     assert json.loads(said("retention", "--dry-run", "--json"))["studies"][0]["safe"] == {"PACS": "found"}
 
-    deleted: list[tuple[str, int]] = []
+    told_of: list[tuple[str, int]] = []
     catalog = node_catalog(config, SystemClock())
-    service = Retention(catalog, config, SystemClock(), lambda rule, length: deleted.append((rule, length)))
+    service = Retention(catalog, config, SystemClock(), lambda rule, length: told_of.append((rule, length)))
     service.tick()
-    assert [rule for rule, _ in deleted] == ["sent", "here"] and service.facts()["error"] == ""
+    assert [rule for rule, _ in told_of] == ["sent", "here"] and service.facts()["error"] == ""
     assert ("deletions_unfinished", (), 0) in list(service.readings())
     service.stop()
     catalog.close()
@@ -170,9 +170,35 @@ def test_from_dry_run_to_deleted(settings: Path, tmp_path: Path, capfd: pytest.C
     assert "would be deleted" in said("delete", again, "--dry-run")
     assert "nobody to ask" in said("delete", again)
     assert "is deleted" in said("delete", again, "--yes") and f"no study {again}" in said("delete", again, status=2)
+    assert "deleted by retention rule sent, and counted no more: 1 studies of 1 series" in said("ledger")
+    deleted = {rule: {"studies": 1, "series": 1} for rule in ("here", "person", "sent")}
+    assert json.loads(said("ledger", "--json"))["deleted"] == deleted
     assert said("fsck").endswith("archive and index agree\n")
 
 
 def test_it_is_off_unless_it_is_asked_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["retention", "--data-dir", str(tmp_path), "--config", "config/node.yaml"]) == 0
     assert "everything is kept" in capfd.readouterr().out
+
+
+def test_a_node_that_runs_deletes_by_its_timer(
+    tmp_path: Path, running_node: Callable[..., Any], wait_for: Callable[..., None]
+) -> None:
+    data = tmp_path / "node" / "data"
+    config = NodeConfig(data_dir=data, storage=StorageSettings(reserve_bytes=0, reserve_ratio=0.0))
+    study = kept_and_routed(config, tmp_path / "here", False)
+    rules = [{"name": "here", "deliveries": "none", "older_than": "1h"}]
+    node = running_node(retention={"every_s": 1.0, "rules": rules})
+
+    def metrics() -> str:
+        return str(node.get("/metrics")[1])
+
+    wait_for(lambda: 'dicom_node_studies_deleted_total{rule="here"} 1.0' in metrics(), 60, "the deletion")
+    assert "dicom_node_deletions_unfinished 0.0" in metrics()
+    assert not list((data / "archive").glob("??/*.dcm")) and "study_deleted" in node.log.read_text()
+    assert node.stop() == 0
+    catalog = node_catalog(config, SystemClock())
+    (deletion,) = catalog.queue.deletions(study)
+    assert deletion.rule == "here" and deletion.ended_at is not None
+    assert catalog.queue.ledger().totals["received"] == 0 and catalog.queue.audit_counts(repair=False) == []
+    catalog.close()

@@ -11,10 +11,15 @@ no lock, but a verifier would have to know which processes there were: a file th
 
 What a crash leaves is a last line without its end. It was not yet told to anybody, is cut off before the next line is
 written, and reported. Everything else that does not fit is left as it is, for `verify` to find.
+
+Whoever moves files away moves them under the hands of writers: a file and the lock are known by what they are, not by
+their name, and a chain whose end was taken away goes on after the last line this process knows of, so that what was
+taken shows as a gap and fits again when it is brought back.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -60,6 +65,16 @@ def parse_line(line: bytes) -> tuple[int, str, str, bytes] | None:
     return (int(found[1]), found[2].decode("latin-1"), found[3].decode(), found[4]) if found else None
 
 
+def _is_same(fd: int, path: Path) -> bool:
+    """Whether what is open is what has that name now."""
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (named.st_dev, named.st_ino)
+
+
 def file_names(folder: Path) -> list[str]:
     """The files of the chain, oldest first."""
     return sorted(name for name in os.listdir(folder) if re.fullmatch(r"audit-\d{12}\.log", name))
@@ -68,38 +83,49 @@ def file_names(folder: Path) -> list[str]:
 class Chain:
     """Appends to the chain in `folder`. Of one process, used by one thread; others may append to the same folder.
 
-    Raises OSError for everything that keeps lines from being written; then none of them is. TimeoutError: another
-    process holds the lock.
+    Raises OSError for everything that keeps lines from being written. TimeoutError: another process holds the lock.
     """
 
-    def __init__(self, folder: Path, *, file_bytes: int) -> None:
+    def __init__(self, folder: Path, *, file_bytes: int, known: Head | None = None) -> None:
+        """`known`: the last line that this process wrote there before."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder, self._file_bytes = folder, file_bytes
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._file, self._name, self._end = -1, "", -1
-        self._head = Head()
+        self._head = known or Head()
         self.healed: list[str] = []
         """What was found and mended of a crash, or found and left, since this was last emptied; constant words."""
 
-    def append(self, messages: Sequence[tuple[str, bytes]], lock_s: float = LOCK_S) -> Head:
-        """Write lines of (time, message), all or none; how far the chain has come."""
+    @property
+    def head(self) -> Head:
+        """How far the chain had come when this process last wrote."""
+        return self._head
+
+    def append(self, messages: Sequence[tuple[str, bytes]], lock_s: float = LOCK_S) -> int:
+        """Write lines of (time, message); how many were written: all, or those that the disk still took, at least one.
+
+        A whole line is never taken back: whoever reads the file may have seen it.
+        """
         with self._locked(lock_s):
             self._find_end()
             if self._end >= self._file_bytes:
                 self._begin_file(self._head)
-            head, lines = self._head, []
+            head, heads, lines = self._head, [], []
             for at, message in messages:
                 sequence = head.sequence + 1
                 head = Head(sequence, chained(head.hash, sequence, at, message))
+                heads.append(head)
                 lines.append(b"%d %s %s %s\n" % (sequence, at.encode(), head.hash.encode(), message))
-            self._write(b"".join(lines))
-            self._head = head
-        return head
+            count = self._write(b"".join(lines))
+            self._head = heads[count - 1]
+        return count
 
-    def sync(self) -> None:
-        """Make what was written survive a power cut."""
-        if self._file >= 0:
-            os.fdatasync(self._file)
+    def sync(self) -> bool:
+        """Make what was written survive a power cut; False: no file is open."""
+        if self._file < 0:
+            return False
+        os.fdatasync(self._file)
+        return True
 
     def close(self) -> None:
         """Give back the descriptors. Idempotent."""
@@ -120,19 +146,26 @@ class Chain:
                     raise TimeoutError("another process holds the audit trail's lock") from None
                 time.sleep(_PAUSE_S)
         try:
+            if not _is_same(self._lock, self._folder / "lock"):
+                raise OSError(errno.ESTALE, "the audit trail's folder is another one now")
             yield
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> int:
+        """How many lines of it were written, at least one. Raises OSError."""
+        done = 0
         try:
-            done = 0
             while done < len(data):
                 done += os.write(self._file, memoryview(data)[done:])
         except OSError:
-            os.ftruncate(self._file, self._end)  # half a line is nobody's
-            raise
+            whole = data.rfind(b"\n", 0, done) + 1
+            os.ftruncate(self._file, self._end + whole)  # half a line is nobody's
+            if not whole:
+                raise
+            data = data[:whole]
         self._end += len(data)
+        return data.count(b"\n")
 
     # --- where the chain ends
 
@@ -140,13 +173,21 @@ class Chain:
         """Open the last file, unless it is the one that is open and nobody has written to it since."""
         names = file_names(self._folder)
         if not names:
-            self._begin_file(Head())
+            if self._head.sequence:
+                self.healed.append(f"every file is gone; it goes on after line {self._head.sequence} in a new one")
+            self._begin_file(self._head)
             return
-        if names[-1] == self._name and os.fstat(self._file).st_size == self._end:
+        is_open = names[-1] == self._name and _is_same(self._file, self._folder / self._name)
+        if is_open and os.fstat(self._file).st_size == self._end:
             return
-        if names[-1] != self._name:
+        known = self._head
+        if not is_open:
             self._open(names[-1])
         self._read_end()
+        if self._head.sequence < known.sequence:
+            what = f"lines {self._head.sequence + 1} to {known.sequence} are gone; it goes on after them in a new file"
+            self.healed.append(what)
+            self._begin_file(known)
 
     def _open(self, name: str, flags: int = 0) -> None:
         fd = os.open(self._folder / name, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
@@ -157,7 +198,11 @@ class Chain:
 
     def _begin_file(self, head: Head) -> None:
         self._open(f"audit-{head.sequence + 1:012d}.log", os.O_CREAT | os.O_EXCL)
-        self._write(b"dicom-node-audit-1 %d %s\n" % (head.sequence + 1, head.hash.encode()))
+        try:
+            self._write(b"dicom-node-audit-1 %d %s\n" % (head.sequence + 1, head.hash.encode()))
+        except OSError:
+            self._name = ""  # a file without its head: the next look begins it again
+            raise
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(self._file)

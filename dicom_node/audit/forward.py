@@ -174,17 +174,32 @@ class Forwarder:
     def _read(self, place: Place, most: int) -> tuple[list[bytes], Place]:
         """Messages of the lines after `place` that are whole, of one file, and where they end."""
         try:
-            names = [name for name in file_names(self._folder) if name >= place.file]
-        except FileNotFoundError:  # nothing was recorded yet
+            known = file_names(self._folder)
+            names = [name for name in known if name >= place.file]
+            if known and (not names or (names[0] == place.file and self._is_shorter(place))):
+                # the trail was begun anew, or is an older copy: rather all of it twice than some of it never
+                log.error("the audit trail is not the one that was sent", extra={"collector": self._name})
+                names, place = known, Place()
+            for name in names:
+                offset = place.offset if name == place.file else 0
+                lines, end, sequence = self._lines(name, offset, most)
+                if end > offset:
+                    self._miss(place, sequence - len(lines))
+                    place = Place(name, end, sequence or place.sequence)
+                if lines:
+                    return lines, place
+        except FileNotFoundError:  # nothing was recorded yet, or a file was moved away just now
             return [], place
-        for name in names:
-            offset = place.offset if name == place.file else 0
-            lines, end, sequence = self._lines(name, offset, most)
-            if end > offset:
-                place = Place(name, end, sequence or place.sequence)
-            if lines:
-                return lines, place
         return [], place
+
+    def _is_shorter(self, place: Place) -> bool:
+        return (self._folder / place.file).stat().st_size < place.offset
+
+    def _miss(self, place: Place, before: int) -> None:
+        """Say which lines were moved away before they were sent; the collector sees the gap in their numbers."""
+        if place.sequence and before > place.sequence:
+            gone = {"collector": self._name, "first": place.sequence + 1, "last": before}
+            log.error("lines of the audit trail were moved away before the collector had them", extra=gone)
 
     def _lines(self, name: str, offset: int, most: int) -> tuple[list[bytes], int, int]:
         messages, sequence, size = [], 0, 0

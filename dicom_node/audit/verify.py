@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dicom_node.audit.chain import Head, chained, file_names, parse_head, parse_
 __all__ = ["Fault", "Position", "Report", "read_anchor", "verify", "write_anchor"]
 
 MAX_FAULTS = 20  # then it is known
+_LOOKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,23 @@ class Report:
 
 
 def verify(folder: Path, anchors: Sequence[Head] = (), *, start: Position | None = None) -> Report:
-    """Read the chain from `start` (None: from its first file) and compare it with the anchors. Raises OSError."""
+    """Read the chain from `start` (None: from its first file) and compare it with the anchors. Raises OSError.
+
+    Older files may be moved away before and meanwhile; from `start` on, no line may be missing.
+    """
+    for _ in range(_LOOKS):
+        with suppress(FileNotFoundError):  # one was moved away meanwhile: look anew
+            return _verified(folder, anchors, start)
+    return _verified(folder, anchors, start)
+
+
+def _verified(folder: Path, anchors: Sequence[Head], start: Position | None) -> Report:
     report = Report(end=start)
     names = file_names(folder) if folder.is_dir() else []
     if start is not None:
-        if start.file not in names:
-            report.faults.append(Fault(start.file, start.line, "the file is gone"))
         names = [name for name in names if name >= start.file]
+        if not names:  # else the next file says whether it follows
+            report.faults.append(Fault(start.file, start.line, "the file is gone, and none follows it"))
     hashes: dict[int, str] = {start.head.sequence: start.head.hash} if start is not None else {}
     wanted = {anchor.sequence for anchor in anchors}
     for name in names:

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 LOGGED_S = 3600.0
+UNREADABLE = 3  # looks in a row that failed; then it counts as not whole, until one succeeds
 
 
 class TrailWatch:
@@ -26,11 +27,17 @@ class TrailWatch:
         self._folder, self._anchor, self._look_s = folder, anchor, look_s
         self._position: Position | None = None
         self._logged_s = -LOGGED_S
-        self.is_whole = True
+        self._was_changed = False
+        self._unreadable = 0
         self.sequence = 0
         """The last line there is."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit-watch", daemon=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was looked at is what was written, and it can be looked at."""
+        return not self._was_changed and self._unreadable < UNREADABLE
 
     def start(self) -> None:
         """Begin to look."""
@@ -44,26 +51,29 @@ class TrailWatch:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._look_s):
-            self._guarded()
-        self._guarded(is_last=True)
+            self.tick()
+        self.tick(is_last=True)
 
-    def _guarded(self, *, is_last: bool = False) -> None:
+    def tick(self, *, is_last: bool = False) -> None:
+        """`look`, and note where it cannot. Raises nothing that a disk does."""
         try:
             self.look(is_last=is_last)
+            self._unreadable = 0
         except OSError as exc:
-            log.error("the audit trail cannot be read", extra={"error": exc.strerror or type(exc).__name__})
-            self.is_whole = False
+            self._unreadable += 1
+            if self._unreadable in (1, UNREADABLE):
+                log.error("the audit trail cannot be read", extra={"error": exc.strerror or type(exc).__name__})
 
     def look(self, *, is_last: bool = False) -> None:
         """Verify what came since the last look, and keep its head. Raises OSError."""
-        if not self.is_whole:
+        if self._was_changed:
             return  # it was told; a person must look, and a new head would hide it
         if self._position is None and not self._begin():
             return
         anchor = read_anchor(self._anchor)
         report = verify(self._folder, [anchor] if anchor else [], start=self._position)
         if report.faults:
-            self.is_whole = False
+            self._was_changed = True
             for fault in report.faults:
                 log.critical("the audit trail was changed", extra={"fault": str(fault)})
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 
 from pydicom.dataset import Dataset
@@ -20,6 +21,7 @@ from dicom_node.services.identifier import UNREADABLE, BadIdentifier
 __all__ = ["DimseFinder"]
 
 MOST_MATCHES = 200_000  # of one series: a peer that never ends
+FIND_S = 300.0  # for one study: nor shall it take for ever
 _PENDING = (0xFF00, 0xFF01)
 
 
@@ -54,10 +56,12 @@ class DimseFinder:
             agreed = [(cx, syntax) for (uid, syntax), cx in session.contexts.items() if uid == STUDY_ROOT_FIND]
             if not agreed:
                 return None
+            until = time.monotonic() + FIND_S
             try:
                 for series in series_instance_uids:
                     heartbeat()
-                    found |= self._of_series(session, *agreed[0], study_instance_uid, series, heartbeat)
+                    asked = _asked(study_instance_uid, series)
+                    found |= self._of_series(session, *agreed[0], asked, heartbeat, until)
             except AssociationLost as exc:
                 raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
             except _NoAnswer as exc:
@@ -65,7 +69,13 @@ class DimseFinder:
         return frozenset(found)
 
     def _of_series(
-        self, session: Session, context_id: int, syntax: str, study: str, series: str, heartbeat: Callable[[], None]
+        self,
+        session: Session,
+        context_id: int,
+        syntax: str,
+        asked: Dataset,
+        heartbeat: Callable[[], None],
+        until: float,
     ) -> set[str]:
         message_id = session.next_message_id()
         command = encode_command(
@@ -77,13 +87,15 @@ class DimseFinder:
                 "CommandDataSetType": WITH_DATA_SET,
             }
         )
-        session.link.send_message(context_id, command, [encode_identifier(_asked(study, series), syntax)])
+        session.link.send_message(context_id, command, [encode_identifier(asked, syntax)])
         found: set[str] = set()
         for _ in range(MOST_MATCHES):
+            if time.monotonic() > until:
+                raise _NoAnswer(f"it had not answered to the end after {FIND_S:g} s")
             message = session.link.await_response(message_id, self._settings.response_timeout_s, heartbeat)
             status = status_of(message)
             if status in _PENDING:
-                found.add(_uid(message, syntax))
+                found |= _matched(message, syntax, asked)
             elif status:
                 raise _NoAnswer(f"it answered {status:04X}H to a query at the IMAGE level")
             else:
@@ -104,9 +116,13 @@ def _asked(study: str, series: str) -> Dataset:
     return identifier
 
 
-def _uid(message: Message, syntax: str) -> str:
+def _matched(message: Message, syntax: str, asked: Dataset) -> set[str]:
+    """The SOP Instance UID that was found; nothing where it is of another study or series: the keys were ignored."""
     try:
         match = read_data_set(message.data_set, syntax, MAX_IDENTIFIER_BYTES)
-        return str(match.get("SOPInstanceUID", "") or "")
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+            if str(match.get(keyword) or asked[keyword].value) != asked[keyword].value:
+                return set()
+        return {str(match.get("SOPInstanceUID") or "")} - {""}
     except (BadIdentifier, *UNREADABLE) as exc:
         raise _NoAnswer("it answered a query with what cannot be read") from exc

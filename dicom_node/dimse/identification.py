@@ -87,7 +87,7 @@ class Identification:
             name = ""
         else:
             found, name = self._judged(self._settings, identity, policy, address, encrypted=encrypted)
-        self._record(found, name, calling, address)
+        self._record(found, name, calling, address, claims=identity is not None)
         return found
 
     def _judged(
@@ -182,14 +182,17 @@ class Identification:
         except (ConfigError, OSError) as exc:  # what was read before holds on
             log.error("users or keys cannot be read", extra={"error": str(exc)})
 
-    def _record(self, found: Identified | Unidentified, name: str, calling: str, address: str) -> None:
+    def _record(self, found: Identified | Unidentified, name: str, calling: str, address: str, *, claims: bool) -> None:
         peer = Participant(calling, address, name[:MAX_NAME], is_requestor=True)
         node = Participant(is_this_node=True)
         if isinstance(found, Identified):
             event = AuditEvent(AuditKind.USER_AUTHENTICATED, participants=(peer, node))
         else:
             failure = AuditOutcome.SERIOUS_FAILURE
-            event = AuditEvent(AuditKind.SECURITY_ALERT, failure, participants=(peer, node), detail=found.why)
+            kind = (
+                AuditKind.USER_AUTHENTICATED if claims else AuditKind.SECURITY_ALERT
+            )  # A.5.3.12: also one that failed
+            event = AuditEvent(kind, failure, participants=(peer, node), detail=found.why)
         self._audit.record(event)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from dicom_node.audited import peer_of
-from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome, AuditTrail, Participant
+from dicom_node.auditing import AlertType, AuditEvent, AuditKind, AuditOutcome, AuditTrail
 from dicom_node.dimse.commands import (
     NO_DATA_SET,
     CommandField,
@@ -37,6 +37,7 @@ from dicom_node.dimse.retrieval import Retrievals, move_destination
 from dicom_node.dimse.session import is_stored
 from dicom_node.errors import NodeError
 from dicom_node.interfaces import AssociationLog
+from dicom_node.model import Source
 from dicom_node.services.find import SOME, FindService
 from dicom_node.services.identifier import BadIdentifier, Identifier
 from dicom_node.services.store import StoreRequest, StoreService
@@ -85,8 +86,10 @@ class Requests:
         observe: WireObserver,
         max_objects: int,
         audit: AuditTrail,
+        refused: Callable[[Source], None],
     ) -> None:
-        self._max_objects, self._audit = max_objects, audit
+        """`refused` is told whose object was answered with a failure."""
+        self._max_objects, self._audit, self._refused = max_objects, audit, refused
         self._store, self._find, self._retrievals = store, find, retrievals
         self._commitment = commitment
         self._associations, self._observe = associations, observe
@@ -199,17 +202,13 @@ class Requests:
 
     def _not_authorized(self, request: Request) -> int:
         log.warning("request is not allowed to this peer", extra=dict(request.link.log_fields))
-        source = request.peer.source
         self._audit.record(
             AuditEvent(
                 AuditKind.SECURITY_ALERT,
                 AuditOutcome.SERIOUS_FAILURE,
-                participants=(
-                    Participant(source.calling_ae_title, source.address, request.peer.user, is_requestor=True),
-                    Participant(source.called_ae_title, is_this_node=True),
-                ),
-                detail="a request that is not allowed to this peer",
-                sop_class_uid=request.sop_class_uid,
+                participants=peer_of(request.peer.source, request.peer.user),
+                detail=f"a request that is not allowed to this peer: {request.sop_class_uid}",
+                alert_type=AlertType.USE_OF_RESTRICTED_FUNCTION,
             )
         )
         request.respond({"Status": NOT_AUTHORIZED, "ErrorComment": "not allowed to this AE"})
@@ -303,6 +302,7 @@ class Requests:
         return OUT_OF_RESOURCES
 
     def _note_failure(self, peer: Peer) -> None:
+        self._refused(peer.source)
         if not peer.recorded:
             return
         try:

@@ -143,6 +143,7 @@ class Serving:
             observe=self.observe,
             max_objects=config.bounds.objects_per_association,
             audit=self._audit,
+            refused=received.refused if received is not None else lambda source: None,
         )
 
     # --- negotiation
@@ -214,14 +215,14 @@ class Serving:
         self.observe.association_rejected("protocol")
         self.alert("association aborted: presentation contexts", address=fields.get("address", ""))
 
-    def alert(self, why: str, *, address: str, calling: str = "", called: str = "") -> None:
+    def alert(self, why: str, *, address: str, calling: str = "", called: str = "", user: str = "") -> None:
         """Tell the audit trail of somebody who was not let in, or was thrown out; `why` in constant words."""
         self._audit.record(
             AuditEvent(
                 kind=AuditKind.SECURITY_ALERT,
                 outcome=AuditOutcome.MINOR_FAILURE,
                 participants=(
-                    Participant(ae_title=calling, host=address, is_requestor=True),
+                    Participant(ae_title=calling, host=address, user=user, is_requestor=True),
                     Participant(ae_title=called or self.config.ae_titles[0], is_this_node=True),
                 ),
                 detail=why,
@@ -240,9 +241,11 @@ class Serving:
 
     def violated(self, peer: Peer | None, address: str, why: str) -> None:
         """An association was aborted for what its peer did."""
-        source = peer.source if peer is not None else Source(calling_ae_title="", called_ae_title="", address=address)
-        called, calling = source.called_ae_title, source.calling_ae_title
-        self.alert(f"association aborted: {why}", address=address, calling=calling, called=called)
+        who: dict[str, str] = {}
+        if peer is not None:
+            source = peer.source
+            who = {"calling": source.calling_ae_title, "called": source.called_ae_title, "user": peer.user}
+        self.alert(f"association aborted: {why}", address=address, **who)
 
     def accepted(
         self,
@@ -272,6 +275,8 @@ class Serving:
         source = Source(
             calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
+        if self._received is not None and user:
+            self._received.identified(source, user)
         log.info("association accepted", extra={"association": source.association_id, **fields})
         if user and self._received is not None:
             self._received.identified(source, user)

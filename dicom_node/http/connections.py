@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
@@ -89,6 +90,7 @@ class Connections:
         if self._thread.is_alive():
             self._thread.join(timeout=5.0)
         self._listener.close()
+        self._drop_done()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -222,8 +224,15 @@ class Connections:
             connection.close()  # the client went away; there is nobody to tell
         else:
             self._done.append((connection, address))
+            if self._stopping.is_set() and not self._thread.is_alive():  # nobody lets it linger any more
+                self._drop_done()
         finally:
             self._free.release()
+
+    def _drop_done(self) -> None:
+        with suppress(IndexError):  # two threads may be here
+            while True:
+                self._done.popleft()[0].close()
 
     def _let_linger(self, connection: socket.socket, address: str) -> None:
         """Let the answer arrive: closing with unread bytes (a body nobody asked for) would reset the connection."""

@@ -11,6 +11,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, timedelta
+from itertools import takewhile
 from typing import Literal, Protocol
 
 from dicom_node.errors import DeliveryError, NodeError, NotFound
@@ -36,6 +38,8 @@ PAGE = 200
 LOOK_AGAIN_S = 3600.0  # at a study that was held
 RUN_S = 120.0  # then the next run goes on
 MOST_HELD = 100_000  # studies remembered as held
+MOST_AGE_S = 100 * 365 * 24 * 3600.0
+MOST_SIZES = 1_000_000  # studies of which the bytes are remembered
 _ALL_HOLDS = frozenset(Hold)
 
 Asked = Literal["auto", "find", "accepted"]
@@ -44,8 +48,12 @@ Asked = Literal["auto", "find", "accepted"]
 class RetentionBook(DeletionBook, Protocol):
     """The catalog as retention needs it."""
 
-    def studies_to_keep(self, after: tuple[str, str], limit: int, *, sizes: bool) -> Sequence[StudyToKeep]:
+    def studies_to_keep(self, after: tuple[str, str], limit: int) -> Sequence[StudyToKeep]:
         """A page of studies, in the order in which they first came."""
+        ...
+
+    def study_bytes(self, study_instance_uid: str) -> int:
+        """Of the files of all its objects."""
         ...
 
     def study_sent(self, study_instance_uid: str) -> Sequence[Sent]:
@@ -121,6 +129,7 @@ class Retainer:
         self._held_until: dict[str, tuple[float, str, Hold]] = {}
         self._after = ("", "")
         self._kept: Counter[str] = Counter()
+        self._sizes: dict[str, tuple[str, int]] = {}  # of studies under a quota: as they were, and their bytes
         self._silent: dict[str, Held] = {}  # destinations that did not answer in this run
 
     def run(self, *, dry: bool = False, tell: Callable[[Fate], None] = lambda fate: None) -> Run:
@@ -128,17 +137,12 @@ class Retainer:
 
         Raises StorageError.
         """
-        quotas = _Quotas(self._settings.rules, self._free_bytes)
-        sizes = any(rule.has_quota for rule in self._settings.rules)
-        if any(rule.keep_bytes is not None for rule in self._settings.rules):
-            for study in self._studies(("", ""), sizes=True):
-                if (rule := self._rule_for(study)) is not None:
-                    quotas.count(rule, study)
+        quotas = self._quotas()
         run = Run()
         self._silent.clear()
         began = self._clock.boot().seconds
         kept, after = (Counter[str](), ("", "")) if dry else (self._kept, self._after)
-        for study in self._studies(after, sizes=sizes or dry):
+        for study in self._studies(after, self._young_since(quotas)):
             late = self._clock.boot().seconds - began > RUN_S
             if not dry and (run.deleted >= self._settings.studies_per_run or late):
                 break
@@ -152,6 +156,8 @@ class Retainer:
                 run.deleted += 1
                 run.bytes += fate.bytes
             tell(fate)
+            if self._files_stay(fate, dry):
+                break
         else:
             run.whole, after = not self._stopping(), ("", "")
         run.kept = Counter(kept)
@@ -160,12 +166,49 @@ class Retainer:
         run.over_bytes = quotas.over() if run.whole else {}
         return run
 
-    def _studies(self, after: tuple[str, str], *, sizes: bool) -> Iterator[StudyToKeep]:
+    def _quotas(self) -> _Quotas:
+        quotas = _Quotas(self._settings.rules, self._free_bytes, self._bytes_of)
+        if any(rule.keep_bytes is not None for rule in self._settings.rules):
+            there = set()
+            for study in self._studies(("", "")):
+                rule = self._rule_for(study)
+                if rule is not None and rule.keep_bytes is not None:
+                    quotas.count(rule, study)
+                    there.add(study.study_instance_uid)
+            if not self._stopping():
+                self._sizes = {uid: known for uid, known in self._sizes.items() if uid in there}
+        return quotas
+
+    def _bytes_of(self, study: StudyToKeep) -> int:
+        """Of its files; summed up again only when something of it came since."""
+        known = self._sizes.get(study.study_instance_uid)
+        if known is None or known[0] != study.contents:
+            if len(self._sizes) >= MOST_SIZES:
+                self._sizes.clear()
+            known = (study.contents, self._book.study_bytes(study.study_instance_uid))
+            self._sizes[study.study_instance_uid] = known
+        return known[1]
+
+    def _files_stay(self, fate: Fate, dry: bool) -> bool:
+        """Whether the files of a study that was just deleted are still there: to go on would make no room."""
+        if dry or fate.held:
+            return False
+        return any(one.study_instance_uid == fate.study_instance_uid for one in self._book.unfinished_deletions())
+
+    def _young_since(self, quotas: _Quotas) -> str:
+        """What first came later than this is not old enough for any rule, and need not be looked at."""
+        ages = [rule.older_than for rule in self._settings.rules if rule.older_than is not None]
+        ages += [rule.quota_spares for rule in self._settings.rules if quotas.is_over(rule)]
+        age = timedelta(seconds=min(*ages, MOST_AGE_S, MOST_AGE_S))
+        return (self._clock.wall() - age).astimezone(UTC).isoformat(timespec="microseconds")
+
+    def _studies(self, after: tuple[str, str], until: str = "~") -> Iterator[StudyToKeep]:
         while not self._stopping():
-            page = self._book.studies_to_keep(after, PAGE, sizes=sizes)
-            if not page:
+            page = self._book.studies_to_keep(after, PAGE)
+            old = list(takewhile(lambda study: study.first_received_at <= until, page))
+            yield from old
+            if not page or len(old) < len(page):
                 return
-            yield from page
             after = (page[-1].first_received_at, page[-1].study_instance_uid)
 
     def _rule_for(self, study: StudyToKeep) -> RetentionRule | None:
@@ -181,13 +224,14 @@ class Retainer:
         safe: Mapping[str, str] = {}
         if not held:
             held, safe = self._held(study, rule)
-        length = study.bytes
+        length = 0
         if not held and not dry:
             length, held = self._delete(study, rule, why, safe)
         if held and not dry:
             self._remember(study, held[0].reason)
+        length = length or self._bytes_of(study)
         if not held:
-            quotas.gone(rule, study, dry=dry)
+            quotas.gone(rule, length)
         return Fate(
             study_instance_uid=study.study_instance_uid,
             rule=rule.name,
@@ -227,10 +271,11 @@ class Retainer:
         try:
             deletion = self._deleter.delete(order)
         except StudyHeld as exc:
-            return study.bytes, list(exc.held)
+            return 0, list(exc.held)
         except NotFound:  # a person was faster
-            return study.bytes, [Held(Hold.CHANGED, "it is not there any more")]
+            return 0, [Held(Hold.CHANGED, "it is not there any more")]
         self._held_until.pop(study.study_instance_uid, None)
+        self._sizes.pop(study.study_instance_uid, None)
         return deletion.bytes, []
 
     # --- whether it may go
@@ -298,19 +343,27 @@ def _holds(rule: RetentionRule) -> frozenset[Hold]:
 class _Quotas:
     """How much each rule's studies have, and when that or their age is too much."""
 
-    def __init__(self, rules: Sequence[RetentionRule], free_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self, rules: Sequence[RetentionRule], free_bytes: Callable[[], int], bytes_of: Callable[[StudyToKeep], int]
+    ) -> None:
         self._rules = {rule.name: rule for rule in rules}
         self._total = dict.fromkeys(self._rules, 0)
-        self._free_bytes, self._freed = free_bytes, 0
+        self._free_bytes, self._bytes_of, self._freed = free_bytes, bytes_of, 0
+        self._free_before: int | None = None
 
     def count(self, rule: RetentionRule, study: StudyToKeep) -> None:
         """The study is one of that rule's."""
-        self._total[rule.name] += study.bytes
+        self._total[rule.name] += self._bytes_of(study)
 
-    def gone(self, rule: RetentionRule, study: StudyToKeep, *, dry: bool) -> None:
+    def is_over(self, rule: RetentionRule) -> bool:
+        """Whether more than age decides by that rule now."""
+        over = rule.keep_bytes is not None and self._total[rule.name] > rule.keep_bytes
+        return over or (rule.free_bytes is not None and self._lacking(rule.free_bytes) > 0)
+
+    def gone(self, rule: RetentionRule, length: int) -> None:
         """A study of that rule was deleted, or would be."""
-        self._total[rule.name] -= study.bytes
-        self._freed += study.bytes if dry else 0
+        self._total[rule.name] -= length
+        self._freed += length
 
     def due(self, rule: RetentionRule, study: StudyToKeep) -> str:
         """Why the study goes by that rule, '' when it does not."""
@@ -325,7 +378,13 @@ class _Quotas:
         return ""
 
     def _lacking(self, wanted: int) -> int:
-        return max(wanted - self._free_bytes() - self._freed, 0)
+        """What was deleted counts as free at once: where the file system is slow to give it back, or a snapshot keeps
+        it, deleting more would not help.
+        """
+        free = self._free_bytes()
+        if self._free_before is None:
+            self._free_before = free
+        return max(wanted - max(free, self._free_before + self._freed), 0)
 
     def over(self) -> dict[str, int]:
         """By rule with a quota: what is still too much, 0 when it is met."""
@@ -333,6 +392,6 @@ class _Quotas:
         for name, rule in self._rules.items():
             if rule.has_quota:
                 over = max(self._total[name] - rule.keep_bytes, 0) if rule.keep_bytes is not None else 0
-                lacking = self._lacking(rule.free_bytes) if rule.free_bytes is not None else 0
+                lacking = max(rule.free_bytes - self._free_bytes(), 0) if rule.free_bytes is not None else 0
                 found[name] = max(over, lacking)
         return found

@@ -155,7 +155,7 @@ def _small(value: Any) -> Any:
         few = [_small(item) for item in value[:_FEW]]
         return few if len(value) <= _FEW else [*few, f"... {len(value) - _FEW} more"]
     if isinstance(value, dict):
-        return {key: _small(item) for key, item in value.items()}
+        return {key: _small(value[key]) for key in sorted(value, key=str)}  # a map of CEL has no order of its own
     return value
 
 

@@ -55,6 +55,8 @@ def back_up(catalog: Catalog, target: Path) -> Saved:
 
     def prepare(copy: sqlite3.Connection) -> None:
         copy.execute("DELETE FROM journaled")  # the journals are not part of it
+        # Brought back, it would remove what came again since; files that are left by then are listed by fsck
+        copy.execute("DELETE FROM doomed")
         try:
             catalog.archive.watch_writes()
             catalog.archive.sync()

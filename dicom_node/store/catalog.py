@@ -76,7 +76,7 @@ class Catalog:
             sync=self._sync,
             mend=self._mend,
             forget=self.index.forget_journaled,
-            has_room=lambda wanted: self.archive.free_bytes() > wanted,
+            has_room=lambda wanted: self.pressure.room() > wanted,
         )
 
     def _sync(self) -> None:
@@ -153,7 +153,7 @@ def open_catalog(
             data_dir / "quarantine",
             clock,
             fs=files,
-            free_bytes=lambda: archive.free_bytes() if pressure.space() is Grade.OPEN else 0,
+            free_bytes=lambda: pressure.room() if pressure.space() is Grade.OPEN else 0,
             max_bytes=storage.quarantine_bytes,
             max_files=storage.quarantine_files,
         ),

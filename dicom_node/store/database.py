@@ -225,6 +225,10 @@ class Database:
             return
         try:
             os.fsync(fd)
+        except OSError as exc:
+            if self._watch is not None:
+                self._watch.failed("catalog", exc)
+            raise
         finally:
             os.close(fd)
 

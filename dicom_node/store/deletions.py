@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime
 
 from dicom_node.errors import NotFound
 from dicom_node.retention import Deletion, DeletionOrder, Held, Hold, Sent, StudyHeld, StudyToKeep
@@ -24,6 +26,7 @@ __all__ = ["Deletions", "forget_study"]
 
 REMEMBERED = 50_000  # deletions
 _FORGOTTEN_AT_ONCE = 1000
+_DAY = 10  # characters of an ISO 8601 time up to its day
 
 _PAGE = """
 SELECT study.*,
@@ -33,9 +36,7 @@ SELECT study.*,
   (SELECT json_group_array(DISTINCT calling_ae) FROM receipt
     WHERE receipt.study_instance_uid = study.study_instance_uid) AS callers,
   (SELECT json_group_array(DISTINCT value) FROM routed_series, json_each(planned)
-    WHERE routed_series.study_instance_uid = study.study_instance_uid) AS rules,
-  CASE WHEN :sizes THEN (SELECT coalesce(sum(data_set_offset + data_set_length), 0) FROM instance
-    WHERE instance.study_instance_uid = study.study_instance_uid) ELSE 0 END AS bytes
+    WHERE routed_series.study_instance_uid = study.study_instance_uid) AS rules
 FROM study WHERE (first_received_at, study_instance_uid) > (:after_at, :after_uid)
 ORDER BY first_received_at, study_instance_uid LIMIT :limit
 """
@@ -98,26 +99,57 @@ class Deletions(CatalogPart):
 
     # --- looking
 
-    def studies_to_keep(self, after: tuple[str, str], limit: int, *, sizes: bool) -> Sequence[StudyToKeep]:
+    def studies_to_keep(self, after: tuple[str, str], limit: int) -> Sequence[StudyToKeep]:
         """Studies in the order in which they first came, those after (first_received_at, Study Instance UID)."""
-        names = {"after_at": after[0], "after_uid": after[1], "limit": limit, "sizes": sizes}
+        names = {"after_at": after[0], "after_uid": after[1], "limit": limit}
         with self.database.read() as connection:
             rows = connection.execute(_PAGE, names).fetchall()
-            return [self._study(row, mark_of(connection, row["study_instance_uid"])) for row in rows]
+            days = [row[0] for row in connection.execute("SELECT day FROM day_seen ORDER BY day")]
+            return [self._study(row, mark_of(connection, row["study_instance_uid"]), days) for row in rows]
 
-    def _study(self, row: sqlite3.Row, mark: str) -> StudyToKeep:
+    def _study(self, row: sqlite3.Row, mark: str, days: Sequence[str]) -> StudyToKeep:
         return StudyToKeep(
             study_instance_uid=row["study_instance_uid"],
             first_received_at=row["first_received_at"],
-            age_s=quiet_s(self, row),
+            age_s=min(quiet_s(self, row), self._lived_s(row, days)),
             modalities=frozenset(filter(None, row["modalities"].split("\\"))),
             calling_ae_titles=frozenset(json.loads(row["callers"])),
             routing_rules=frozenset(json.loads(row["rules"])),
             received=bool(row["received"]),
             delivers=bool(row["delivers"]),
-            bytes=row["bytes"],
             mark=mark,
+            contents=f"{row['last_received_at']}|{row['again_at']}|{row['instance_count']}",
         )
+
+    def _lived_s(self, study: sqlite3.Row, days: Sequence[str]) -> float:
+        """So long has the study been here for certain, whatever the wall clock says; no bound while the boot clock
+        tells: since this boot, or the whole days between on which the node ran.
+        """
+        now = self.clock.boot()
+        latest = max(study["last_received_at"], study["again_at"] or "")
+        if (study["last_boot_id"], study["again_boot_id"] or now.boot_id) == (now.boot_id, now.boot_id):
+            return float("inf")
+        between = bisect_left(days, utc_text(self.clock.wall())[:_DAY]) - bisect_right(days, latest[:_DAY])
+        return max(now.seconds, between * 24 * 3600.0)
+
+    def note_day(self) -> float:
+        """The node runs today: note it; how many days ago it ran last, 0 for today, yesterday, or never before."""
+        today = utc_text(self.clock.wall())[:_DAY]
+
+        def write(connection: sqlite3.Connection) -> str | None:
+            last: str | None
+            (last,) = connection.execute("SELECT max(day) FROM day_seen WHERE day <= ?", (today,)).fetchone()
+            if last != today:
+                connection.execute("INSERT INTO day_seen VALUES (?)", (today,))
+            return last
+
+        last = self.database.write(write)
+        return max((date.fromisoformat(today) - date.fromisoformat(last or today)).days - 1, 0)
+
+    def study_bytes(self, study_instance_uid: str) -> int:
+        """Of the files of all its objects."""
+        sql = "SELECT coalesce(sum(data_set_offset + data_set_length), 0) FROM instance WHERE study_instance_uid = ?"
+        return int(self.database.rows(sql, (study_instance_uid,))[0][0])
 
     def has_study(self, study_instance_uid: str) -> bool:
         """Whether anything of the study is here."""
@@ -227,6 +259,14 @@ class Deletions(CatalogPart):
         if study_instance_uid is None:
             return self._deletions("1", (), limit)
         return self._deletions("study_instance_uid = ?", (study_instance_uid,), limit)
+
+    def deleted_by_rule(self, since: datetime | None) -> Mapping[str, tuple[int, int]]:
+        """Rule (or 'person') to how many studies, and series in them, were deleted since then, None: ever."""
+        rows = self.database.rows(
+            "SELECT rule, count(*), sum(series) FROM deletion WHERE at >= ? GROUP BY rule ORDER BY rule",
+            ("" if since is None else utc_text(since),),
+        )
+        return {row[0]: (row[1], row[2]) for row in rows}
 
     def _deletions(self, where: str, values: Sequence[object], limit: int = -1) -> Sequence[Deletion]:
         order = "DESC" if limit >= 0 else "ASC"

@@ -12,6 +12,22 @@ __all__ = ["SETTLED_S", "held", "mark_of"]
 
 SETTLED_S = 120.0  # after something of it came, new or again: whoever sent that may not have sent all
 
+# Of the study, or of any of its objects: results may lie in another study than the images they are from.
+_DELIVERIES = (
+    "SELECT id, state FROM delivery WHERE study_instance_uid = :study UNION "
+    "SELECT delivery.id, delivery.state FROM instance JOIN delivery_item USING (sop_instance_uid) "
+    "JOIN delivery ON delivery.id = delivery WHERE instance.study_instance_uid = :study"
+)
+# Destinations that have the series of `it`, or other content of `it`, and not `it` as it is.
+_SENT_WITHOUT_IT = """
+SELECT destination FROM delivery WHERE study_instance_uid = it.study_instance_uid
+  AND series_instance_uid = it.series_instance_uid AND job IS NULL AND state <> 'cancelled' AND it.origin = 'received'
+UNION SELECT destination FROM delivery_item JOIN delivery ON delivery.id = delivery
+  WHERE sop_instance_uid = it.sop_instance_uid AND delivery.state <> 'cancelled'
+EXCEPT SELECT destination FROM delivery_item JOIN delivery ON delivery.id = delivery
+  WHERE sop_instance_uid = it.sop_instance_uid AND sha256 = it.sha256 AND delivery.state <> 'cancelled'
+"""
+
 # Each counts what holds; study is `:study`.
 _COUNTED: Mapping[Hold, tuple[str, str]] = {
     Hold.RECEIVING: (
@@ -45,12 +61,17 @@ _COUNTED: Mapping[Hold, tuple[str, str]] = {
         "{} series could not be routed or analysed; dicom-node status says why",
     ),
     Hold.DELIVERIES: (
-        "delivery WHERE study_instance_uid = :study AND state IN ('pending', 'leased', 'committing')",
+        f"({_DELIVERIES}) WHERE state IN ('pending', 'leased', 'committing')",
         "{} deliveries are open; wait, or dicom-node deliveries cancel",
     ),
     Hold.FAILED_DELIVERIES: (
-        "delivery WHERE study_instance_uid = :study AND state = 'failed'",
+        f"({_DELIVERIES}) WHERE state = 'failed'",
         "{} deliveries failed; dicom-node deliveries retry or cancel",
+    ),
+    Hold.UNSENT: (
+        f"instance AS it WHERE study_instance_uid = :study AND state = 'present' AND EXISTS ({_SENT_WITHOUT_IT})",
+        "{} objects came, or changed, after what was sent and were not sent since; dicom-node route --again, or "
+        "dicom-node delete",
     ),
     Hold.CONFLICT: (
         "study WHERE study_instance_uid = :study AND identity_conflict AND NOT released",

@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from dicom_node.digests import digest_of_file, is_old
 from dicom_node.errors import InvalidIdentifier, StorageError
@@ -29,6 +29,7 @@ from dicom_node.model import (
     StoreOutcome,
 )
 from dicom_node.store.database import Database
+from dicom_node.store.holds import SETTLED_S
 from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, renew_digest, restore_instance
 from dicom_node.store.query import Plan, plan, supported
 from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
@@ -305,7 +306,8 @@ class SqliteIndex:
         return bool(
             self._fetch(
                 "SELECT 1 FROM deletion WHERE study_instance_uid = ? AND at > ? LIMIT 1",
-                (study_instance_uid, utc_text(written_at)),
+                # one on its way while the study was deleted is a new arrival, and nothing else of it was so young
+                (study_instance_uid, utc_text(written_at + timedelta(seconds=SETTLED_S))),
             )
         )
 

@@ -21,6 +21,7 @@ __all__ = ["LAST", "insert_plain", "write_instance"]
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}")
 LAST = 2**62  # instance_order of an instance whose number is none
+REMEMBERED_CHARS = 16 * 1024  # of texts whose comparison is: a peer may send values a hundred times as long
 _STUDY_KEYWORDS = (*INDEXED[Level.PATIENT], *INDEXED[Level.STUDY])
 _SHARED_KEYWORDS = (*_STUDY_KEYWORDS, *INDEXED[Level.SERIES])
 
@@ -92,14 +93,24 @@ def insert_plain(connection: sqlite3.Connection, record: InstanceRecord) -> bool
     return True
 
 
-@lru_cache(maxsize=256)
 def _with(several: str, one: str) -> str:
+    return (_joined if len(several) + len(one) <= REMEMBERED_CHARS else _joined.__wrapped__)(several, one)
+
+
+@lru_cache(maxsize=256)
+def _joined(several: str, one: str) -> str:
     return joined([*several.split("\\"), one])
 
 
-@lru_cache(maxsize=256)
 def _adds_nothing(of_study: str, of_patient: str, of_series: str, said: tuple[str | None, ...]) -> bool:
     """Whether the rows have all that a header says; asked again for every slice of a series, and answered once."""
+    size = len(of_study) + len(of_patient) + len(of_series) + sum(map(len, filter(None, said)))
+    compare = _compared if size <= REMEMBERED_CHARS else _compared.__wrapped__
+    return compare(of_study, of_patient, of_series, said)
+
+
+@lru_cache(maxsize=256)
+def _compared(of_study: str, of_patient: str, of_series: str, said: tuple[str | None, ...]) -> bool:
     attributes = {keyword: text for keyword, text in zip(_SHARED_KEYWORDS, said, strict=True) if text}
     rows = ((of_study, _STUDY_KEYWORDS), (of_patient, INDEXED[Level.PATIENT]), (of_series, INDEXED[Level.SERIES]))
     return all(

@@ -181,17 +181,27 @@ class Pressure:
         except StorageError:
             return Grade.REFUSING
 
+    def room(self) -> int:
+        """Bytes above the reserve, of the volume that has least. Raises StorageError when one does not say."""
+        spaces = zip(self._volumes, self._measured(), strict=True)
+        return min(
+            space.f_bavail * space.f_frsize - volume.reserve(space.f_blocks * space.f_frsize)
+            for volume, space in spaces
+        )
+
+    def _measured(self) -> Sequence[os.statvfs_result]:
+        try:
+            return [self._fs.statvfs(volume.path) for volume in self._volumes]
+        except OSError as exc:
+            why = errno.errorcode.get(exc.errno or 0, "I/O error")
+            raise StorageError(f"free space is unknown: {why}") from exc
+
     def _by_space(self) -> Sequence[Pressed]:
         now = self._now()
         if now < self._measured_at + MEASURE_S:
             return self._space
         with self._guard:
-            try:
-                found = [self._fs.statvfs(volume.path) for volume in self._volumes]
-            except OSError as exc:
-                why = errno.errorcode.get(exc.errno or 0, "I/O error")
-                raise StorageError(f"free space is unknown: {why}") from exc
-            pairs = zip(self._volumes, found, self._space, strict=True)
+            pairs = zip(self._volumes, self._measured(), self._space, strict=True)
             self._space = [pressed_by(volume, space, before.grade) for volume, space, before in pairs]
             self._measured_at = now
             return self._space

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +23,9 @@ from dicom_node.store.ledger import Ledger
 from dicom_node.store.receipts import LedgerLine, Unaccounted, by_source_and_hour, unaccounted
 from dicom_node.store.returned import Returned
 from dicom_node.store.rows import QueueOptions
+from dicom_node.store.standing import audit, stand
 from dicom_node.store.status import Stuck
+from dicom_node.store.tally import audit_tallies, recount
 from dicom_node.store.timeline import timeline
 
 __all__ = ["LedgerReport", "QueueOptions", "SqliteQueue", "Stuck"]
@@ -34,12 +37,15 @@ CHEAP_S = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerReport:
-    """`SqliteQueue.ledger`. `totals` (of series) and `studies` are those of `store.status.snapshot`: of all time."""
+    """`SqliteQueue.ledger`. `totals` (of series) and `studies` are those of `store.status.snapshot`: of all time that
+    is here still. `deleted`: rule to studies and series that were taken out of all this since then.
+    """
 
     lines: Sequence[LedgerLine]
     totals: Mapping[str, Any]
     studies: Mapping[str, int]
     unaccounted: Sequence[Unaccounted]
+    deleted: Mapping[str, tuple[int, int]]
 
 
 class _Paced(Generic[T]):
@@ -82,6 +88,7 @@ class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentReques
         """What was received and where it stands: by source and hour since then (None: ever), in all, and what breaks
         the balance; see `store.receipts`. Not for every scrape: it looks at each series of that time.
         """
+        deleted = self.deleted_by_rule(since)
         with self.database.read() as connection:
             totals = status.ledger_totals(connection)
             broken = totals["ledger"]["imbalance"] or totals["ledger_studies"]["imbalance"]
@@ -90,7 +97,30 @@ class SqliteQueue(Ledger, Jobs, Deliveries, External, Returned, CommitmentReques
                 totals=totals["ledger"],
                 studies=totals["ledger_studies"],
                 unaccounted=unaccounted(connection) if broken else (),
+                deleted=deleted,
             )
+
+    def audit_counts(self, *, repair: bool) -> Sequence[str]:
+        """For fsck: which of the counts and standings that are kept differ from what the rows say; `repair`: no more.
+
+        Looks at every row there is.
+        """
+        with self.database.read() as connection:
+            connection.execute("BEGIN")  # all of one moment
+            try:
+                stands, counts = audit(connection), audit_tallies(connection)
+            finally:
+                connection.execute("ROLLBACK")
+
+        def write(connection: sqlite3.Connection) -> None:
+            for study, series in audit(connection):
+                stand(connection, study, series)
+            if audit_tallies(connection):
+                recount(connection)
+
+        if repair and (stands or counts):
+            self.database.write(write)
+        return [*(f"standing of series {series} of study {study}" for study, series in stands), *counts]
 
     def stuck(
         self,

@@ -211,6 +211,13 @@ def deletions(db: Database) -> None:
     )
 
 
+@queue_migrations()
+def days_seen(db: Database) -> None:
+    """Days on which the node ran, as far as what was received tells (`store.deletions`)."""
+    db.execute("CREATE TABLE day_seen (day TEXT PRIMARY KEY) WITHOUT ROWID")
+    db.execute("INSERT INTO day_seen SELECT DISTINCT substr(hour, 1, 10) FROM receipt")
+
+
 _DELETION_TABLES = """
 CREATE TABLE deletion (                          -- bounded: the oldest that ended are forgotten
     id INTEGER PRIMARY KEY,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["RANK", "SCHEMA", "audit_tallies", "tallied"]
+__all__ = ["RANK", "SCHEMA", "audit_tallies", "recount", "tallied"]
 
 RANK = ("lost", "failed", "waiting", "routed", "filtered")  # a study stands where the worst of its series does
 _RANKED = "CASE class " + " ".join(f"WHEN '{name}' THEN {number}" for number, name in enumerate(RANK)) + " END"
@@ -30,6 +30,7 @@ _DEFINED: Mapping[str, str] = {
     "job": "SELECT state, '', count(*) FROM job GROUP BY state",
     "delivery": "SELECT destination, state, count(*) FROM delivery GROUP BY destination, state",
 }
+_RANKS = f"SELECT study_instance_uid, min({_RANKED}) FROM standing GROUP BY study_instance_uid"
 _UNSETTLED = (
     "SELECT study_instance_uid, series_instance_uid FROM series WHERE routing = 'routed' AND NOT EXISTS "
     "(SELECT 1 FROM standing WHERE standing.study_instance_uid = series.study_instance_uid "
@@ -128,7 +129,7 @@ def _triggers() -> Iterator[str]:
 
 _FILLED = (
     *(f"INSERT INTO tally SELECT '{what}', * FROM ({counting})" for what, counting in _DEFINED.items()),
-    f"INSERT INTO study_rank SELECT study_instance_uid, min({_RANKED}) FROM standing GROUP BY study_instance_uid",
+    f"INSERT INTO study_rank {_RANKS}",
     f"INSERT INTO unsettled {_UNSETTLED}",
 )
 
@@ -149,7 +150,19 @@ def audit_tallies(connection: sqlite3.Connection) -> list[str]:
         counted = {(str(row[0]), str(row[1])): int(row[2]) for row in connection.execute(counting) if row[2]}
         if counted != tallied(connection, what):
             wrong.append(what)
+    for one, other in (("SELECT * FROM study_rank", _RANKS), (_RANKS, "SELECT * FROM study_rank")):
+        if connection.execute(f"{one} EXCEPT {other} LIMIT 1").fetchone() and "study_rank" not in wrong:
+            wrong.append("study_rank")
     kept = {tuple(row) for row in connection.execute("SELECT * FROM unsettled")}
     if not kept >= {tuple(row) for row in connection.execute(_UNSETTLED)}:  # one that is open again may stay
         wrong.append("unsettled")
     return wrong
+
+
+def recount(connection: sqlite3.Connection) -> None:
+    """Count anew what is kept, inside the caller's transaction."""
+    # the triggers on `study_rank` count too; what is in `tally` last is right
+    for table in ("unsettled", "study_rank", "tally"):
+        connection.execute(f"DELETE FROM {table}")
+    for statement in (*_FILLED[-2:], "DELETE FROM tally", *_FILLED[:-2]):
+        connection.execute(statement)

@@ -19,6 +19,9 @@ class Heard:
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
     def told(self) -> list[tuple[str, tuple[str, ...], int, dict[str, int]]]:
         return [(one.kind.value, one.study_instance_uids, int(one.outcome), dict(one.instances)) for one in self.events]
 
@@ -107,3 +110,22 @@ def test_what_leaves_for_an_engine_is_an_export_to_its_host(breaks: bool) -> Non
     assert told.kind is AuditKind.EXPORTED and told.outcome == (4 if breaks else 0)
     assert told.participants[1].host == "leap.example" and told.study_instance_uids == ("1.2.1",)
     assert told.detail == "3 objects as DICOM instances to engine leap, without identity"
+
+
+def test_who_was_identified_is_told_from_the_first_message_on_and_each_patient_in_one_of_its_own() -> None:
+    heard = Heard()
+    received = ReceivedStudies(heard)
+    source = Source(calling_ae_title="CT1", called_ae_title="N", address="192.0.2.1", association_id="a")
+    received.identified(source, "anna")
+    for patient in ("P1", "P2", "P1"):
+        received.stored(source, "1.2.1", CT, patient, StoreOutcome.NEW)
+    received.refused(source)
+    received.ended(source, over=True)
+    assert {one.participants[0].user for one in heard.events} == {"anna"}
+    assert [(one.kind.value, one.patient_ids, dict(one.instances)) for one in heard.events] == [
+        ("transfer-begun", ("P1",), {}),
+        ("transfer-begun", ("P2",), {}),
+        ("transferred", ("P1",), {CT: 2}),
+        ("transferred", ("P2",), {CT: 1}),
+        ("transferred", (), {}),  # of whom the refused one was nobody knows
+    ]

@@ -15,6 +15,7 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
+from dicom_node.audit.chain import file_names
 from dicom_node.audit.forward import Forwarder, read_place
 from dicom_node.audit.syslog import TlsConnection, UdpConnection, syslog_message
 from dicom_node.auditing import AuditEvent, AuditKind, Participant
@@ -262,6 +263,37 @@ def test_datagrams_that_nobody_takes_are_sent_again(
         there.settimeout(20)
         assert SYSLOG.fullmatch(there.recv(65536))
         wait_for(lambda: sent.sequence == 1, 20, "it to be settled")
+
+
+def test_files_that_went_before_they_were_sent_are_named_and_a_trail_begun_anew_is_sent(
+    forward: Callable[..., Forwarder],
+    open_trail: Callable[..., Any],
+    event: Make,
+    wait_for: WaitFor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "audit"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
+        there.bind(("127.0.0.1", 0))
+        port = there.getsockname()[1]
+        record(open_trail, event, 10)
+        sent = forward(port, protocol="udp")
+        wait_for(lambda: sent.sequence == 10, 20, "the first to be settled")
+        sent.stop()
+        record(open_trail, event, 100)
+        record(open_trail, event, 1)  # in a file of its own
+        first, *_, last = file_names(folder)
+        (folder / first).unlink()
+        sent = forward(port, protocol="udp")
+        wait_for(lambda: sent.sequence == 111, 20, "the rest to be settled")
+        (gone,) = [one for one in caplog.records if "moved away before" in one.message]
+        assert (vars(gone)["first"], vars(gone)["last"]) == (11, int(last[6:18]) - 1)
+        sent.stop()
+        (folder / last).unlink()
+        record(open_trail, event, 3)
+        sent = forward(port, protocol="udp")
+        wait_for(lambda: sent.sequence == 3, 20, "the new trail to be settled")
 
 
 RSYSLOG = """

@@ -113,3 +113,26 @@ def test_the_tree_is_written_as_xml_etree_writes_it(event: Make, identity: Ident
 def test_a_failure_is_told_as_one(parsed: Parse, event: Make, identity: Identity) -> None:
     root = parsed(audit_message(event(outcome=AuditOutcome.SERIOUS_FAILURE), AT, identity, max_bytes=32768))
     assert root.find("EventIdentification").get("EventOutcomeIndicator") == "8"  # type: ignore[union-attr]
+
+
+def asked_by(root: Element) -> list[str | None]:
+    return [one.get("UserID") for one in root.iter("ActiveParticipant") if one.get("UserIsRequestor") == "true"]
+
+
+@pytest.mark.parametrize("kind", list(AuditKind), ids=str)
+@pytest.mark.parametrize("user", ["", "anna"])
+def test_an_ae_and_the_person_it_came_for_are_two_and_one_of_them_asked(
+    kind: AuditKind, user: str, parsed: Parse, event: Make, identity: Identity
+) -> None:
+    caller = Participant(ae_title="WS1", host="192.0.2.7", user=user, is_requestor=True)
+    told = event(kind=kind, participants=(caller, Participant(ae_title="DICOM_NODE", is_this_node=True)))
+    root = parsed(audit_message(told, AT, identity, max_bytes=32768))
+    found = {one.get("UserID"): one for one in root.iter("ActiveParticipant")}
+    assert found.keys() == {"WS1", "DICOM_NODE", *filter(None, [user])}
+    assert found["WS1"].get("AlternativeUserID") == "AETITLES=WS1"
+    is_alert = kind in (AuditKind.SECURITY_ALERT, AuditKind.CONFIGURATION_CHANGED)
+    assert asked_by(root) == (["DICOM_NODE"] if is_alert else [user or "WS1"])  # A.5.3.11: who is told of has not
+    if user:
+        assert found[user].get("AlternativeUserID") is None and found[user].get("NetworkAccessPointID") == "192.0.2.7"
+        roles = [[code.get("csd-code") for code in found[one].iter("RoleIDCode")] for one in ("WS1", user)]
+        assert roles[0] == roles[1]

@@ -1,11 +1,17 @@
 """The trail of a process: batches, floods, a file that cannot be written, and that nobody waits for it."""
 
 import fcntl
+import os
 import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dicom_node.audit.chain import Chain, file_names, parse_line
 from dicom_node.audit.trail import Floods
@@ -146,3 +152,109 @@ def test_what_a_crash_left_is_told_in_the_trail(tmp_path: Path, open_trail: Call
     with open_trail() as trail:
         trail.record(event())
     assert [("a crash left" in one) for one in messages(tmp_path / "audit")] == [False, False, True]
+
+
+def test_who_must_not_go_on_before_it_is_told_waits_until_it_is_on_the_disk(
+    tmp_path: Path, open_trail: Callable[..., Any], event: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (real(fd), synced.append(len(messages(tmp_path / "audit")))))
+    trail = open_trail()
+    assert trail.settled()
+    for number in range(1, 4):
+        trail.record(event())
+        assert trail.settled() and synced[-1] == number  # at once, not within the second
+    with (tmp_path / "audit" / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        trail.record(event())
+        assert not trail.settled(0.05)
+    assert trail.settled()
+    assert trail.close() and trail.settled()
+    trail.record(event())
+    assert not trail.settled(0.05)  # nobody writes it any more
+
+
+def test_what_cannot_be_written_before_the_process_ends_is_counted_as_lost(
+    tmp_path: Path, open_trail: Callable[..., Any], event: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = Counted()
+    (tmp_path / "audit").write_text("a file where the folder must be")
+    trail = open_trail(observe=counted)
+    for _ in range(3):
+        trail.record(event())
+    assert not trail.close(0.2)
+    assert counted.lost == 3 and "audit messages were lost" in caplog.text
+
+
+def test_a_lock_that_comes_free_late_does_not_cost_what_a_command_told(
+    tmp_path: Path, open_trail: Callable[..., Any], event: Make
+) -> None:
+    trail = open_trail()
+    trail.record(event())
+    assert trail.settled()
+    with (tmp_path / "audit" / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        trail.record(event())
+        threading.Timer(2.5, lambda: fcntl.flock(other, fcntl.LOCK_UN)).start()  # longer than one try
+        assert trail.close()
+    assert len(messages(tmp_path / "audit")) == 2
+
+
+def test_each_name_that_is_tried_is_told_and_one_place_does_not_hide_the_others() -> None:
+    floods = Floods(60.0)
+
+    def tried(user: str, host: str) -> AuditEvent:
+        who = (Participant(host=host, user=user, is_requestor=True),)
+        failed = AuditOutcome.SERIOUS_FAILURE
+        return AuditEvent(AuditKind.USER_AUTHENTICATED, failed, participants=who, detail="another passcode")
+
+    told = [one for n in range(1000) if (one := floods.admit(tried(f"u{n}", "h1"), 1.0)) is not None]
+    assert [one.participants[0].user for one in told] == [*(f"u{n}" for n in range(16)), ""]
+    assert floods.admit(tried("u1", "h2"), 2.0) is not None
+    assert not Floods.concerns(AuditEvent(AuditKind.USER_AUTHENTICATED))  # who gets in is told each time
+
+
+# --- kill -9
+
+WRITER = """
+import sys
+from pathlib import Path
+from dicom_node.audit.message import Identity
+from dicom_node.audit.trail import FileTrail
+from dicom_node.auditing import AuditEvent, AuditKind
+from dicom_node.clock import SystemClock
+trail = FileTrail(Path(sys.argv[1]), Identity(source_id="N"), SystemClock(), file_bytes=65536, max_message_bytes=32768)
+for number in range(10**6):
+    trail.record(AuditEvent(AuditKind.ACCESSED, detail=f"{sys.argv[2]} {number}."))
+    if number % 50 == 0 and trail.settled():
+        print(number, flush=True)
+"""
+
+
+def test_killed_at_any_moment_what_was_settled_is_there_and_the_chain_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "audit"
+    seen: dict[str, int] = {}
+    for turn in range(6):
+        writers = {}
+        for name in (f"a{turn}", f"b{turn}"):
+            words = [sys.executable, "-c", WRITER, str(folder), name]
+            writers[name] = subprocess.Popen(words, stdout=subprocess.PIPE)
+        for name, writer in writers.items():
+            assert writer.stdout is not None
+            for _ in range(2 + 3 * turn):
+                seen[name] = int(writer.stdout.readline())
+        for name, writer in writers.items():
+            writer.kill()
+            assert writer.stdout is not None
+            with writer.stdout:
+                seen[name] = max(map(int, writer.stdout.read().split()), default=seen[name])
+            writer.wait()
+        report = verify(folder)
+        assert not report.faults, report.faults[0]
+    told: dict[str, list[int]] = {}
+    for message in messages(folder):
+        if found := re.search(r">(\w+) (\d+)\.<", message):
+            told.setdefault(found[1], []).append(int(found[2]))
+    for name, last in seen.items():
+        assert told[name] == list(range(len(told[name]))) and len(told[name]) > last, name

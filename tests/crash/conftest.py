@@ -154,14 +154,20 @@ class Look:
             assert hashlib.sha256(data_set).hexdigest() == digest, f"{uid} has other bytes"
 
     def one_result(self, study: Study) -> None:
-        """One job and one report for each rule and revision."""
+        """One job and one report for each rule and revision.
+
+        Where a death cut a study in two and its sender came back late, a job for the first part was begun: it ended
+        before it had a result, or is a revision of its own.
+        """
         jobs = self.catalog.queue.jobs(study_instance_uid=study.uid)
-        assert {job.state for job in jobs} == {JobState.DONE}, [(job.state, job.error) for job in jobs]
         made_of = Counter((job.rule, job.series_instance_uid, job.input_digest, job.engine) for job in jobs)
         assert set(made_of.values()) == {1}, made_of
+        ended = [job for job in jobs if job.state is JobState.CANCELLED and "the images changed" in job.error]
+        done = [job for job in jobs if job not in ended]
+        assert {job.state for job in done} == {JobState.DONE}, [(job.state, job.error) for job in jobs]
         results = [one.sop_instance_uid for job in jobs for one in self.catalog.queue.job_results(job.id)]
         reports = [uid for uid, one in self.instances(study.uid).items() if one.modality == "SR"]
-        assert sorted(results) == sorted(reports) and len(reports) == len(jobs)
+        assert sorted(results) == sorted(reports) and len(reports) == len(done)
 
     def all_delivered(self, study: Study) -> None:
         """No delivery is forgotten or given up."""

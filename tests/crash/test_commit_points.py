@@ -6,9 +6,11 @@ The points are not listed here: the seam finds every one that a study passes on 
 import contextlib
 import json
 import logging
+import os
+import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ send: {to: [PACS], what: both}
 RULE_ONWARD = "rule: onward\nwhen: ['Modality == \"CT\"']\nsend: {to: [PACS], what: source}\n"
 JOURNAL_IDLE_S = 11.0  # then what is in the journal is brought to disk
 FIRED_S = 13.0
+BUDGET_S = float(
+    os.environ.get("TEST_CRASH_BUDGET_S", "1500")
+)  # a slow machine comes to fewer points, each time others
+FEWEST = 8
 TRIES = 3  # studies until a point that depends on the moment must have been passed
 QUICK = {"lease_s": 2.0, "backoff_s": 0.2, "backoff_max_s": 0.5, "breaker_probe_s": 0.5, "response_timeout_s": 5.0}
 JOBS = {"lease_s": 2.0, "backoff_s": 0.2, "backoff_max_s": 0.5, "max_attempts": 100, "workers": 1}
@@ -137,6 +143,17 @@ def _points(line: Line, seam: Any, study_of: Callable[[], Any], wait: Callable[[
     return points
 
 
+def _in_time(points: list[str], done: list[str]) -> Iterator[str]:
+    """The points, in another order each time, for as long as there is time; those that had their turn are `done`."""
+    until = time.monotonic() + BUDGET_S
+    for point in random.SystemRandom().sample(points, len(points)):
+        if time.monotonic() > until:
+            break
+        done.append(point)
+        yield point
+    assert len(done) >= min(FEWEST, len(points)), f"only {len(done)} points in {BUDGET_S:g} s: the machine is too slow"
+
+
 def _check(eyes: dict[str, Any], studies: list[Any], told: str) -> None:
     """Every promise, of every study, at the node and at the PACS."""
     for study in studies:
@@ -165,7 +182,7 @@ def _check_folders(line: Line, leftovers: Callable[[Path], list[str]], told: str
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900 + BUDGET_S)
 def test_a_death_at_any_commit_point_loses_nothing_and_repeats_nothing(
     line: Line,
     seam: Any,
@@ -192,8 +209,8 @@ def test_a_death_at_any_commit_point_loses_nothing_and_repeats_nothing(
     for wanted in MUST_PASS:
         for when in ("before", "after"):
             assert wanted.format(when) in points, f"no study passed {wanted.format(when)}"
-    missed = []
-    for point in points:
+    missed, done = [], list[str]()
+    for point in _in_time(points, done):
         seam.arm(point)
         for _ in range(TRIES):
             another()
@@ -207,15 +224,15 @@ def test_a_death_at_any_commit_point_loses_nothing_and_repeats_nothing(
             missed.append(point)
     for study in studies:
         rest(study)
-    told = f"{len(points)} points, {len(studies)} studies, not reached again: {missed}"
+    told = f"{len(done)} of {len(points)} points, {len(studies)} studies, not reached again: {missed}"
     log.warning(told)
     _check(eyes, studies, told)
-    assert len(missed) <= len(points) // 10, told
+    assert len(missed) <= len(done) // 10, told
     _check_folders(line, leftovers, told)
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900 + BUDGET_S)
 def test_a_death_at_any_point_of_the_recovery_itself_loses_nothing(
     line: Line,
     seam: Any,
@@ -241,8 +258,8 @@ def test_a_death_at_any_point_of_the_recovery_itself_loses_nothing(
     points = [point for point in seam.passed(before) if point.startswith("node:")]
     for wanted in RECOVERY_PASSES:
         assert wanted in points, f"no start passed {wanted}"
-    missed = []
-    for point in points:
+    missed, done = [], list[str]()
+    for point in _in_time(points, done):
         stop_in_the_middle()
         seam.arm(point)
         line.start("node", wait=False)
@@ -257,10 +274,10 @@ def test_a_death_at_any_point_of_the_recovery_itself_loses_nothing(
         line.start("node")
     for study in studies:
         wait_for(lambda study=study: eyes["node"].at_rest(study.uid), 120, f"{study.uid}; {line.tails()}")
-    told = f"{len(points)} points, not reached again: {missed}"
+    told = f"{len(done)} of {len(points)} points, not reached again: {missed}"
     log.warning(told)
     _check(eyes, studies, told)
-    assert len(missed) <= len(points) // 5, told
+    assert len(missed) <= len(done) // 5, told
     _check_folders(line, leftovers, told)
 
 

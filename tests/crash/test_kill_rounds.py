@@ -23,16 +23,14 @@ from dicom_node.errors import NodeError
 from dicom_node.model import Destination, Level
 from dicom_node.store.catalog import open_catalog
 
-ROUNDS = int(os.environ.get("DICOM_NODE_CRASH_ROUNDS", "10"))
-SEED = int(os.environ.get("DICOM_NODE_CRASH_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
+ROUNDS = int(os.environ.get("TEST_CRASH_ROUNDS", "10"))
+SEED = int(os.environ.get("TEST_CRASH_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
 VICTIMS = ("receiver", "supervisor", "receiver", "service", "receiver", "work")  # the receiver is who acknowledges
 SENDERS = 3
 PER_ASSOCIATION = 20
 CAPTURE, EXPLICIT = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.2.1"
 ROOT = "1.2.826.0.1.3680043.10.999"
 QUICK = DeliverySettings(connect_timeout_s=5.0, response_timeout_s=20.0)
-
-SETTINGS_OF_THE_TEST = ("DICOM_NODE_CRASH_ROUNDS", "DICOM_NODE_CRASH_SEED")  # a node would take them for its own
 
 Start = Callable[..., Any]
 WaitFor = Callable[[Callable[[], object], float, str], None]
@@ -115,12 +113,6 @@ def _kill(node: Any, role: str, start: Start, wait_for: WaitFor) -> Any:
     wait_for(lambda: node.pid(role) != old, 60, f"a new {role} process; log:\n{node.tail()}")
     node.wait_ready(60)
     return node
-
-
-@pytest.fixture(autouse=True)
-def settings_of_the_test_do_not_reach_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SETTINGS_OF_THE_TEST:
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.crash

@@ -23,20 +23,14 @@ from dicom_node.model import DeliveryState, JobState
 
 log = logging.getLogger(__name__)
 
-STUDIES = int(os.environ.get("DICOM_NODE_CRASH_STUDIES", "30"))
-OBJECTS = int(os.environ.get("DICOM_NODE_CRASH_OBJECTS", "300"))
+STUDIES = int(os.environ.get("TEST_CRASH_STUDIES", "30"))
+OBJECTS = int(os.environ.get("TEST_CRASH_OBJECTS", "300"))
 KILLS = 10
 QUICK = {"lease_s": 2.0, "backoff_s": 0.1, "backoff_max_s": 0.5, "breaker_probe_s": 0.3, "response_timeout_s": 5.0}
 SOON = {"quiet_s": 0.2, "quiet_after_fault_s": 0.5, "idle_association_s": 0.5, "tick_s": 0.2}
 BARE = {"engines": {}, "jobs": {"workers": 0}}
 RULE = "rule: onward\nwhen: ['Modality == \"CT\"']\nsend: {{to: [{to}], what: source}}\n"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(autouse=True)
-def settings_of_the_test_do_not_reach_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DICOM_NODE_CRASH_STUDIES", "DICOM_NODE_CRASH_OBJECTS", "DICOM_NODE_CRASH_ROUNDS"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def _rules(folder: Path, to: str) -> str:

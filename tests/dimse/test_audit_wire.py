@@ -28,6 +28,9 @@ class Heard:
             self.events.append(event)
             self._changed.notify_all()
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
     def of(self, *kinds: AuditKind, count: int) -> list[AuditEvent]:
         def found() -> list[AuditEvent]:
             return [one for one in self.events if one.kind in kinds]
@@ -138,3 +141,39 @@ def test_who_breaks_the_protocol_is_an_alert(serve: Any, raw_peer: Any) -> None:
     (alert,) = heard.of(AuditKind.SECURITY_ALERT, count=1)
     assert alert.detail == "association aborted: the peer sent what is no message"
     assert alert.participants[0].host == "127.0.0.1"
+
+
+def test_every_object_that_is_answered_with_a_failure_is_told(
+    serve: Any, raw_peer: Any, dcmtk: Dcmtk, make_file: Make
+) -> None:
+    heard = Heard()
+    node = serve(audit=heard, bounds={"objects_per_association": 2})
+    files = [make_file(StudyInstanceUID="1.2.1") for _ in range(4)]
+    dcmtk("storescu", "-nh", "-aec", "DICOM_NODE", "127.0.0.1", node.port, *files, check=False)
+    *_, refused = heard.of(*TRANSFERS, count=3)
+    assert refused.outcome is AuditOutcome.MINOR_FAILURE and refused.detail == "2 objects were refused"
+    peer = raw_peer(node.port)
+    peer.associate([(1, CT, [SYNTAX])])
+    peer.send_command(  # no data set comes with it, and no SOP Instance UID
+        1, AffectedSOPClassUID=CT, CommandField=1, MessageID=1, Priority=0, CommandDataSetType=0x0101
+    )
+    assert peer.read_command().Status != 0
+    peer.close()
+    *_, refused = heard.of(*TRANSFERS, count=4)
+    assert refused.outcome is AuditOutcome.MINOR_FAILURE and refused.detail == "1 objects were refused"
+
+
+def test_a_user_is_told_in_every_message_of_an_association(
+    serve: Any, dcmtk: Dcmtk, make_file: Make, tmp_path: Path
+) -> None:
+    from dicom_node.dimse.users import hash_passcode, user_line
+
+    users = tmp_path / "users"
+    users.write_text(user_line("anna", hash_passcode(b"a passcode")) + "\n")
+    users.chmod(0o600)
+    heard = Heard()
+    node = serve(audit=heard, user_identity={"users_file": users, "mode": "required"})
+    who = ("-usr", "anna", "-pwd", "a passcode", "-aet", "CT1", "-aec", "DICOM_NODE", "127.0.0.1", node.port)
+    dcmtk("storescu", *who, make_file())
+    events = heard.of(AuditKind.USER_AUTHENTICATED, *TRANSFERS, count=3)
+    assert [(one.participants[0].user, one.participants[0].ae_title) for one in events] == [("anna", "CT1")] * 3

@@ -2,13 +2,19 @@
 
 import socket
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 
 from dicom_node.config import DeliverySettings
+from dicom_node.dimse import finding
 from dicom_node.dimse.finding import DimseFinder
 from dicom_node.dimse.wires import open_link
 from dicom_node.errors import DeliveryUnavailable
@@ -66,6 +72,74 @@ def test_who_takes_no_queries_is_told_from_who_does_not_answer(
     finally:
         storescp.terminate()
         storescp.wait(timeout=10)
+
+
+Answers = Callable[[Dataset], Iterator[tuple[int, Dataset | None]]]
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[Answers], Destination]]:
+    """`answering(answers)`: a destination, pynetdicom's own, that answers queries like that."""
+    with ExitStack() as stack:
+
+        def start(answers: Answers) -> Destination:
+            ae = AE(ae_title="PACS")
+            ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+            handlers = [(evt.EVT_C_FIND, lambda event: answers(event.identifier))]
+            server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+            stack.callback(server.shutdown)
+            return at(server.socket.getsockname()[1], "PACS")
+
+        yield start
+
+
+def match(sop_instance_uid: str, **keys: str) -> tuple[int, Dataset]:
+    found = Dataset()
+    found.QueryRetrieveLevel = "IMAGE"
+    found.SOPInstanceUID = sop_instance_uid
+    for keyword, value in keys.items():
+        setattr(found, keyword, value)
+    return 0xFF00, found
+
+
+def test_who_ignores_the_keys_is_believed_only_what_is_of_that_series(answering: Any) -> None:
+    def everything(asked_for: Dataset) -> Iterator[tuple[int, Dataset | None]]:
+        yield match("1.1", **SERIES)
+        yield match("1.2", **SERIES | {"StudyInstanceUID": "1.2.3"})
+        yield match("1.3", **SERIES | {"SeriesInstanceUID": "1.2.3"})
+        yield match("1.4")  # not said of which
+        yield match("")
+
+    assert asked(finder(), answering(everything), SERIES["SeriesInstanceUID"]) == {"1.1", "1.4"}
+
+
+def test_an_answer_that_is_cut_off_says_nothing(answering: Any) -> None:
+    def half(asked_for: Dataset) -> Iterator[tuple[int, Dataset | None]]:
+        yield match("1.1", **SERIES)
+        yield 0xA700, None
+
+    with pytest.raises(DeliveryUnavailable, match="A700H"):
+        asked(finder(), answering(half))
+
+
+@pytest.mark.parametrize(("bound", "why"), [("MOST_MATCHES", "more than 1 matches"), ("FIND_S", "after 1 s")])
+def test_an_answer_without_end_is_not_waited_for(
+    answering: Any, bound: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finding, bound, 1)
+    given_up = threading.Event()
+
+    def endless(asked_for: Dataset) -> Iterator[tuple[int, Dataset | None]]:
+        number = 0
+        while not given_up.wait(0.1):
+            number += 1
+            yield match(f"1.{number}", **SERIES)
+
+    try:
+        with pytest.raises(DeliveryUnavailable, match=why):
+            asked(finder(), answering(endless))
+    finally:
+        given_up.set()
 
 
 @pytest.mark.peers

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -147,3 +148,28 @@ def test_it_stops_and_leaves_the_port(start: Start) -> None:
     server.stop()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1)
+
+
+def test_a_page_that_is_rendered_while_the_server_stops_leaves_no_connection_open(start: Start) -> None:
+    rendering, go_on = threading.Event(), threading.Event()
+
+    def slow() -> tuple[str, bytes]:
+        rendering.set()
+        go_on.wait(10)
+        return "text/plain", b"a 1\n"
+
+    server = start(metrics=slow)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert rendering.wait(10)
+        server.stop()
+        go_on.set()
+        answer = b""
+        while piece := connection.recv(4096):
+            answer += piece
+        connection.sendall(b"more")  # what is closed resets; what is forgotten would take it
+        with pytest.raises(OSError):
+            for _ in range(500):
+                connection.sendall(b"more")
+                time.sleep(0.01)
+    assert answer.endswith(b"a 1\n")

@@ -25,6 +25,9 @@ class Trail:
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
 
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return True
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

@@ -13,7 +13,17 @@ import pytest
 from dicom_node.auditing import AuditEvent, AuditKind, AuditOutcome
 from dicom_node.errors import DeliveryError, DeliveryUnavailable, StorageError
 from dicom_node.interfaces import RoutedSeries
-from dicom_node.model import CloseTrigger, CommitmentTimes, Destination, Level, Priority, SendWhat, SeriesHeader
+from dicom_node.model import (
+    CloseTrigger,
+    CommitmentTimes,
+    ConflictPolicy,
+    Destination,
+    LatePolicy,
+    Level,
+    Priority,
+    SendWhat,
+    SeriesHeader,
+)
 from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.retain import Fate, Retainer, Run
@@ -30,9 +40,13 @@ class Trail:
     """Keeps what it is told."""
 
     events: list[AuditEvent] = field(default_factory=list)
+    takes: bool = True
 
     def record(self, event: AuditEvent) -> None:
         self.events.append(event)
+
+    def settled(self, timeout_s: float = 5.0) -> bool:
+        return self.takes
 
 
 @dataclass
@@ -273,6 +287,59 @@ def test_what_was_cancelled_was_not_delivered(world: World) -> None:
     assert world.run(world.retainer(DONE, NONE)).deleted == 1
 
 
+def late(world: World, number: int, *images: int, rerun: bool, **attributes: Any) -> None:
+    """More of a study that was sent came, and is routed."""
+    study, series = f"1.{number}", f"1.{number}.1"
+    bench = world.bench
+    bench.receive(*(bench.dataset(f"{series}.{image}", study=study, series=series, **attributes) for image in images))
+    policy = LatePolicy.RERUN if rerun else LatePolicy.IGNORE
+    plan = bench.plan(
+        engine="",
+        series_instance_uid=series,
+        send_what=SendWhat.SOURCE,
+        priority=Priority.ROUTINE,
+        late_instances=policy,
+    )
+    bench.route(plan, study=study, series=series)
+    bench.clock.sleep(DAY)
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_a_late_image_that_was_not_sent_keeps_the_study(world: World, rerun: bool) -> None:
+    world.receive(1)
+    world.deliver()
+    late(world, 1, 7, rerun=rerun)
+    world.deliver()
+    run = world.run(world.retainer())
+    assert (run.deleted, world.told()) == ((1, []) if rerun else (0, ["unsent"]))
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_replaced_an_object_that_was_sent_keeps_the_study_until_it_is_sent(world: World, rerun: bool) -> None:
+    world.receive(1)
+    world.deliver()
+    world.bench.ingest._conflict_policy_for = lambda source: ConflictPolicy.REPLACE
+    late(world, 1, 0, rerun=rerun, StudyDescription="other")
+    assert len(world.bench.catalog.index.variants("1.1.1.0")) == 1
+    world.deliver()
+    run = world.run(world.retainer())  # the destination has that UID, and other content under it
+    assert (run.deleted, world.told()) == ((1, []) if rerun else (0, ["unsent"]))
+
+
+def test_objects_that_another_study_is_still_sending_keep_their_own(world: World) -> None:
+    study = world.receive(1, send=False)
+    world.receive(2)
+    add = (
+        "INSERT INTO delivery_item (delivery, position, sop_instance_uid, sha256) "
+        "SELECT (SELECT max(id) FROM delivery), 99, sop_instance_uid, sha256 FROM instance "
+        "WHERE study_instance_uid = ? LIMIT 1"
+    )
+    world.bench.database.write(lambda connection: connection.execute(add, (study,)))
+    world.bench.clock.sleep(5 * DAY)
+    world.run(world.retainer(NONE))
+    assert world.told() == ["deliveries"] and study in world.studies()
+
+
 def test_a_quarantined_part_keeps_the_study(world: World) -> None:
     study = world.receive(1, send=False)
     with pytest.raises(StudyHeld, match="quarantine"):
@@ -345,6 +412,72 @@ def test_free_space_is_made_and_the_young_are_spared(world: World) -> None:
     assert world.studies() == {young} and run.over_bytes == {"room": 900}
 
 
+def test_no_more_goes_than_what_is_lacking_where_deleting_frees_nothing(world: World) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+    each = world.bench.queue.study_contents(studies[0])[2]
+    rule = {"name": "room", "deliveries": "none", "free_bytes": each + 100}
+    run = world.run(world.retainer(rule, free=lambda: 100))  # a snapshot keeps all that is deleted
+    assert run.deleted == 1 and world.studies() == set(studies[1:]) and run.over_bytes == {"room": each}
+
+
+def test_a_run_ends_where_files_cannot_be_removed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+
+    def fails(location: str) -> None:
+        raise StorageError("a file cannot be removed: Read-only file system")
+
+    world.bench.clock.sleep(5 * DAY)
+    with monkeypatch.context() as patched:
+        patched.setattr(world.bench.archive, "remove", fails)
+        run = world.run(world.retainer())
+        assert (run.deleted, run.whole) == (1, False)
+        with pytest.raises(StorageError):  # what each tick of the node does before its next run
+            world.deleter().finish_all()
+    assert world.studies() == set(studies[1:])
+
+
+def test_sizes_are_summed_up_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = [world.receive(number, send=False) for number in range(3)]
+    summed: list[str] = []
+    queue = type(world.bench.queue)
+    study_bytes = queue.study_bytes
+
+    def counted(part: Any, study: str) -> int:
+        summed.append(study)
+        return study_bytes(part, study)
+
+    monkeypatch.setattr(queue, "study_bytes", counted)
+    retainer = world.retainer({"name": "small", "deliveries": "none", "keep_bytes": 2**30})
+    for _ in range(3):
+        world.run(retainer)
+    assert summed == studies
+    world.bench.receive(world.bench.dataset("1.1.1.9", study="1.1", series="1.1.1"))
+    world.run(retainer)
+    assert summed == [*studies, "1.1"]
+
+
+def test_what_is_too_young_for_every_rule_is_not_looked_at(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        world.receive(number, send=False)
+    pages: list[int] = []
+    monkeypatch.setattr("dicom_node.pipeline.retain.PAGE", 1)
+    queue = type(world.bench.queue)
+    page_of = queue.studies_to_keep
+
+    def counted(part: Any, after: tuple[str, str], limit: int) -> Any:
+        pages.append(limit)
+        return page_of(part, after, limit)
+
+    monkeypatch.setattr(queue, "studies_to_keep", counted)
+    for age, looked_at in (("4w", 1), ("52000000w", 1), ("1h", 4)):
+        pages.clear()
+        run = world.run(world.retainer({**NONE, "older_than": age}), dry=True)
+        assert (len(pages), run.whole, run.deleted) == (looked_at, True, 3 if age == "1h" else 0)
+    pages.clear()
+    assert world.run(world.retainer({"name": "room", "deliveries": "none", "free_bytes": 1})).whole
+    assert len(pages) == 1  # there is room
+
+
 def test_a_run_is_bounded_and_the_next_goes_on(world: World) -> None:
     for number in range(5):
         world.receive(number, send=False)
@@ -408,3 +541,38 @@ def test_files_that_cannot_be_removed_are_tried_again(
     assert "deletion_unfinished" in str([record.__dict__ for record in caplog.records])
     assert not world.studies() and len(world.bench.queue.unfinished_deletions()) == 1
     assert world.deleter().finish_all() == 1 and not list(world.bench.archive.locations())
+
+
+def test_a_deletion_is_not_forgotten_before_the_audit_trail_has_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = world.receive(1, send=False)
+    world.trail.takes = False
+    deleter = world.deleter()
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who="root", why="asked for", holds=PERSON_IS_HELD_BY)
+    deleter.delete(order)
+    assert not world.studies() and not list(world.bench.archive.locations())  # a full disk gets its room
+    assert "before the audit trail has it on disk" in caplog.text and "could not be ended" in caplog.text
+    with pytest.raises(StorageError, match="audit trail"):
+        deleter.finish_all()
+    assert [event.detail.rpartition(" ")[2] for event in world.trail.events] == ["for", "done"]  # not at each try
+    (left,) = world.bench.queue.unfinished_deletions()
+    assert left.patient_ids == ("P1",)
+    world.trail.takes = True
+    world.trail.events.clear()
+    assert world.deleter().finish_all() == 1  # the next process, of which nobody knows whether the last was heard
+    (done,) = world.trail.events
+    assert done.detail.endswith("done") and done.patient_ids == ("P1",)
+    assert not world.bench.queue.unfinished_deletions()
+
+
+def test_a_deletion_that_a_person_asked_for_in_vain_is_told(world: World) -> None:
+    study = world.receive(1)
+    deleter = world.deleter()
+    held = deleter.held(study, PERSON_IS_HELD_BY)
+    order = DeletionOrder(study_instance_uid=study, rule=PERSON, who="root", why="asked for", holds=PERSON_IS_HELD_BY)
+    with pytest.raises(StudyHeld):
+        deleter.refuse(order, held)
+    (told,) = world.trail.events
+    assert told.outcome is AuditOutcome.MINOR_FAILURE and told.detail.startswith("deletion by a person, not done: ")
+    assert told.patient_ids == ("P1",) and world.studies() == {study}

@@ -30,12 +30,13 @@ class HandClock:
 
     seconds: float = 1000.0
     boot_id: str = "boot-1"
+    set_s: float = 0.0  # of the wall clock alone
 
     def boot(self) -> BootTime:
         return BootTime(boot_id=self.boot_id, seconds=self.seconds)
 
     def wall(self) -> datetime:
-        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds)
+        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds + self.set_s)
 
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
+from dicom_node.config import StorageSettings
 from dicom_node.errors import NotFound, StorageError
 from dicom_node.interfaces import RoutedSeries
 from dicom_node.model import AssociationEnd, CloseTrigger, ConflictPolicy, InstanceRecord, Level, SeriesHeader, Verdict
 from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.retention import DeletionOrder, Hold, StudyHeld
-from dicom_node.store.backup import back_up
-from dicom_node.store.catalog import Catalog
+from dicom_node.store.backup import back_up, bring_back
+from dicom_node.store.catalog import Catalog, open_catalog
 
 STUDY, OTHER = "1.9.1", "1.9.2"
+DAY = 24 * 3600.0
 ALL = frozenset(Hold) - {Hold.QUARANTINE}
 Record = Callable[..., InstanceRecord]
 
@@ -151,6 +153,29 @@ def test_a_backup_made_meanwhile_knows_of_the_deletion(
         assert copy.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
+def test_a_backup_that_is_brought_back_removes_nothing_that_came_since(
+    catalog: Catalog,
+    clock: Any,
+    settled: list[InstanceRecord],
+    receive: Callable[..., InstanceRecord],
+    tmp_path: Path,
+) -> None:
+    catalog.queue.begin_deletion(order())  # and its files stay so far
+    back_up(catalog, tmp_path / "saved.db")
+    again = receive(2)
+    for one in settled:
+        os.utime(catalog.archive.path(one.file.location), (clock.wall().timestamp() - 3600,) * 2)
+    os.utime(catalog.archive.path(again.file.location), (clock.wall().timestamp() - 1,) * 2)  # on its way meanwhile
+    shutil.copytree(catalog.data_dir / "archive", tmp_path / "restored" / "archive")
+    bring_back(tmp_path / "restored", tmp_path / "saved.db")
+    restored = open_catalog(tmp_path / "restored", clock, StorageSettings(reserve_bytes=0, reserve_ratio=0.0))
+    assert deleter(restored).finish_all() == 1
+    report = fsck(restored, rebuild=True, verify_hashes=True, clock=clock)
+    assert report.indexed == [again.file.location] and len(report.deleted) == 2
+    assert found(restored, STUDY) == 1
+    restored.close()
+
+
 class _Cut(Exception):
     """The process ended here."""
 
@@ -280,13 +305,67 @@ def test_what_is_being_received_stays(
 def test_a_study_that_changed_since_it_was_looked_at_stays(
     catalog: Catalog, clock: Any, settled: list[InstanceRecord], receive: Callable[..., InstanceRecord]
 ) -> None:
-    pages = catalog.queue.studies_to_keep(("", ""), 10, sizes=True)
+    pages = catalog.queue.studies_to_keep(("", ""), 10)
     (looked_at,) = (one for one in pages if one.study_instance_uid == STUDY)
     receive(1)
     clock.sleep(121)
     with pytest.raises(StudyHeld, match="look again"):
         deleter(catalog).delete(order(mark=looked_at.mark))
     assert found(catalog, STUDY) == 3
+
+
+def age_days(catalog: Catalog, study: str = STUDY) -> float:
+    pages = catalog.queue.studies_to_keep(("", ""), 10)
+    return next(one.age_s for one in pages if one.study_instance_uid == study) / DAY
+
+
+def test_a_clock_that_is_years_ahead_after_a_restart_makes_nothing_old(
+    catalog: Catalog, clock: Any, settled: list[InstanceRecord]
+) -> None:
+    queue = catalog.queue
+    assert queue.note_day() == 0
+    clock.sleep(3 * DAY)
+    assert age_days(catalog) == pytest.approx(3, abs=0.1)  # the boot clock tells
+    reboot(clock, 10 * 365 * DAY)
+    assert queue.note_day() > 3000
+    assert age_days(catalog) == 0.0
+    clock.sleep(3600)
+    assert age_days(catalog) == pytest.approx(1 / 24)  # so long the machine runs
+    for _ in range(5):
+        clock.sleep(DAY)
+        queue.note_day()
+    reboot(clock, -10 * 365 * DAY)  # it is put right
+    assert 0.0 <= age_days(catalog) <= 4.1
+
+
+def test_days_on_which_the_node_ran_count_after_a_restart(
+    catalog: Catalog, clock: Any, settled: list[InstanceRecord]
+) -> None:
+    for day in range(10):
+        clock.sleep(DAY)
+        assert catalog.queue.note_day() == 0
+        if day == 6:
+            reboot(clock, 0.0)
+    assert age_days(catalog) == 9.0 and age_days(catalog, OTHER) == 9.0  # whole days between
+    clock.sleep(5 * DAY)
+    reboot(clock, 0.0)
+    assert catalog.queue.note_day() == 4 and age_days(catalog) == 10.0
+
+
+def test_what_came_again_since_the_restart_is_no_older_than_that(
+    catalog: Catalog, clock: Any, settled: list[InstanceRecord], receive: Callable[..., InstanceRecord]
+) -> None:
+    reboot(clock, DAY)
+    receive(1)
+    clock.sleep(600)
+    assert age_days(catalog) <= 600 / DAY
+
+
+def reboot(clock: Any, wall_s: float) -> None:
+    """The machine starts anew, and its wall clock is set forward by so much."""
+    clock.boot_id += "+"
+    clock.set_s = clock.set_s + clock.seconds + wall_s
+    clock.seconds = 0.0
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_a_deflated_data_set_larger_than_what_is_held_is_still_checked_to_its_en
 
 
 def test_a_bomb_takes_no_memory(data_set: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dicom_node.headers.MAX_INFLATED_BYTES", 64 << 20)
+    monkeypatch.setattr("dicom_node.structure.MAX_INFLATED_BYTES", 64 << 20)
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     head = data_set(PixelData=None) + explicit(0x7FE00010, b"OW", b"", length=128 << 20)
     bomb = packer.compress(head) + b"".join(packer.compress(bytes(1 << 20)) for _ in range(128)) + packer.flush()

@@ -6,10 +6,12 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dicom_node import store
 from dicom_node.cli import main
 from dicom_node.interfaces import RoutedSeries
 from dicom_node.model import CloseTrigger, ConflictPolicy, InstanceRecord, Origin, SeriesHeader, Verdict
@@ -251,6 +253,52 @@ def test_a_count_that_differs_from_its_rows_is_named(catalog: Catalog, receive: 
     broken(catalog, "UPDATE tally SET n = 7 WHERE what = 'standing'", "DELETE FROM tally WHERE what = 'studies'")
     with catalog.database.read() as connection:
         assert audit_tallies(connection) == ["standing", "studies"]
+    assert catalog.queue.audit_counts(repair=False) == ["standing", "studies"]
+
+
+def test_nothing_takes_rows_away_past_the_triggers_that_count_them() -> None:
+    """Triggers see neither REPLACE, unless they are made to, nor a table that is truncated by being made anew."""
+    code = "\n".join(path.read_text() for path in Path(store.__file__).parent.glob("*.py"))
+    assert not re.search(r"\bOR\s+REPLACE\b|\bREPLACE\s+INTO\b|on_conflict_replace|replace=True|\.upsert", code, re.I)
+    assert "recursive_triggers" not in code and not re.search(r"DROP\s+TABLE", code, re.I)
+
+
+def test_counts_follow_rows_that_are_ignored_updated_in_place_and_taken_away_in_bulk(
+    catalog: Catalog, receive: Callable[..., str]
+) -> None:
+    for number in range(4):
+        route(catalog, receive(number), failure="unreadable" if number == 1 else "")
+    broken(
+        catalog,
+        "INSERT OR IGNORE INTO receipt SELECT * FROM receipt",
+        "INSERT OR IGNORE INTO receipt VALUES ('1.5', '1.5.1', '2026-01-01T00', 'CT1')",
+        "INSERT INTO standing SELECT * FROM standing WHERE true ON CONFLICT DO UPDATE SET class = 'filtered'",
+        "DELETE FROM standing WHERE study_instance_uid IN (SELECT study_instance_uid FROM study LIMIT 2)",
+        "DELETE FROM receipt",
+        "INSERT OR IGNORE INTO receipt VALUES ('1.5', '1.5.1', '2026-01-01T00', 'CT1')",
+        "UPDATE OR IGNORE study SET instance_count = instance_count + 2",
+    )
+    with catalog.database.read() as connection:
+        assert audit_tallies(connection) == []
+        assert tallied(connection, "received_studies") == {("", ""): 1} and tallied(connection, "instances")
+
+
+def test_fsck_counts_anew_what_differs(catalog: Catalog, receive: Callable[..., str]) -> None:
+    study = receive(1)
+    route(catalog, study)
+    route(catalog, receive(2), failure="unreadable")
+    right = catalog.queue.snapshot()["ledger"], catalog.queue.snapshot()["ledger_studies"]
+    broken(
+        catalog,
+        "UPDATE tally SET n = n + 3",
+        f"UPDATE standing SET class = 'waiting' WHERE study_instance_uid = '{study}'",
+        "DELETE FROM study_rank",
+        "INSERT INTO unsettled VALUES ('1', '2')",
+    )
+    found = catalog.queue.audit_counts(repair=True)
+    assert found[0].startswith("standing of series") and {"received_series", "study_rank"} <= set(found)
+    assert catalog.queue.audit_counts(repair=True) == []
+    assert (catalog.queue.snapshot()["ledger"], catalog.queue.snapshot()["ledger_studies"]) == right
 
 
 def test_of_a_study_that_is_taken_away_nothing_is_counted(catalog: Catalog, receive: Callable[..., str]) -> None:

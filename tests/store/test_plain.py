@@ -1,7 +1,9 @@
 """The short way into the index writes what the long one writes, row for row."""
 
+import json
 import random
 import sqlite3
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -122,3 +124,20 @@ def test_a_record_that_differs_from_the_first_is_not_judged_unseen(catalog: Open
     instances.insert_instance(connection, first, ConflictPolicy.KEEP_FIRST)
     with pytest.raises(instances.FirstMustBeRead):
         instances.insert_instance(connection, other, ConflictPolicy.KEEP_FIRST)
+
+
+def test_what_is_compared_once_is_not_kept_where_it_is_long() -> None:
+    """A sender may fill every attribute of a header with as many bytes as the index keeps, each time others."""
+    keywords = plain._SHARED_KEYWORDS
+    row = json.dumps(dict.fromkeys(keywords, "x"))
+    plain._compared.cache_clear()
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            said = tuple(f"{number}{'y' * 4096}" if index < 40 else None for index in range(len(keywords)))
+            plain._adds_nothing(row, row, row, said)
+            assert plain._with("CT", "Z" * 40_000 + str(number)).startswith("CT\\")
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 1 << 20, f"{held >> 10} KiB"

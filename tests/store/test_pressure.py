@@ -4,6 +4,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,6 +140,18 @@ def test_the_worse_of_two_volumes_counts(disk: Disk) -> None:
     assert pressure.look() == Pressed(Grade.REFUSING, "free space is below the reserve")
 
 
+def test_there_is_as_much_room_as_the_fuller_volume_has(disk: Disk) -> None:
+    """The intake journal and the quarantine are beside the catalog, received files may be elsewhere."""
+    both = [Volume(path=Path("/a"), reserve_bytes=1000), Volume(path=Path("/b"), reserve_bytes=3000)]
+    pressure = Pressure(disk, both, now=lambda: disk.now)
+    assert pressure.room() == TOTAL - 3000
+    disk.free |= {"/a": 900, "/b": 9000}
+    assert pressure.room() == -100
+    disk.fails = errno.EIO
+    with pytest.raises(StorageError, match="EIO"):
+        pressure.room()
+
+
 def test_without_a_reserve_only_a_disk_that_is_full_refuses(disk: Disk) -> None:
     none = StorageSettings(reserve_bytes=0, reserve_ratio=0)
     pressure = Pressure(disk, volumes(Path("/a"), none), now=lambda: disk.now)
@@ -260,6 +273,21 @@ def test_a_catalog_that_may_not_grow_answers_a700_and_goes_on_when_it_may(tmp_pa
     database.close()
 
 
+def test_the_journal_takes_no_room_that_the_volume_of_the_catalog_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(free={str(tmp_path / "data" / "archive"): TOTAL, str(tmp_path / "data"): 10})
+    apart = (
+        Volume(path=tmp_path / "data" / "archive", reserve_bytes=0),
+        Volume(path=tmp_path / "data", reserve_bytes=20),
+    )
+    monkeypatch.setattr("dicom_node.store.catalog.volumes", lambda *_: apart)
+    with closing(open_catalog(tmp_path / "data", SystemClock(), StorageSettings(), fs=disk)) as opened:
+        assert not opened.open_journal(0)._has_room(1)
+        disk.free[str(tmp_path / "data")] = TOTAL
+        assert opened.open_journal(1)._has_room(1)
+
+
 def test_a_failing_catalog_counts_as_a_failing_disk(catalog: Catalog) -> None:
     def broken(connection: sqlite3.Connection) -> None:
         exc = sqlite3.OperationalError("disk I/O error")
@@ -268,6 +296,18 @@ def test_a_failing_catalog_counts_as_a_failing_disk(catalog: Catalog) -> None:
 
     with pytest.raises(StorageError):
         catalog.database.write(broken)
+    assert catalog.pressure.look() == Pressed(Grade.PAUSED, "writing has failed")
+
+
+def test_a_catalog_that_cannot_be_synced_counts_too(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.database.write(lambda connection: connection.execute("CREATE TABLE t (x)"))
+
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)  # of the WAL, as the intake journal asks for it
+    with pytest.raises(OSError):
+        catalog.database.sync()
     assert catalog.pressure.look() == Pressed(Grade.PAUSED, "writing has failed")
 
 

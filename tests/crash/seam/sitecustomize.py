@@ -93,10 +93,17 @@ def _change_database(module: types.ModuleType) -> None:
     module.Database._commit = named
 
 
+def _caller(frame: types.FrameType | None) -> str:
+    """Who asked, whoever watches the calls on their way."""
+    while frame is not None and frame.f_code.co_qualname.startswith("WatchedFileSystem."):
+        frame = frame.f_back
+    return "" if frame is None else frame.f_code.co_qualname.split(".<locals>")[0]
+
+
 def _change_fs(module: types.ModuleType) -> None:
     def around(call: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def passed(self: Any, *arguments: Any, **named: Any) -> Any:
-            caller = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
+            caller = _caller(sys._getframe(1))
             _pass(f"before {call} {caller}")
             value = inner(self, *arguments, **named)
             _pass(f"after {call} {caller}")

@@ -13,9 +13,9 @@ from pathlib import Path
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
-from dicom_node import headers
+from dicom_node import structure
 from dicom_node.dimse.contexts import EXPLICIT_BE, EXPLICIT_LE, IMPLICIT_LE
-from dicom_node.dimse.request import read_encoded
+from dicom_node.dimse.request import read_data_set, read_encoded
 from dicom_node.errors import InvalidIdentifier, InvalidInstance, TranscodeError
 from dicom_node.headers import scan
 from dicom_node.model import CommitmentReport, InstanceHeader, ObjectReference
@@ -109,7 +109,7 @@ def header(data: bytes) -> None:
         return
     for uid in (found.sop_class_uid, found.sop_instance_uid, found.study_instance_uid, found.series_instance_uid):
         assert 0 < len(uid) <= 64 and set(uid) <= set("0123456789."), "an identity that is no UID"
-    assert all(len(text) <= headers.MAX_VALUE_BYTES * 8 for text in found.attributes.values())
+    assert all(len(text) <= structure.MAX_VALUE_BYTES * 8 for text in found.attributes.values())
     _compare_with_pydicom(found, raw if chosen == 3 else encoded, syntax if chosen < 4 else "")
     _rewrite(encoded, syntax, found)
 
@@ -167,7 +167,7 @@ def identifier(data: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            data_set = read_encoded([raw], syntax, 1 << 20)
+            data_set = read_data_set([raw], syntax, 1 << 20)
             read = identifier_of(data_set)
         except BadIdentifier:
             assert scanned is None, "the scanner reads what pydicom does not"
