@@ -252,6 +252,7 @@ class NodeConfig(Settings):
     @model_validator(mode="after")
     def _tls_where_it_can_be(self) -> NodeConfig:
         asks = [f"destinations.{name}.tls" for name, one in self.destinations.items() if one.tls is not False]
+        asks += [f"peers.{name}.report_tls" for name, one in self.peers.items() if one.report_tls is not False]
         asks += ["tls"] if self.tls is not None else []
         if self.wire == "pynetdicom" and asks:
             raise ValueError(f"{asks[0]}: pynetdicom's wire carries no TLS; set `wire: own`")
@@ -301,7 +302,13 @@ class NodeConfig(Settings):
     def committed_to(self) -> Mapping[str, Destination]:
         """The peers that may ask for storage commitment, by AE title: where each takes its reports."""
         return {
-            peer.ae_title: Destination(name=name, ae_title=peer.ae_title, host=peer.report_host, port=peer.report_port)
+            peer.ae_title: Destination(
+                name=name,
+                ae_title=peer.ae_title,
+                host=peer.report_host,
+                port=peer.report_port,
+                tls=self.client_tls(peer.report_tls),
+            )
             for name, peer in self.peers.items()
             if peer.storage_commitment
         }
@@ -326,7 +333,7 @@ class NodeConfig(Settings):
 
 
 # what is looked up by the calling AE title, whatever network it comes from
-_OF_A_TITLE = ("is_engine", "conflict_policy", "storage_commitment", "report_host", "report_port")
+_OF_A_TITLE = ("is_engine", "conflict_policy", "storage_commitment", "report_host", "report_port", "report_tls")
 
 
 _SECRET = re.compile(

@@ -179,6 +179,8 @@ class PeerSettings(Settings):
     report_host: str = ""
     report_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where it is told what was committed to, when its own association is over. Needed with `storage_commitment`."""
+    report_tls: bool | TlsClientSettings = False
+    """true: it is told over TLS, as of a destination."""
     services: tuple[Service, ...] | None = None
     """What it may ask for; null = all, storage commitment only where `storage_commitment` says so."""
     sop_classes: tuple[str, ...] = ()

@@ -147,7 +147,12 @@ def test_a_peer_that_may_ask_for_storage_commitment_needs_an_address_for_its_rep
     address = {"report_host": "10.1.2.3", "report_port": 104}
     peers = {"ct": {"ae_title": "CT1", "storage_commitment": True, **address}, "pacs": {"ae_title": "PACS"}}
     (peer,) = NodeConfig.model_validate({"peers": peers}).committed_to().values()
-    assert (peer.ae_title, peer.host, peer.port) == ("CT1", "10.1.2.3", 104)
+    assert (peer.ae_title, peer.host, peer.port, peer.tls) == ("CT1", "10.1.2.3", 104, None)
+    peers["ct"]["report_tls"] = {"ca": "lab.pem"}
+    (peer,) = NodeConfig.model_validate({"peers": peers}).committed_to().values()
+    assert peer.tls is not None and peer.tls.ca == "lab.pem"
+    with pytest.raises(ValueError, match=r"peers\.ct\.report_tls: pynetdicom's wire carries no TLS"):
+        NodeConfig.model_validate({"peers": peers, "wire": "pynetdicom"})
 
 
 def test_a_destination_is_asked_for_storage_commitment_by_a_word_or_by_times() -> None:

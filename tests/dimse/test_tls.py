@@ -25,12 +25,13 @@ from dicom_node.dimse import server as server_module
 from dicom_node.dimse import tls as tls_module
 from dicom_node.dimse import transport as transport_module
 from dicom_node.dimse.commands import NO_DATA_SET
+from dicom_node.dimse.committing import DimseCommitment
 from dicom_node.dimse.files import get_study
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.tls import Credentials, check_tls, for_listener
 from dicom_node.dimse.users import hash_passcode, user_line
 from dicom_node.errors import ConfigError, DeliveryRefused, DeliveryUnavailable
-from dicom_node.model import Destination, UserCredentials
+from dicom_node.model import CommitmentRequest, Destination, ObjectReference, UserCredentials
 
 EXPLICIT, VERIFICATION, CT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.1", "1.2.840.10008.5.1.4.1.1.2"
 CONTEXTS = [(1, VERIFICATION, [EXPLICIT]), (3, CT, [EXPLICIT])]
@@ -339,6 +340,43 @@ def test_a_plain_or_silent_server_ends_the_handshake_of_the_node_soon(
         with pytest.raises(DeliveryUnavailable, match="TLS: "):
             calls(called(silent.getsockname()[1]))
         assert 0.5 < time.monotonic() - began < 3.0
+
+
+def test_what_was_committed_to_is_reported_over_tls(authority: Authority, pairs: dict[str, tuple[Path, Path]]) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pairs["client"])
+    context.load_verify_locations(authority.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    reports: list[str] = []
+
+    def told(event: Any) -> tuple[int, None]:
+        reports.append(str(event.event_information.TransactionUID))
+        return 0x0000, None
+
+    modality = AE("CT1")
+    modality.add_supported_context("1.2.840.10008.1.20.1", [EXPLICIT], scu_role=True, scp_role=True)
+    server = modality.start_server(
+        ("127.0.0.1", 0), block=False, ssl_context=context, evt_handlers=[(evt.EVT_N_EVENT_REPORT, told)]
+    )
+    try:
+        certificate, key = pairs["node"]
+        peer = {"ae_title": "CT1", "storage_commitment": True, "report_host": "127.0.0.1"}
+        peer |= {"report_port": server.server_address[1], "report_tls": True}
+        own = {"certificate": certificate, "key": key, "ca": authority.ca}
+        config = NodeConfig.model_validate({"tls": own, "peers": {"ct": peer}})
+        request = CommitmentRequest(
+            id=1,
+            round=1,
+            calling_ae_title="CT1",
+            called_ae_title="DICOM_NODE",
+            transaction_uid="1.2.3",
+            references=(ObjectReference(sop_class_uid=CT, sop_instance_uid="1.2.3.4"),),
+            reasons=(0,),
+        )
+        DimseCommitment(config.delivery, "DICOM_NODE").report(config.committed_to()["CT1"], request)
+    finally:
+        server.shutdown()
+    assert reports == ["1.2.3"]
 
 
 # --- who is let in
