@@ -295,7 +295,8 @@ def _ports(config: NodeConfig) -> Iterator[Finding]:
         return
     yield _ok("node", f"runs since {supervisor.started_at[:19]}Z, process {supervisor.pid}")
     facts: Mapping[str, Any] = supervisor.facts
-    for key, bound in (("dicom_port", facts.get("dicom_port", config.dicom_port)), ("tls.port", facts.get("tls_port"))):
+    taking = {"dicom_port": facts.get("dicom_port", config.dicom_port), "tls.port": facts.get("tls_port")}
+    for key, bound in taking.items():
         if bound:
             yield _taking(key, config.host, int(bound))
     yield from ready(config, facts)

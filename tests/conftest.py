@@ -1,6 +1,7 @@
 """Fixtures for every folder: the corpus, foreign tools, free ports, a real node as a process."""
 
 import json
+import logging
 import os
 import select
 import shutil
@@ -37,6 +38,16 @@ PACKAGES = {
 }
 READY_S = 130.0
 COMMAND_LINE = "import sys; from dicom_node.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command that was run inside a test logs errors only, and its level would hide warnings from the next tests."""
+    known = [logging.getLogger(name) for name in ("", "dicom_node")]
+    levels = [logger.level for logger in known]
+    yield
+    for logger, level in zip(known, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
