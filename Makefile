@@ -91,7 +91,7 @@ build/audit/.installed:
 
 crash: $(STAMP) tools  ## kill -9 at every commit point and at random moments, power cuts, outages; ROUNDS=n POWERCUTS=n
 	TEST_CRASH_ROUNDS=$(ROUNDS) TEST_KILL9="$(abspath $(KILL9))" TEST_KILL9_ROUNDS=$(ROUNDS) TEST_KILL9_POWERCUTS=$(POWERCUTS) \
-	  $(BIN)/python -m pytest -m crash tests/crash tests/store -o log_cli=true -o log_cli_level=WARNING $(PYTEST_ARGS)
+	  $(BIN)/python -m pytest -m crash tests -o log_cli=true -o log_cli_level=WARNING $(PYTEST_ARGS)
 
 soak: $(STAMP)   ## everything at once at 80 % of capacity, a fault each minute, then every promise is checked; MINUTES=n
 	$(BIN)/python -W ignore benchmarks/soak.py --minutes $(MINUTES) --json build/soak.json

@@ -20,6 +20,7 @@ def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.crash  # `make test` kills at a few commit points: tests/crash
 @pytest.mark.timeout(300)
 def test_a_study_survives_the_death_of_every_process(
     pair: Callable[..., tuple[Any, Any]],

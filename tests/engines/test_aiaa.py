@@ -895,6 +895,7 @@ def _catalog(node: Any) -> Any:
     return closing(open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0)))
 
 
+@pytest.mark.crash  # `make test` has the same with the other engines
 def test_a_node_whose_work_process_is_killed_meanwhile_puts_one_session_and_keeps_one_result(
     *,
     peer: Any,

@@ -962,6 +962,7 @@ def test_the_example_rule_sends_ct_volumes_and_no_scout_to_it(
     assert jobs(make_series(small, BodyPartExamined="ABDOMEN", ImageType=scout)) == []
 
 
+@pytest.mark.crash  # `make test` has the same with the other engines
 def test_a_node_whose_work_process_is_killed_meanwhile_asks_again_and_keeps_one_result(
     *,
     peer: Any,
