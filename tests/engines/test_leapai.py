@@ -4,12 +4,15 @@ import importlib.util
 import io
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +23,8 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
+from dicom_node.clock import SystemClock
+from dicom_node.config import StorageSettings
 from dicom_node.demo.packages import _FINDING_CODES
 from dicom_node.demo.phantom_cxr import FINDING_NAMES
 from dicom_node.engines import _leapai_answers as answers
@@ -33,6 +38,7 @@ from dicom_node.errors import (
     LeaseLost,
 )
 from dicom_node.model import (
+    Level,
     Origin,
     SeriesView,
     Source,
@@ -41,6 +47,7 @@ from dicom_node.pipeline.encode import encoded, result_context
 from dicom_node.results.codes import FINDINGS
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
+from dicom_node.store.catalog import open_catalog
 from dicom_node.values import (
     Findings,
     Presence,
@@ -628,6 +635,93 @@ def test_a_real_node_asks_the_engine_and_keeps_the_report_and_the_sending(
     assert bench.token.read_text().strip() not in node.log.read_text()
     assert len(bench.server.seen) == 1 and list(bench.shared.iterdir()) == []
     assert 'engine="leapai-cxr",outcome="ok"' in node.get("/metrics")[1]
+
+
+@pytest.mark.crash
+def test_an_engine_that_is_down_loses_no_job_and_takes_urgent_ones_first_when_it_is_back(
+    bench: Any,
+    running_node: Callable[..., Any],
+    wait_for: Callable[..., None],
+    tool: Callable[[str], str],
+    free_port: Callable[[], int],
+    tmp_path: Path,
+) -> None:
+    rules, port = tmp_path / "rules", free_port()
+    rules.mkdir()
+    for sender, priority in (("ROUTINE", "routine"), ("URGENT", "urgent")):
+        (rules / f"{priority}.yaml").write_text(
+            f"rule: {priority}\nwhen: [source.calling_ae_title == '{sender}']\n"
+            f"run: {{engine: leapai-cxr, priority: {priority}, results: [sr]}}\n"
+        )
+    options = bench.options() | {"base_url": f"http://127.0.0.1:{port}", "breaker_failures": 2, "breaker_rest_s": 4.0}
+    node = running_node(
+        rules_dir=str(rules),
+        engines={"leapai-cxr": {"kind": "leapai", "options": options}},
+        jobs={"max_attempts": 2, "backoff_s": 0.1, "backoff_max_s": 0.5},
+    )
+
+    def send(sender: str, seed: int) -> str:
+        image = bench.image(seed)
+        words = ("-aet", sender, "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path)
+        subprocess.run([tool("storescu"), *words], check=True, capture_output=True, timeout=60)
+        return str(image.sop_instance_uid)
+
+    def states() -> list[str]:
+        with closing(
+            open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0))
+        ) as ours:
+            return [job.state.value for job in ours.queue.jobs()]
+
+    routine = [send("ROUTINE", seed) for seed in range(1, 9)]
+    resting = 'dicom_node_engine_breaker_state{engine="leapai-cxr"} 1.0'
+    wait_for(lambda: resting in node.get("/metrics")[1], 40.0, f"the breaker to open; {node.tail()}")
+    urgent = [send("URGENT", seed) for seed in range(11, 15)]
+    wait_for(lambda: len(states()) == 12, 40.0, "all jobs")
+    time.sleep(3.0)  # a dozen of delays between attempts
+    assert not {"failed", "done"} & set(states())
+    with leap.LeapAi(mounts={CALLED: bench.shared}, port=port) as back:
+        wait_for(lambda: set(states()) == {"done"}, 60.0, f"the jobs; {node.tail()}")
+        asked = [str(pydicom.dcmread(io.BytesIO(one.file)).SOPInstanceUID) for one in back.seen]
+    assert sorted(asked) == sorted(routine + urgent), "each once"
+    assert max(map(asked.index, urgent)) <= len(urgent) + 2, "the probe, and what two workers had taken, may be first"
+
+
+@pytest.mark.crash
+def test_a_worker_that_dies_again_and_again_holds_up_nobody_but_its_jobs(
+    bench: Any,
+    running_node: Callable[..., Any],
+    wait_for: Callable[..., None],
+    tool: Callable[[str], str],
+    tmp_path: Path,
+) -> None:
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    (rules / "all.yaml").write_text("rule: all\nwhen: [Modality == 'DX']\nrun: {engine: leapai-cxr, results: [sr]}\n")
+    bench.server.misbehave("slow", 2)  # so that it dies with jobs in hand
+    node = running_node(
+        rules_dir=str(rules),
+        engines={"leapai-cxr": {"kind": "leapai", "options": bench.options()}},
+        jobs={"lease_s": 2.0, "backoff_s": 0.1, "backoff_max_s": 0.5},
+    )
+    last, studies = 0, []
+    for seed in range(1, 6):
+        wait_for(lambda last=last: node.pid("work") != last, 60.0, f"the worker to be there again; {node.tail()}")
+        image = bench.image(seed)
+        studies.append(image.study_instance_uid)
+        words = ("-aet", "DX1", "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path)
+        subprocess.run([tool("storescu"), *words], check=True, capture_output=True, timeout=60)
+        assert node.get("/ping")[0] == 200
+        last = node.pid("work")
+        os.kill(last, signal.SIGKILL)
+
+    with closing(open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0))) as ours:
+
+        def states() -> list[str]:
+            return [job.state.value for job in ours.queue.jobs()]
+
+        wait_for(lambda: states() == ["done"] * 5, 120.0, f"the jobs; {node.tail()}")
+        kept = ours.index.instances(Level.STUDY, {"StudyInstanceUID": studies})
+        assert sorted(one.modality for one in kept) == ["DX"] * 5 + ["SR"] * 5
 
 
 def _meanings(ds: Dataset) -> Iterator[str]:
