@@ -62,9 +62,7 @@ class DimseFinder:
                     heartbeat()
                     asked = _asked(study_instance_uid, series)
                     found |= self._of_series(session, *agreed[0], asked, heartbeat, until)
-            except AssociationLost as exc:
-                raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
-            except _NoAnswer as exc:
+            except (AssociationLost, _NoAnswer) as exc:
                 raise DeliveryUnavailable(f"destination {destination.name}: {exc}") from exc
         return frozenset(found)
 

@@ -275,8 +275,6 @@ class Serving:
         source = Source(
             calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
-        if self._received is not None and user:
-            self._received.identified(source, user)
         log.info("association accepted", extra={"association": source.association_id, **fields})
         if user and self._received is not None:
             self._received.identified(source, user)

@@ -42,12 +42,13 @@ from dicom_node.model import (
     Origin,
     SeriesView,
     Source,
+    StoredInstance,
 )
 from dicom_node.pipeline.encode import encoded, result_context
 from dicom_node.results.codes import FINDINGS
 from dicom_node.results.sr import SrEncoder
 from dicom_node.routing.load import load_rules
-from dicom_node.store.catalog import open_catalog
+from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.values import (
     Findings,
     Presence,
@@ -607,6 +608,15 @@ def test_the_example_rule_sends_a_frontal_chest_to_the_engine_and_its_findings_b
     assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image.sop_instance_uid
 
 
+def storescu(tool: Callable[[str], str], node: Any, sender: str, image: StoredInstance) -> None:
+    words = ("-aet", sender, "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path)
+    subprocess.run([tool("storescu"), *words], check=True, capture_output=True, timeout=60)
+
+
+def catalog_of(node: Any) -> closing[Catalog]:
+    return closing(open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0)))
+
+
 def test_a_real_node_asks_the_engine_and_keeps_the_report_and_the_sending(
     bench: Any,
     running_node: Callable[..., Any],
@@ -622,8 +632,7 @@ def test_a_real_node_asks_the_engine_and_keeps_the_report_and_the_sending(
     node = running_node(rules_dir=str(rules), engines={"leapai-cxr": engine})
     assert "takes the token" in node.command("engines", "check", "leapai-cxr").stdout
     image = bench.image()
-    send = [tool("storescu"), "-aet", "DX1", "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path]
-    subprocess.run(send, check=True, capture_output=True, timeout=60)
+    storescu(tool, node, "DX1", image)
 
     def done() -> bool:
         return "done" in node.command("jobs", "list").stdout
@@ -662,14 +671,11 @@ def test_an_engine_that_is_down_loses_no_job_and_takes_urgent_ones_first_when_it
 
     def send(sender: str, seed: int) -> str:
         image = bench.image(seed)
-        words = ("-aet", sender, "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path)
-        subprocess.run([tool("storescu"), *words], check=True, capture_output=True, timeout=60)
+        storescu(tool, node, sender, image)
         return str(image.sop_instance_uid)
 
     def states() -> list[str]:
-        with closing(
-            open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0))
-        ) as ours:
+        with catalog_of(node) as ours:
             return [job.state.value for job in ours.queue.jobs()]
 
     routine = [send("ROUTINE", seed) for seed in range(1, 9)]
@@ -708,13 +714,12 @@ def test_a_worker_that_dies_again_and_again_holds_up_nobody_but_its_jobs(
         wait_for(lambda last=last: node.pid("work") != last, 60.0, f"the worker to be there again; {node.tail()}")
         image = bench.image(seed)
         studies.append(image.study_instance_uid)
-        words = ("-aet", "DX1", "-aec", "DICOM_NODE", "127.0.0.1", str(node.dicom_port), image.path)
-        subprocess.run([tool("storescu"), *words], check=True, capture_output=True, timeout=60)
+        storescu(tool, node, "DX1", image)
         assert node.get("/ping")[0] == 200
         last = node.pid("work")
         os.kill(last, signal.SIGKILL)
 
-    with closing(open_catalog(node.data_dir, SystemClock(), StorageSettings(reserve_bytes=0, reserve_ratio=0))) as ours:
+    with catalog_of(node) as ours:
 
         def states() -> list[str]:
             return [job.state.value for job in ours.queue.jobs()]
