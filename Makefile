@@ -24,7 +24,7 @@ MINUTES ?= 30
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd rsyslog rsyslog-gnutls
 
-.PHONY: help demo serve test test-peers peers lint sbom audit-deps crash soak faults fuzz fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
+.PHONY: help demo serve test test-peers peers lint sbom audit-deps crash soak faults fuzz fuzz-node fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -101,6 +101,9 @@ fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; S
 
 fuzz: $(STAMP)  ## coverage-guided fuzzing of all that takes strangers' bytes, target by target; MINUTES=n, ONLY=names
 	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) --only "$(ONLY)" --corpus build/fuzz/corpus
+
+fuzz-node: $(STAMP)  ## malformed input against a running node, and what it grows by; FAULTS_SCRIPT=path MINUTES=n
+	$(BIN)/python -W ignore benchmarks/fuzz_node.py --script "$(FAULTS_SCRIPT)" --minutes $(MINUTES)
 
 faults: $(STAMP) tools  ## faults and attacks on a running node, beside Orthanc; FAULTS_SCRIPT=path, FAULTS_ARGS="--only slow"
 	$(BIN)/python benchmarks/faults.py --script "$(FAULTS_SCRIPT)" $(FAULTS_ARGS)

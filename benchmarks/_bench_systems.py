@@ -91,15 +91,16 @@ def _is_open(port: int) -> bool:
 class System:
     """One server under test, as a plain archive: default settings, no analysis, nothing but an address for the sink.
 
-    `stock`: dcmtk's Nagle as shipped, which makes each message of Orthanc wait for a delayed acknowledgement.
+    `stock`: dcmtk's Nagle as shipped, which makes each message of Orthanc wait for a delayed acknowledgement. `keep`:
+    its folder stays when it has ended.
     """
 
     name = ""
     ae_title = ""
     ready_line = b""
 
-    def __init__(self, folder: Path, sink_port: int, *, stock: bool = False) -> None:
-        self.folder, self.sink_port, self.stock = folder, sink_port, stock
+    def __init__(self, folder: Path, sink_port: int, *, stock: bool = False, keep: bool = False) -> None:
+        self.folder, self.sink_port, self.stock, self.keep = folder, sink_port, stock, keep
         self.port = free_port()
         self._started: _Started | None = None
 
@@ -121,9 +122,14 @@ class System:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End it; its folder stays for the block."""
         if self._started is not None:
             self._started.end()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Node(System):
