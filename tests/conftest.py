@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -162,6 +163,17 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> No
 def wait_for_fixture() -> Callable[[Callable[[], object], float, str], None]:
     """`wait_for(condition, timeout_s, what)`."""
     return wait_for
+
+
+@pytest.fixture
+def begun_threads() -> Callable[[], list[str]]:
+    """`begun_threads()`: the names of the threads there are now and were not before the test.
+
+    Those of tests before, which may be ending still, do not count. A pool may have more for a moment than it keeps:
+    wait for the number, do not look once.
+    """
+    before = set(threading.enumerate())
+    return lambda: sorted(thread.name for thread in threading.enumerate() if thread not in before)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_a_long_trouble_is_cut_and_made_printable() -> None:
 
 
 def test_an_engine_that_hangs_costs_one_thread_and_is_told_once_until_it_returns(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, begun_threads: Callable[[], list[str]]
 ) -> None:
     go = threading.Event()
 
@@ -208,12 +208,11 @@ def test_an_engine_that_hangs_costs_one_thread_and_is_told_once_until_it_returns
 
     told = Told()
     watch = watched(Bad(), told)
-    threads = threading.active_count()
     with caplog.at_level(logging.INFO, "dicom_node.watching"):
         for _ in range(50):
             watch.begin()
             watch.standing(0.001)
-        assert threading.active_count() == threads + 1 and told.of == [], "it may only be slow"
+        assert len(begun_threads()) == 1 and told.of == [], "it may only be slow"
         told.now_s += LATE_S + 1
         watch.standing(0.001)
         for _ in range(50):

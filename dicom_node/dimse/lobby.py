@@ -317,8 +317,8 @@ class Lobby:
                     if current is None:
                         self._waiting += 1
             return
-        if visit.association is None:
-            self._work(self._turn_away, visit)
+        if visit.association is None:  # when the others are gone because all end, it is not for too many
+            self._work(self._drop if self._ended.is_set() else self._turn_away, visit)
         with self._guard:
             if visit.association is not None:
                 self._called.append(visit)

@@ -219,7 +219,10 @@ class Pair:
         return Side(server, port, catalog, told)
 
     def _ended(self, before: set[threading.Thread]) -> None:
-        left = [thread.name for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+        begun, deadline = [thread for thread in threading.enumerate() if thread not in before], time.monotonic() + 20.0
+        for thread in begun:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        left = [thread.name for thread in begun if thread.is_alive()]
         assert not left, f"threads that did not end: {left}"
 
     def play(self, stream: Stream, *, patient: bool = False) -> tuple[Outcome, Outcome]:

@@ -1,7 +1,6 @@
 """Associations with nothing to say: they cost a connection and no thread, and nothing of what they were promised."""
 
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,23 @@ def parked(wait_for: Callable[..., None]) -> Callable[[Any, int], None]:
     return wait
 
 
+@pytest.fixture
+def in_lobby(wait_for: Callable[..., None]) -> Callable[[Any, int, int], None]:
+    """`in_lobby(node, silent, parked)`: wait until so many connections are there, and no thread is with another."""
+
+    def wait(node: Any, silent: int, parked: int) -> None:
+        lobby, goal = node.server._lobby, (silent, silent + parked)
+        wait_for(lambda: (lobby.silent, lobby.connections) == goal, 20.0, f"{silent} silent and {parked} parked")
+
+    return wait
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], int]:
+    """`descriptors()`: how many this process has open."""
+    return lambda: len(os.listdir("/proc/self/fd"))
+
+
 def echo_works(peer: Any, message_id: int = 1) -> bool:
     """One C-ECHO."""
     peer.send_command(
@@ -49,19 +65,24 @@ def echo_works(peer: Any, message_id: int = 1) -> bool:
 
 
 def test_five_hundred_idle_associations_hold_no_thread_and_delay_nobody(
-    serve: Callable[..., Any], raw_peer: Any, parked: Any, wait_for: Callable[..., None]
+    serve: Callable[..., Any],
+    raw_peer: Any,
+    parked: Any,
+    wait_for: Callable[..., None],
+    begun_threads: Callable[[], list[str]],
+    descriptors: Callable[[], int],
 ) -> None:
     node = serve()
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, opened = len(begun_threads()), descriptors()
     peers, most = [], 0
     for _ in range(500):
         peers.append(raw_peer(node.port))
         assert peers[-1].associate(CONTEXTS)[0] == 2
-        most = max(most, threading.active_count())
+        most = max(most, len(begun_threads()))
     parked(node, 500)
-    wait_for(lambda: threading.active_count() <= threads, 5.0, "threads to end")
+    wait_for(lambda: len(begun_threads()) <= threads, 20.0, "threads to end")
     assert most <= threads + 8 * KEPT_THREADS
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2 * 500 + 8  # both ends are in this process
+    assert descriptors() <= opened + 2 * 500 + 8  # both ends are in this process
     assert node.server.active_associations == 500
     began = time.monotonic()
     fresh = raw_peer(node.port)
@@ -71,7 +92,7 @@ def test_five_hundred_idle_associations_hold_no_thread_and_delay_nobody(
     for peer in peers:
         peer.close()
     wait_for(lambda: node.server.active_associations == 1, 10.0, "the others to be gone")
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 8
+    wait_for(lambda: descriptors() <= opened + 8, 10.0, "their descriptors to be closed")
 
 
 def test_a_parked_association_goes_on_where_it_was(
@@ -157,26 +178,55 @@ def test_one_that_is_parked_is_told_that_the_node_stops(serve: Callable[..., Any
     assert node.counted.ended == [("TEST", "aborted")] * 20
 
 
-def test_half_a_request_for_an_association_holds_no_thread(serve: Callable[..., Any], raw_peer: Any) -> None:
-    node = serve(max_associations=1)
-    threads = threading.active_count()
+def test_half_a_request_for_an_association_holds_no_thread(
+    serve: Callable[..., Any],
+    raw_peer: Any,
+    in_lobby: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., None],
+    begun_threads: Callable[[], list[str]],
+) -> None:
+    monkeypatch.setattr(server_module, "SPARE_THREADS", 80)  # all may speak at once, and nobody is turned away
+    node = serve(max_associations=1, bounds={"first_pdu_s": 120.0})  # none is closed while this is looked at
+    threads = len(begun_threads())
     halves = [raw_peer(node.port) for _ in range(60)]
     for peer in halves:
         peer.socket.sendall(b"\1\0\0\0\1\0\0\1")
     peer = raw_peer(node.port)
     assert peer.associate(CONTEXTS)[0] == 2 and echo_works(peer)
-    assert threading.active_count() <= threads
+    wait_for(lambda: len(node.server._links) == 61, 20.0, "each half to be heard")
+    in_lobby(node, 60, 1)
+    wait_for(lambda: len(begun_threads()) <= threads, 20.0, "threads begun for the moment to end")
+    assert echo_works(peer, 2)
 
 
 def test_one_that_was_released_and_is_not_closed_counts_no_more_and_is_closed_soon(
     serve: Callable[..., Any], raw_peer: Any
 ) -> None:
     node = serve(max_associations=1)
-    threads = threading.active_count()
     for _ in range(20):
         peer = raw_peer(node.port)
         assert peer.associate(CONTEXTS)[0] == 2
         peer.send_pdu(RELEASE_RQ, bytes(4))
         assert peer.read_pdu()[0] == RELEASE_RP
     assert peer.read_pdu() == (0, b"")
-    assert threading.active_count() <= threads
+
+
+def test_one_that_was_released_and_is_not_closed_holds_no_thread(
+    serve: Callable[..., Any],
+    raw_peer: Any,
+    in_lobby: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., None],
+    begun_threads: Callable[[], list[str]],
+) -> None:
+    monkeypatch.setattr(server_module, "LINGER_S", 120.0)
+    node = serve(max_associations=1)
+    threads = len(begun_threads())
+    for _ in range(20):
+        peer = raw_peer(node.port)
+        assert peer.associate(CONTEXTS)[0] == 2
+        peer.send_pdu(RELEASE_RQ, bytes(4))
+        assert peer.read_pdu()[0] == RELEASE_RP
+    in_lobby(node, 20, 0)
+    wait_for(lambda: len(begun_threads()) <= threads, 20.0, "threads begun for the moment to end")

@@ -38,11 +38,12 @@ class Hall:
     def __init__(self, listener: socket.socket) -> None:
         self.served: list[str] = []
         self.dropped: list[Visit] = []
+        self.turned_away: list[Visit] = []
         self.keep_s = 60.0
         self.failure: Exception | None = None
         self.lobby = Lobby(
             serve=self._serve,
-            turn_away=lambda visit: None,
+            turn_away=self.turned_away.append,
             drop=self._drop,
             is_busier=lambda connections: False,
             most=4,
@@ -202,3 +203,22 @@ def test_who_is_left_when_the_lobby_ends_is_dropped_though_the_one_before_made_t
     hall.lobby.stop()
     assert [peer.recv(1) for peer in peers] == [b""] * 3
     assert len(hall.dropped) == 3
+
+
+def test_who_speaks_as_the_last_thread_ends_was_not_one_too_many(
+    hall: Hall, wait_for: WaitFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping, taken = threading.Thread(target=hall.lobby.stop), hall.lobby._taken
+
+    def taken_at_the_end(number: int) -> Visit | None:
+        visit = taken(number)
+        stopping.start()
+        wait_for(lambda: hall.lobby.threads == 1, 10.0, "the other threads to end")
+        return visit
+
+    monkeypatch.setattr(hall.lobby, "_taken", taken_at_the_end)
+    with socket.create_connection(hall.listener.getsockname(), timeout=10.0) as peer:
+        peer.sendall(b"a")
+        wait_for(lambda: hall.dropped or hall.turned_away or hall.served, 10.0, "it to be seen to")
+    stopping.join(10.0)
+    assert (len(hall.dropped), hall.turned_away, hall.served) == (1, [], [])

@@ -1,6 +1,5 @@
 """What each peer may do: pure, then on both wires."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,10 +330,14 @@ def test_a_sender_that_is_too_fast_is_read_later_and_loses_nothing(
 
 @pytest.mark.parametrize("wire", ["own"])
 def test_those_who_are_slowed_down_hold_no_thread(
-    serve: Callable[..., Any], raw_peer: Any, wait_for: Callable[..., None], dcmtk: Callable[..., Any]
+    serve: Callable[..., Any],
+    raw_peer: Any,
+    wait_for: Callable[..., None],
+    begun_threads: Callable[[], list[str]],
+    dcmtk: Callable[..., Any],
 ) -> None:
     node = serve(peers={"fast": {"ae_title": "TEST", "rate": {"objects_per_s": 0.01}}, "ct": {"ae_title": "CT1"}})
-    threads = threading.active_count()
+    threads = len(begun_threads())
     peers = [raw_peer(node.port) for _ in range(30)]
     for number, peer in enumerate(peers):
         assert peer.associate([(1, CT, [EXPLICIT])])[0] == 2
@@ -351,7 +354,7 @@ def test_those_who_are_slowed_down_hold_no_thread(
         assert peer.read_command().Status >> 12 == 0xC
     for peer in peers[1:]:  # said at once, heard in a hundred seconds
         peer.send_command(1, CommandField=0x30, MessageID=2, CommandDataSetType=0x101, AffectedSOPClassUID="1.2")
-    wait_for(lambda: threading.active_count() <= threads, 15.0, "the threads to be free")
+    wait_for(lambda: len(begun_threads()) <= threads, 20.0, "the threads to be free")
     dcmtk("echoscu", "-aet", "CT1", "-aec", "DICOM_NODE", "127.0.0.1", node.port)
     assert node.server.active_associations >= 30
     began = time.monotonic()

@@ -6,7 +6,6 @@ import os
 import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,12 +20,14 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
 from dicom_node.config import DeliverySettings, NodeConfig
 from dicom_node.dimse import credentials as credentials_module
 from dicom_node.dimse import identification as identification_module
+from dicom_node.dimse import lobby as lobby_module
 from dicom_node.dimse import server as server_module
 from dicom_node.dimse import tls as tls_module
 from dicom_node.dimse import transport as transport_module
 from dicom_node.dimse.commands import NO_DATA_SET
 from dicom_node.dimse.committing import DimseCommitment
 from dicom_node.dimse.files import get_study
+from dicom_node.dimse.lobby import Lobby
 from dicom_node.dimse.session import DimseSender
 from dicom_node.dimse.tls import Credentials, check_tls, for_listener
 from dicom_node.dimse.users import hash_passcode, user_line
@@ -526,34 +527,49 @@ def test_whoever_takes_the_wrong_port_is_closed_at_once_and_told_in_the_log(
 
 
 def test_a_handshake_that_is_not_finished_holds_no_thread_and_is_closed(
-    secure: Callable[..., Any], raw_peer: Any, caplog: pytest.LogCaptureFixture
+    secure: Callable[..., Any], raw_peer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = secure(bounds={"first_pdu_s": 1.0})
-    threads, hello = threading.active_count(), client_hello()
+    lobby, hello = node.server._lobby, client_hello()
+    keep, returned = lobby.keep, []
+    monkeypatch.setattr(lobby, "keep", lambda visit, deadline: (returned.append(visit), keep(visit, deadline)))
     peer, began = raw_peer(node.port), time.monotonic()
     with pytest.raises((ConnectionError, AssertionError)):
         for at in range(200):  # a byte at a time
             peer.socket.sendall(hello[at : at + 1])
             time.sleep(0.02)
-            assert threading.active_count() <= threads
         assert peer.read_pdu() != (0, b"")
     assert time.monotonic() - began < 5.0
+    assert returned, "a thread was with it from its first byte to its end"
     node.counted.wait_for(lambda c: c.rejected == ["tls"])
     assert reasons(caplog) == ["the handshake, or the first request, did not come to its end"]
 
 
-def test_two_hundred_half_open_handshakes_delay_no_echo(
-    secure: Callable[..., Any], raw_peer: Any, tls_peer: Any
+def test_two_hundred_half_open_handshakes_hold_no_thread_and_delay_no_echo(
+    secure: Callable[..., Any],
+    raw_peer: Any,
+    tls_peer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wait_for: Callable[..., None],
+    begun_threads: Callable[[], list[str]],
 ) -> None:
-    node = secure()
-    threads, hello = threading.active_count(), client_hello()
+    monkeypatch.setattr(lobby_module, "SPARE_S", 0.2)
+    node = secure(bounds={"first_pdu_s": 120.0})  # none is closed while this is looked at
+    lobby, threads, hello = node.server._lobby, len(begun_threads()), client_hello()
     for number in range(200):
         raw_peer(node.port).socket.sendall(hello if number % 2 else hello[:20])
     began = time.monotonic()
     peer = tls_peer(node.port)
     assert peer.associate(CONTEXTS)[0] == 2 and echo_works(peer)
     assert time.monotonic() - began < 1.0
-    assert threading.active_count() <= threads + 8
+    wait_for(lambda: half_open(lobby) == 200, 20.0, "each half to be heard, and given back")
+    wait_for(lambda: len(begun_threads()) <= threads, 20.0, "threads begun for the moment to end")
+
+
+def half_open(lobby: Lobby) -> int:
+    """How many wait in the middle of their handshake."""
+    with lobby._guard:
+        return sum(visit.stream is not None and visit.stream.has_begun for visit in lobby._silent.values())
 
 
 def client_hello() -> bytes:
