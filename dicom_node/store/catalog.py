@@ -31,6 +31,7 @@ from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
 from dicom_node.store.migrations import is_current, migrate
+from dicom_node.store.plain import prepare
 from dicom_node.store.pressure import Grade, Pressure, WatchedFileSystem, volumes
 from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
@@ -142,7 +143,7 @@ def open_catalog(
     _create_private(path)
     migrate(path)
     _sync_folder(files, data_dir)
-    database = Database(path, watch=pressure)
+    database = Database(path, watch=pressure, prepare=prepare)
     epoch = epoch or f"{os.getpid()}-{uuid.uuid4().hex}"
     return Catalog(
         database=database,

@@ -5,7 +5,8 @@
   through COMMIT: SQLite's own busy handler is unfair to the point of starvation.
 * Group commit without a writer thread: whoever finds nobody writing writes, and takes along whatever others have queued
   by then, in one transaction, each piece in a savepoint, so that a failing piece takes only itself back. A thread of
-  its own would cost every object two turns of the interpreter's lock.
+  its own would cost every object two turns of the interpreter's lock. What is done by one statement needs no savepoint,
+  for SQLite does a statement wholly or not at all: `quick`.
 * WAL with `synchronous=FULL`: a transaction that `write` returned from survives a power cut, unless its caller says
   that something else (the intake journal) answers for it.
 
@@ -32,6 +33,7 @@ __all__ = ["Database", "StepWatch"]
 
 T = TypeVar("T")
 Write = Callable[[sqlite3.Connection], T]
+Quick = Callable[[sqlite3.Connection], T | None]
 
 GROUP_MAX = 64  # writes per transaction: bounds how long readers of the lock wait
 LOCK_WAIT_S = 10.0
@@ -63,10 +65,11 @@ class StepWatch(Protocol):
 class _Piece:
     """One write: waiting, then running, then done; or given up by its thread while it waited."""
 
-    __slots__ = ("done", "durable", "error", "fn", "running", "turn", "value")
+    __slots__ = ("done", "durable", "error", "fn", "quick", "running", "turn", "value")
 
-    def __init__(self, fn: Write[Any], durable: bool) -> None:
+    def __init__(self, fn: Write[Any], durable: bool, quick: Quick[Any] | None) -> None:
         self.fn = fn
+        self.quick = quick
         self.durable = durable
         self.running = self.done = False
         self.value: Any = None
@@ -78,9 +81,19 @@ class _Piece:
 class Database:
     """A SQLite file. `write(fn)` runs `fn(connection)` in a durable transaction; `read()` lends a reader."""
 
-    def __init__(self, path: Path, *, lock_wait_s: float = LOCK_WAIT_S, watch: StepWatch | None = None) -> None:
-        """`watch` is told how durable commits go."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        lock_wait_s: float = LOCK_WAIT_S,
+        watch: StepWatch | None = None,
+        prepare: Callable[[sqlite3.Connection], object] | None = None,
+    ) -> None:
+        """`watch` is told how durable commits go. `prepare` is given each connection that `write` is to hand out, once:
+        for what lives no longer than the connection does.
+        """
         self.path = path
+        self._prepare = prepare
         self._watch = watch
         self._wal = f"{os.path.realpath(path)}-wal"  # SQLite keeps it beside the file itself, not beside a link
         self._lock_wait_s = lock_wait_s
@@ -100,7 +113,7 @@ class Database:
 
     # --- writing
 
-    def write(self, fn: Write[T], timeout_s: float = 60.0, *, durable: bool = True) -> T:
+    def write(self, fn: Write[T], timeout_s: float = 60.0, *, durable: bool = True, quick: Quick[T] | None = None) -> T:
         """Run `fn` in a transaction and return its value once the transaction is durable.
 
         Not `durable`: it survives the end of every process but not a power cut, until `sync` or any later durable one.
@@ -108,8 +121,11 @@ class Database:
         What `fn` raises is raised here and undoes only its own changes. Raises CatalogBusy when the lock was not had or
         the transaction not done in time (it may then still be done), StorageError when SQLite cannot write (disk full,
         I/O error). `fn` may be run on another thread, and must not call `write`.
+
+        `quick` is tried before `fn`: it does the same by one statement that changes something, the last it runs, and
+        returns the value, or it changes nothing and returns None, and `fn` is run. What it raises is as what `fn` does.
         """
-        me, piece = threading.get_ident(), _Piece(fn, durable)
+        me, piece = threading.get_ident(), _Piece(fn, durable, quick)
         with self._guard:
             if self._closed:
                 raise StorageError("the catalog is closed")
@@ -146,7 +162,7 @@ class Database:
                 piece.running = True
         failure: BaseException | None = StorageError("the thread that wrote was ended")
         try:
-            self._connection = self._connection or self._connect(readonly=False)
+            self._connection = self._connection or self._writing()
             self._commit_as_asked(self._connection, batch)
             failure = None
         except Exception as exc:  # noqa: BLE001 - every waiter gets the error, this one too
@@ -187,14 +203,18 @@ class Database:
             self._durable = durable
 
     def _commit(self, connection: sqlite3.Connection, batch: Sequence[_Piece]) -> None:
+        alone = batch[0] if len(batch) == 1 else None
         with self._turns.taken():
             before = connection.total_changes
-            connection.execute("BEGIN IMMEDIATE")
             try:
-                if len(batch) == 1:
-                    batch[0].value = batch[0].fn(connection)
-                for piece in batch if len(batch) > 1 else ():
-                    _in_savepoint(connection, piece)
+                if alone is not None and not alone.durable and _done_quickly(connection, alone):
+                    return  # one statement is a transaction of its own
+                connection.execute("BEGIN IMMEDIATE")
+                if alone is None:
+                    for piece in batch:
+                        _among_others(connection, piece)
+                elif not (alone.durable and _done_quickly(connection, alone)):
+                    alone.value = alone.fn(connection)
                 self._make_durable(connection, connection.total_changes != before)
             except BaseException:
                 self._roll_back(connection)
@@ -351,6 +371,16 @@ class Database:
             connection.execute("PRAGMA query_only=ON")
         return connection
 
+    def _writing(self) -> sqlite3.Connection:
+        connection = self._connect(readonly=False)
+        if self._prepare is not None:
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
     def close(self) -> None:
         """Finish what is queued and close everything. Idempotent."""
         with self._guard:
@@ -373,15 +403,26 @@ class Database:
         self._tidy_turns.close()
 
 
-def _in_savepoint(connection: sqlite3.Connection, piece: _Piece) -> None:
-    connection.execute("SAVEPOINT piece")
+def _done_quickly(connection: sqlite3.Connection, piece: _Piece) -> bool:
+    piece.value = None if piece.quick is None else piece.quick(connection)
+    return piece.value is not None
+
+
+def _among_others(connection: sqlite3.Connection, piece: _Piece) -> None:
+    """Run one piece of several: when it fails, only its own changes are taken back."""
+    saved = False
     try:
+        if _done_quickly(connection, piece):
+            return
+        connection.execute("SAVEPOINT piece")
+        saved = True
         piece.value = piece.fn(connection)
     except Exception as exc:
         if not connection.in_transaction:
             raise  # SQLite itself rolled everything back (disk full ...): nothing of the batch happened
-        connection.execute("ROLLBACK TO piece")
-        connection.execute("RELEASE piece")
+        if saved:
+            connection.execute("ROLLBACK TO piece")
+            connection.execute("RELEASE piece")
         piece.error = _mapped(exc)
         return
     connection.execute("RELEASE piece")

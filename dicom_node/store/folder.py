@@ -6,6 +6,10 @@
 The digits are SHA-256 over the transfer syntax UID and the data set's own digest (BLAKE3), so one name means one
 content: a name that is taken is the same object, already there. Order per object: sync the file, name it, sync the
 folder; or, with an intake journal, append it there, then name the file and leave it to the journal to sync it.
+
+Files of some size are written past the system's cache: where that is full, as it is on a node that has run for an hour,
+making room in it costs five times the processor time of the write itself. What does not fit into a buffer is not given
+to the journal: writing it twice takes longer than the syncs that are spared.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from dicom_node.digests import digest_of_file, digest_text, is_old, new_digest, 
 from dicom_node.errors import InvalidInstance, NotFound, StorageError
 from dicom_node.interfaces import ArchivedObject, JournaledObject
 from dicom_node.model import ArchivedFile, JournalPlace, Receipt, StoredInstance
-from dicom_node.store.buffers import RecordBuffer, RecordBuffers
+from dicom_node.store.buffers import BLOCK, RecordBuffer, RecordBuffers, blocks
 from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
 from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import build_file_meta, parse_file_meta
@@ -34,7 +38,9 @@ from dicom_node.store.pressure import Pressure, Volume
 
 __all__ = ["FolderArchive", "FolderSpool"]
 
-PIECE = 64 * 1024  # bytes per write: bounds memory and how long one call holds the disk
+PIECE = 64 * 1024  # bytes read at once to compare
+HASHED = 256 * 1024  # bytes hashed at once while more come: each call hands the interpreter's lock to another thread
+DIRECT = 256 * 1024  # bytes of a file from which on it is written past the cache; smaller ones are no dearer in it
 PROBE = 4096  # bytes
 _LOCATION = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.dcm")
 _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
@@ -68,6 +74,7 @@ class FolderArchive:
             self._install()
         except OSError as exc:
             raise _storage_error("the archive's folders cannot be made", exc) from exc
+        self._takes_direct = self._try_direct()
 
     def _install(self) -> None:
         self._fs.mkdir(self._root)
@@ -77,6 +84,20 @@ class FolderArchive:
         # a new folder is only durable with its parent's entry
         for folder in (self._root, self._root.parent):
             sync_folder(self._fs, folder)
+
+    def _try_direct(self) -> bool:
+        """Whether nameless files can be written past the cache here, in blocks of ours."""
+        buffer = self.buffers.take()
+        try:
+            fd = self._fs.open_direct_tmpfile(self._root)
+            try:
+                return self._fs.write(fd, buffer.memory[:BLOCK]) == BLOCK
+            finally:
+                self._fs.close(fd)
+        except OSError:
+            return False
+        finally:
+            self.buffers.give_back(buffer)
 
     def begin(
         self,
@@ -96,14 +117,17 @@ class FolderArchive:
             source_ae=source_ae,
         )
         admit = partial(self.pressure.admit, results=for_results)
-        return self._spool(meta, transfer_syntax_uid, admit)
+        return FolderSpool(self, self._fs, self._root, meta, transfer_syntax_uid, admit)
 
-    def _spool(self, meta: bytes, transfer_syntax_uid: str, admit: Callable[[], None] = lambda: None) -> FolderSpool:
-        try:
-            fd, temporary = self._open()
-        except OSError as exc:
-            raise _storage_error("a new file cannot be opened", exc) from exc
-        return FolderSpool(self, self._fs, self._root, fd, temporary, meta, transfer_syntax_uid, admit)
+    def new_file(self, length: int = 0) -> tuple[int, Path | None, bool]:
+        """A file of at least `length` bytes to be, its name where it must have one, and whether it is past the cache.
+
+        Raises OSError.
+        """
+        if self._takes_direct and length >= DIRECT:
+            return self._fs.open_direct_tmpfile(self._root), None, True
+        fd, temporary = self._open()
+        return fd, temporary, False
 
     def _open(self) -> tuple[int, Path | None]:
         try:
@@ -214,7 +238,7 @@ class FolderArchive:
         if not record.doubtful and not durable and (there := self._as_it_was(record, piece)) is not None:
             return there
         meta = self._meta_to_keep(record, piece[: record.meta_length])
-        spool = self._spool(meta, record.transfer_syntax_uid)
+        spool = FolderSpool(self, self._fs, self._root, meta, record.transfer_syntax_uid, lambda: None)
         try:
             spool.write(memoryview(piece)[record.meta_length :])
             offset = len(piece)
@@ -341,8 +365,6 @@ class FolderSpool:
         archive: FolderArchive,
         fs: FileSystem,
         root: Path,
-        fd: int,
-        temporary: Path | None,
         meta: bytes,
         transfer_syntax_uid: str,
         admit: Callable[[], None],
@@ -350,8 +372,9 @@ class FolderSpool:
         self._fs = fs
         self._admit = admit
         self._root = root
-        self._fd = fd
-        self._temporary = temporary
+        self._fd = -1  # there is none before something is written
+        self._temporary: Path | None = None
+        self._is_direct = False
         self._meta_length = len(meta)
         self._transfer_syntax_uid = transfer_syntax_uid
         self._archive = archive
@@ -392,37 +415,48 @@ class FolderSpool:
             room = len(self._bytes) - self._filled
             if not room:
                 self._admit()  # one large object must not use up what is kept for others
-                self._flush(self._filled)
+                self._flush()
                 self._before += self._filled
                 self._filled = self._written = self._hashed = 0
                 continue
             part, view = view[:room], view[room:]
             self._bytes[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
-            if self._filled - self._written >= PIECE:
-                self._flush(self._filled - (self._filled - self._written) % PIECE)
+            if self._filled - self._hashed >= HASHED:
+                self._hash(self._filled)
 
     def _hash(self, end: int) -> None:
         if end > self._hashed:
             self._digest.update(self._bytes[self._hashed : end])
             self._hashed = end
 
-    def _flush(self, end: int) -> None:
-        """Hash and write the buffer up to `end`, in pieces: larger ones cost the page cache more than they save."""
-        self._hash(end)
+    def _flush(self) -> None:
+        """Hash and write what is in the buffer: all of it full, or the last part of the file. Raises StorageError."""
+        self._hash(self._filled)
         try:
-            while self._written < end:
-                piece = self._bytes[self._written : min(self._written + PIECE, end)]
-                self._written += self._fs.write(self._fd, piece)
+            self._write()
         except OSError as exc:
             raise _storage_error("a received object cannot be written", exc) from exc
+
+    def _write(self) -> None:
+        if self._fd < 0:
+            self._fd, self._temporary, self._is_direct = self._archive.new_file(self._filled)
+        end = blocks(self._filled) if self._is_direct else self._filled
+        if self._written >= end:
+            return
+        if end > self._filled:
+            self._bytes[self._filled : end] = bytes(end - self._filled)
+        while self._written < end:
+            self._written += self._fs.write(self._fd, self._bytes[self._written : end])
+        if end > self._filled:
+            self._fs.truncate(self._fd, self._before + self._filled)
 
     def view(self) -> memoryview:
         """See `interfaces.Spool.view`. Raises StorageError."""
         if not self._before:
             return self._bytes[self._meta_length : self._filled].toreadonly()
         if self._view is None:
-            self._flush(self._filled)
+            self._flush()
             try:
                 self._map = mmap.mmap(self._fd, self._meta_length + self.length, prot=mmap.PROT_READ)
             except OSError as exc:
@@ -433,11 +467,14 @@ class FolderSpool:
     def commit(self, receipt: Receipt | None = None) -> ArchivedFile:
         """See `interfaces.Spool.commit`. The spool is closed afterwards, whatever happens."""
         try:
-            self._flush(self._filled)
+            if self._before:
+                self._flush()
+            self._hash(self._filled)
             digest = self._digest.digest()
             location = _location(self._transfer_syntax_uid, digest_text(digest))
             place = None if receipt is None else self._journal(receipt, digest)
             try:
+                self._write()
                 if place is None:
                     self._fs.fsync(self._fd)
                     self._name(location)
@@ -462,16 +499,15 @@ class FolderSpool:
 
     def _journal(self, receipt: Receipt, digest: bytes) -> JournalPlace | None:
         journal = self._archive.journal
-        if journal is None or self._buffer is None:
+        if journal is None or self._buffer is None or self._before:
             return None
         return journal.append(
             receipt,
             self._buffer,
-            length=self._before + self._filled,
+            length=self._filled,
             meta_length=self._meta_length,
             transfer_syntax_uid=self._transfer_syntax_uid,
             digest=digest,
-            source_fd=self._fd if self._before else None,
             faults=self._faults,
         )
 
@@ -490,7 +526,7 @@ class FolderSpool:
     def put_back(self, place: JournalPlace, *, durable: bool) -> ArchivedFile:
         """See `FolderArchive.put_back`; the journal holds all of it already. The spool is closed afterwards."""
         try:
-            self._flush(self._filled)
+            self._flush()
             digest = digest_text(self._digest.digest())
             location = _location(self._transfer_syntax_uid, digest)
             try:
@@ -563,12 +599,14 @@ class FolderSpool:
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return False
+        own = -1
         try:
+            own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)  # ours may be past the cache
             start = parse_file_meta(memoryview(os.pread(fd, PIECE, 0))).data_set_offset
             if os.fstat(fd).st_size - start != self.length:
                 return False
             for offset in range(0, self.length, PIECE):
-                if os.pread(fd, PIECE, start + offset) != os.pread(self._fd, PIECE, self._meta_length + offset):
+                if os.pread(fd, PIECE, start + offset) != os.pread(own, PIECE, self._meta_length + offset):
                     return False
             if durable:
                 self._fs.fsync(fd)
@@ -578,6 +616,8 @@ class FolderSpool:
             return False
         finally:
             os.close(fd)
+            if own >= 0:
+                os.close(own)
 
     def discard(self) -> None:
         """See `interfaces.Spool.discard`."""

@@ -34,12 +34,20 @@ class FileSystem(Protocol):
         """A new file without a name in `folder`'s file system: a crash leaves nothing of it."""
         ...
 
+    def open_direct_tmpfile(self, folder: Path) -> int:
+        """As `open_tmpfile`, past the system's cache (O_DIRECT): whole blocks of aligned memory only."""
+        ...
+
     def create(self, path: Path) -> int:
         """A new file with a name. Raises FileExistsError."""
         ...
 
     def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
         """Append some of `data`; returns how much."""
+        ...
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut a file to its length."""
         ...
 
     def fsync(self, fd: int) -> None:
@@ -109,6 +117,10 @@ class RealFileSystem:
         """Open a nameless file (O_TMPFILE). Where there is no such thing: EOPNOTSUPP, EISDIR or EINVAL."""
         return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
 
+    def open_direct_tmpfile(self, folder: Path) -> int:
+        """Open a nameless file past the cache. Where there is no such thing: as `open_tmpfile`."""
+        return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT | os.O_CLOEXEC, FILE_MODE)
+
     def create(self, path: Path) -> int:
         """Create a named file."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
@@ -116,6 +128,10 @@ class RealFileSystem:
     def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
         """Append."""
         return os.write(fd, data)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Cut."""
+        os.ftruncate(fd, length)
 
     def fsync(self, fd: int) -> None:
         """Sync a file."""

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from dicom_node.digests import digest_of_file, is_old
 from dicom_node.errors import InvalidIdentifier, StorageError
@@ -23,6 +24,7 @@ from dicom_node.model import (
     InstanceRecord,
     Level,
     Match,
+    Origin,
     Query,
     Source,
     StoredInstance,
@@ -31,6 +33,7 @@ from dicom_node.model import (
 from dicom_node.store.database import Database
 from dicom_node.store.holds import SETTLED_S
 from dicom_node.store.instances import FirstMustBeRead, insert_instance, mark_instance, renew_digest, restore_instance
+from dicom_node.store.plain import PlainInstances
 from dicom_node.store.query import Plan, plan, supported
 from dicom_node.store.rows import source_of, stored_instance, utc, utc_text
 
@@ -80,6 +83,7 @@ class SqliteIndex:
         self._clock = clock
         self._epoch = epoch
         self._opened = 0
+        self._plain = PlainInstances()
 
     def _fetch(self, sql: str, parameters: Sequence[object] | Mapping[str, object] = ()) -> list[sqlite3.Row]:
         with self._database.read() as connection:
@@ -94,10 +98,13 @@ class SqliteIndex:
         same_pixels: Callable[[StoredInstance], bool],
     ) -> StoreOutcome:
         """See `interfaces.InstanceIndex.add_instance`. Raises StorageError when the archived file is gone."""
+        quick = partial(self._add_plain, record) if record.origin is Origin.RECEIVED else None
 
         def write(same: bool | None) -> StoreOutcome:
             return self._database.write(
-                lambda connection: self._add(connection, record, policy, same), durable=record.file.journal is None
+                lambda connection: self._add(connection, record, policy, same),
+                durable=record.file.journal is None,
+                quick=quick,
             )
 
         try:
@@ -129,13 +136,20 @@ class SqliteIndex:
         self._database.write(lambda connection: renew_digest(connection, first.sop_instance_uid, first.sha256, new))
         return True
 
-    def _add(
-        self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None
-    ) -> StoreOutcome:
+    def _add_plain(self, record: InstanceRecord, connection: sqlite3.Connection) -> StoreOutcome | None:
+        self._check_file(record)
+        return StoreOutcome.NEW if self._plain.insert(connection, record) else None
+
+    def _check_file(self, record: InstanceRecord) -> None:
         # Equal bytes sent twice at once share one file; the one whose write failed may just have removed it
         # (`if_unreferenced`, under the same lock), and a row must never point at nothing.
         if not os.path.exists(self._archive_path(record.file.location)):
             raise StorageError("the archived file is gone before it was indexed")
+
+    def _add(
+        self, connection: sqlite3.Connection, record: InstanceRecord, policy: ConflictPolicy, same: bool | None
+    ) -> StoreOutcome:
+        self._check_file(record)
         if (place := record.file.journal) is not None:
             connection.execute("INSERT OR IGNORE INTO journaled VALUES (?, ?)", (place.segment, place.offset))
         return insert_instance(connection, record, policy, same)

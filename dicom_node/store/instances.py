@@ -31,7 +31,7 @@ from dicom_node.store.kept import (
     patient_columns,
     study_columns,
 )
-from dicom_node.store.plain import insert_plain, write_instance
+from dicom_node.store.plain import write_instance
 from dicom_node.store.receipts import note_receipt
 from dicom_node.store.returned import about_study, note_return
 from dicom_node.store.rows import json_text, source_text, utc_text
@@ -66,8 +66,6 @@ def insert_instance(
     which raises FirstMustBeRead where it matters.
     A PRODUCED instance whose UID is known is DUPLICATE whatever its content: the existing one is adopted and kept.
     """
-    if record.origin is Origin.RECEIVED and insert_plain(connection, record):
-        return StoreOutcome.NEW
     if record.origin is not Origin.RETURNED:
         return _insert(connection, record, policy, same_pixels, moves_completion=True)
     about = about_study(connection, record)
@@ -202,7 +200,7 @@ def _insert_known(
         study = connection.execute(
             "SELECT patient_id, issuer FROM study WHERE study_instance_uid = ?", (header.study_instance_uid,)
         ).fetchone()
-        if study is not None and another_patient(study, header):
+        if study is not None and another_patient(study["patient_id"], study["issuer"], header):
             _flag_identity(connection, header)
     variant = connection.execute(
         "SELECT id, kind FROM variant WHERE sop_instance_uid = ? AND sha256 = ? AND transfer_syntax_uid = ?",
@@ -350,7 +348,7 @@ def _upsert_study(connection: sqlite3.Connection, record: InstanceRecord, *, ove
             (header.study_instance_uid, patient, *study_columns(kept), json_text(kept), now, now),
         )
         return
-    if another_patient(known, header):
+    if another_patient(known["patient_id"], known["issuer"], header):
         if record.origin is Origin.RECEIVED:
             _flag_identity(connection, header)
         # the second identity's demographics say nothing about the first's

@@ -187,13 +187,12 @@ class Journal:
         meta_length: int,
         transfer_syntax_uid: str,
         digest: bytes,
-        source_fd: int | None,
         faults: int,
     ) -> JournalPlace | None:
-        """Make one Part-10 file of `length` bytes durable. None: not here, and nothing was promised.
+        """Make one Part-10 file of `length` bytes, in `buffer.file`, durable. None: not here, and nothing was promised.
 
-        The file is in `buffer.file`, or where `source_fd` is given to be read from there. `faults`: this journal's
-        before the file was begun; it is refused when a sync failed since, which may have been over its own bytes.
+        `faults`: this journal's before the file was begun; it is refused when a sync failed since, which may have been
+        over its own bytes.
         """
         need = BLOCK + blocks(length)
         reserved = self._reserve(need, faults) if need <= self._size - BLOCK else None
@@ -217,11 +216,8 @@ class Journal:
             if head is None:
                 raise OSError("the facts of a received object do not fit into the head of its record")
             buffer.memory[: len(head)] = head
-            if source_fd is None:
-                buffer.memory[BLOCK + length : need] = bytes(need - BLOCK - length)
-                self._put(segment.fd, buffer.memory[:need], offset)
-            else:
-                self._copy(segment.fd, buffer, source_fd, length, offset)
+            buffer.memory[BLOCK + length : need] = bytes(need - BLOCK - length)
+            self._put(segment.fd, buffer.memory[:need], offset)
             self._fs.fdatasync(segment.fd)
         except OSError as exc:
             self._failed("an object could not be written to the intake journal", exc)
@@ -267,18 +263,6 @@ class Journal:
         written = 0
         while written < len(data):
             written += self._fs.pwrite(fd, data[written:], offset + written)
-
-    def _copy(self, fd: int, buffer: RecordBuffer, source_fd: int, length: int, offset: int) -> None:
-        """Head and file, piece by piece through the buffer."""
-        self._put(fd, buffer.memory[:BLOCK], offset)
-        offset += BLOCK
-        done = 0
-        while done < length:
-            count = os.preadv(source_fd, [buffer.file[: min(BUFFER, length - done)]], done)
-            if not count or (count % BLOCK and done + count < length):
-                raise OSError("a received object could not be read back")
-            self._put(fd, buffer.file[: blocks(count)], offset + done)
-            done += count
 
     def _written(self) -> None:
         with self._guard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
@@ -72,10 +71,10 @@ def identity(attributes: Mapping[str, str]) -> tuple[str, str]:
     return attributes.get("PatientID", ""), attributes.get("IssuerOfPatientID", "")
 
 
-def another_patient(study: sqlite3.Row, header: InstanceHeader) -> bool:
-    """Whether `header` names another patient than the study has. An issuer left out is no other issuer."""
-    patient_id, issuer = identity(header.attributes)
-    return bool(study["patient_id"] != patient_id or (issuer and study["issuer"] and study["issuer"] != issuer))
+def another_patient(patient_id: str, issuer: str, header: InstanceHeader) -> bool:
+    """Whether `header` names another patient than a study has. An issuer left out is no other issuer."""
+    its_id, its_issuer = identity(header.attributes)
+    return bool(patient_id != its_id or (its_issuer and issuer and issuer != its_issuer))
 
 
 def study_columns(kept: Mapping[str, str]) -> tuple[str, ...]:

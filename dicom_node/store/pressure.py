@@ -279,6 +279,14 @@ class WatchedFileSystem:
             self._pressure.failed("write", exc)
             raise
 
+    def open_direct_tmpfile(self, folder: Path) -> int:
+        """See `FileSystem`."""
+        try:
+            return self._fs.open_direct_tmpfile(folder)
+        except OSError as exc:
+            self._pressure.failed("write", exc)
+            raise
+
     def create(self, path: Path) -> int:
         """See `FileSystem`."""
         try:
@@ -299,6 +307,14 @@ class WatchedFileSystem:
         """See `FileSystem`."""
         try:
             return self._fs.pwrite(fd, data, offset)
+        except OSError as exc:
+            self._pressure.failed("write", exc)
+            raise
+
+    def truncate(self, fd: int, length: int) -> None:
+        """See `FileSystem`."""
+        try:
+            self._fs.truncate(fd, length)
         except OSError as exc:
             self._pressure.failed("write", exc)
             raise

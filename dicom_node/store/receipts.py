@@ -21,11 +21,11 @@ from dicom_node.model import InstanceRecord
 from dicom_node.store.rows import utc_text
 from dicom_node.store.tally import tallied
 
-__all__ = ["LedgerLine", "Unaccounted", "by_source_and_hour", "note_receipt", "received_totals", "unaccounted"]
+__all__ = ["HOUR", "LedgerLine", "Unaccounted", "by_source_and_hour", "note_receipt", "received_totals", "unaccounted"]
 
 CLASSES = ("routed", "filtered", "waiting", "failed")
 UNACCOUNTED_MAX = 100
-_HOUR = 13  # characters of an ISO 8601 time up to its hour
+HOUR = 13  # characters of an ISO 8601 time up to its hour
 
 # Where one received series stands, each looked up by key; what is in none of the four classes is 'lost'.
 _STANDS = """
@@ -92,7 +92,7 @@ def note_receipt(connection: sqlite3.Connection, record: InstanceRecord) -> None
         "INSERT OR IGNORE INTO receipt (study_instance_uid, series_instance_uid, hour, calling_ae) VALUES (?, ?, ?, ?)",
         (
             *(header.study_instance_uid, header.series_instance_uid),
-            *(utc_text(record.received_at)[:_HOUR], record.source.calling_ae_title),
+            *(utc_text(record.received_at)[:HOUR], record.source.calling_ae_title),
         ),
     )
 
@@ -108,7 +108,7 @@ def by_source_and_hour(connection: sqlite3.Connection, since: datetime | None) -
     lines: dict[tuple[str, str], dict[str, int]] = {}
     for hour, source, name, count in connection.execute(
         f"SELECT hour, calling_ae, class, count(*) FROM ({_STANDS} WHERE hour >= ?) GROUP BY hour, calling_ae, class",
-        ("" if since is None else utc_text(since)[:_HOUR],),
+        ("" if since is None else utc_text(since)[:HOUR],),
     ):
         lines.setdefault((hour, source), {})[name] = count
     return [_line(hour, source, counts) for (hour, source), counts in sorted(lines.items())]

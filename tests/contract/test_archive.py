@@ -26,6 +26,8 @@ class NoTmpfile(RealFileSystem):
     def open_tmpfile(self, folder: Path) -> int:
         raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE")
 
+    open_direct_tmpfile = open_tmpfile
+
 
 BACK_ENDS: dict[str, Callable[[Path], Archive]] = {
     "folder": lambda root: FolderArchive(root / "archive", fs=RealFileSystem(), reserve_bytes=0, reserve_ratio=0.0),
@@ -163,7 +165,7 @@ def test_the_larger_of_the_two_reserves_counts(tmp_path: Path) -> None:
 def test_what_a_crash_left_is_swept_and_never_listed(tmp_path: Path) -> None:
     archive = FolderArchive(tmp_path / "archive", fs=NoTmpfile())
     spool = begin(archive)
-    spool.write(b"half an object" * 10_000)
+    spool.write(b"half an object" * 100_000)
     left = list((tmp_path / "archive" / "tmp").iterdir())
     assert len(left) == 1
     assert list(archive.locations()) == []

@@ -7,6 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -320,3 +322,91 @@ def test_the_log_of_a_catalog_behind_a_link_is_synced(tmp_path: Path, synced: li
     database.sync()
     assert synced == ["catalog.db-wal"]
     database.close()
+
+
+# --- changes of one statement
+
+
+def insert(connection: sqlite3.Connection, value: str) -> str:
+    connection.execute("INSERT INTO t (writer) VALUES (?)", (value,))
+    return value
+
+
+def never(connection: sqlite3.Connection) -> str:
+    raise AssertionError("it was done already")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_is_done_quickly_is_not_done_again_and_what_is_not_is_done(durable: bool, tmp_path: Path) -> None:
+    database = make(tmp_path)
+    assert database.write(never, durable=durable, quick=lambda connection: insert(connection, "a")) == "a"
+    assert database.write(lambda connection: insert(connection, "b"), durable=durable, quick=lambda _: None) == "b"
+    another = Database(tmp_path / "catalog.db")
+    assert another.rows("SELECT writer FROM t") == [("a",), ("b",)]
+    with pytest.raises(sqlite3.IntegrityError):
+        database.write(never, durable=durable, quick=lambda connection: insert(connection, "a"))
+    assert database.write(lambda connection: insert(connection, "c"), durable=durable) == "c"
+    another.close()
+    database.close()
+
+
+def test_a_quick_change_that_fails_takes_only_itself_back(tmp_path: Path) -> None:
+    database = make(tmp_path)
+    gate, thread = held(database)
+    outcomes: dict[str, str] = {}
+
+    def change(name: str, quick: Callable[[sqlite3.Connection], str | None], fn: Callable[..., str]) -> None:
+        try:
+            outcomes[name] = database.write(fn, quick=quick)
+        except (sqlite3.Error, StorageError) as exc:
+            outcomes[name] = type(exc).__name__
+
+    changes = {
+        "one": (lambda connection: insert(connection, "one"), never),
+        "again": (lambda connection: insert(connection, "one"), never),
+        "refused": (refused, never),
+        "slow": (lambda _: None, lambda connection: insert(connection, "slow")),
+        "slow and again": (lambda _: None, lambda connection: (insert(connection, "x"), insert(connection, "slow"))[1]),
+        "last": (lambda connection: insert(connection, "last"), never),
+    }
+    threads = []
+    for name, change_of in changes.items():
+        threads.append(threading.Thread(target=change, args=(name, *change_of)))
+        threads[-1].start()
+        while len(database._waiting) < len(threads):  # in this order, in one transaction
+            time.sleep(0.001)
+    gate.set()
+    for one in (thread, *threads):
+        one.join(10)
+    assert outcomes == {
+        **{"one": "one", "again": "IntegrityError", "refused": "StorageError"},
+        **{"slow": "slow", "slow and again": "IntegrityError", "last": "last"},
+    }
+    assert database.rows("SELECT writer FROM t ORDER BY id") == [("one",), ("slow",), ("last",)]
+    database.close()
+
+
+def refused(connection: sqlite3.Connection) -> str:
+    raise StorageError("the file is gone")
+
+
+def test_a_durable_write_makes_durable_what_was_done_quickly_before(tmp_path: Path, synced: list[str]) -> None:
+    database = make(tmp_path)
+    database.write(never, durable=False, quick=lambda connection: insert(connection, "a"))
+    assert database.write(lambda connection: connection.execute("SELECT count(*) FROM t").fetchone()[0]) == 1
+    assert synced == ["catalog.db-wal"]
+    database.close()
+
+
+def test_each_connection_that_writes_is_prepared_and_one_that_cannot_be_is_told_of(tmp_path: Path) -> None:
+    make(tmp_path).close()
+    prepared: list[sqlite3.Connection] = []
+    database = Database(tmp_path / "catalog.db", prepare=prepared.append)
+    for value in ("a", "b"):
+        database.write(lambda connection, value=value: insert(connection, value))
+    assert prepared == [database._connection]
+    database.close()
+    broken = Database(tmp_path / "catalog.db", prepare=lambda connection: connection.execute("no SQL"))
+    with pytest.raises(StorageError, match="syntax error"):
+        broken.write(never)
+    broken.close()

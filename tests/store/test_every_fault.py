@@ -35,10 +35,10 @@ CT, EXPLICIT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
 SENDER = Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1")
 CALLS = (
     *("mkdir", "open_folder", "open_tmpfile", "create", "write", "fsync", "fsync_dir", "link", "link_path"),
-    *("open_direct", "pwrite", "fdatasync", "syncfs", "rename", "unlink", "statvfs"),
+    *("open_direct", "open_direct_tmpfile", "truncate", "pwrite", "fdatasync", "syncfs", "rename", "unlink", "statvfs"),
 )
 CODES = (errno.ENOSPC, errno.EIO, errno.EMFILE, errno.EROFS)
-SMALL, LARGE, HUGE = 3000, 1_200_000, 2_200_000  # in one buffer; in several; larger than a segment
+SMALL, LARGE, HUGE = 3000, 500_000, 2_200_000  # in one buffer; past the cache; in several buffers, and not journaled
 MOST = 400  # calls of one way; an archive that is opened makes its 256 folders
 
 
@@ -67,7 +67,7 @@ class FailingDisk(RealFileSystem):
         def call(*args: Any, **options: Any) -> Any:
             if threading.current_thread().name == "intake-journal":
                 return real(*args, **options)
-            if name == "open_tmpfile" and not self._tmpfile:
+            if name in ("open_tmpfile", "open_direct_tmpfile") and not self._tmpfile:
                 raise OSError(errno.EOPNOTSUPP, "")
             self.count += 1
             if self.count - 1 == self.fail_at:

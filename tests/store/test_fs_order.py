@@ -25,7 +25,7 @@ from dicom_node.store.part10 import build_file_meta
 
 CALLS = (
     *("open_folder", "open_tmpfile", "create", "write", "fsync", "fsync_dir", "link", "link_path", "rename", "unlink"),
-    *("statvfs", "pwrite", "fdatasync", "syncfs"),
+    *("open_direct_tmpfile", "truncate", "statvfs", "pwrite", "fdatasync", "syncfs"),
 )
 
 
@@ -44,7 +44,7 @@ class WatchedFileSystem(RealFileSystem):
         real = super().__getattribute__(name)
 
         def call(*args: Any) -> Any:
-            if name == "open_tmpfile" and not self._tmpfile:
+            if name in ("open_tmpfile", "open_direct_tmpfile") and not self._tmpfile:
                 raise OSError(errno.EOPNOTSUPP, "")
             self.calls.append(name)
             if len(self.calls) - 1 == self.fail_at:
@@ -67,13 +67,37 @@ def receive(archive: FolderArchive, body: bytes) -> str:
         spool.discard()
 
 
-def test_the_file_is_synced_then_named_then_its_folder_is_synced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "written"),
+    [
+        (200_000, ["open_tmpfile", "write"]),
+        (300_000, ["open_direct_tmpfile", "write", "truncate"]),  # past the cache whole blocks are written
+        (2_500_000, ["open_direct_tmpfile", *["write"] * 3, "truncate"]),
+    ],
+)
+def test_the_file_is_synced_then_named_then_its_folder_is_synced(size: int, written: list[str], tmp_path: Path) -> None:
     fs = WatchedFileSystem()
     archive = FolderArchive(tmp_path / "archive", fs=fs)
     fs.calls.clear()
-    receive(archive, os.urandom(200_000))
-    steps = [call for call in fs.calls if call in ("write", "fsync", "link", "rename", "fsync_dir")]
-    assert steps == ["write"] * 4 + ["fsync", "link", "fsync_dir"]
+    body = os.urandom(size)
+    path = Path(archive.path(receive(archive, body)))
+    assert [call for call in fs.calls if call not in ("statvfs", "open_folder")] == [
+        *written,
+        *("fsync", "link", "fsync_dir"),
+    ]
+    assert path.read_bytes().endswith(body)
+
+
+def test_where_nothing_goes_past_the_cache_large_files_go_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: RealFileSystem, folder: Path) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(RealFileSystem, "open_direct_tmpfile", refuse)
+    archive = FolderArchive(tmp_path / "archive", fs=RealFileSystem())
+    body = os.urandom(2_500_001)
+    assert Path(archive.path(receive(archive, body))).read_bytes().endswith(body)
 
 
 def test_without_nameless_files_the_order_is_the_same(tmp_path: Path) -> None:

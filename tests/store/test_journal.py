@@ -31,7 +31,7 @@ from dicom_node.store import journal as journal_module
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffers
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.database import Database
-from dicom_node.store.folder import FolderArchive, FolderSpool
+from dicom_node.store.folder import DIRECT, FolderArchive, FolderSpool
 from dicom_node.store.fs import RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
@@ -87,6 +87,14 @@ class Disk(RealFileSystem):
     def open_tmpfile(self, folder: Path) -> int:
         self._may("open_tmpfile")
         return super().open_tmpfile(folder)
+
+    def open_direct_tmpfile(self, folder: Path) -> int:
+        self._may("open_direct_tmpfile")
+        return super().open_direct_tmpfile(folder)
+
+    def truncate(self, fd: int, length: int) -> None:
+        self._may("truncate")
+        super().truncate(fd, length)
 
     def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
         self._may("write")
@@ -224,7 +232,7 @@ def _read_all(records: Iterator[JournaledObject]) -> Iterator[JournaledObject]:
         )
 
 
-@pytest.mark.parametrize("size", [1, 300, BLOCK, 65_536, 70_001, BUFFER - 400, BUFFER, BUFFER + 5, SEGMENT - 40_000])
+@pytest.mark.parametrize("size", [1, 300, BLOCK, 65_536, 70_001, DIRECT - 1, DIRECT, BUFFER - 2 * BLOCK, BUFFER - 400])
 def test_what_was_appended_is_found_after_a_crash_byte_for_byte(size: int, opened: Callable[[], Catalog]) -> None:
     catalog = opened()
     begun(catalog)
@@ -239,6 +247,22 @@ def test_what_was_appended_is_found_after_a_crash_byte_for_byte(size: int, opene
     assert raw[file.data_set_offset :] == body
     assert record.digest == blake3(body).digest()
     assert (record.receipt, record.transfer_syntax_uid, record.place) == (RECEIPT, EXPLICIT, file.journal)
+
+
+@pytest.mark.parametrize("size", [BUFFER, BUFFER + 5, 3 * BUFFER + BLOCK])
+def test_what_no_buffer_holds_is_synced_by_itself_and_written_once(
+    size: int, opened: Callable[[], Catalog], disk: Disk
+) -> None:
+    catalog = opened()
+    journal = begun(catalog)
+    body = os.urandom(size)
+    disk.steps.clear()
+    file = kept(catalog, body)
+    assert file.journal is None and journal.refused == 0
+    steps = [step for step in disk.steps if step not in ("write", "truncate")]
+    assert steps == ["open_direct_tmpfile", "fsync", "link"]
+    crash(catalog)
+    assert Path(catalog.archive.path(file.location)).read_bytes()[file.data_set_offset :] == body
 
 
 def test_records_come_back_in_the_order_in_which_they_were_made(opened: Callable[[], Catalog]) -> None:
@@ -336,8 +360,8 @@ def test_an_object_is_in_the_journal_before_it_has_a_name_and_a_segment_synced_b
     disk.steps.clear()
     file = spool.commit(RECEIPT)
     steps = [step for step, before in zip(disk.steps, ["", *disk.steps], strict=False) if step != before]
-    assert steps[:4] == ["write", "pwrite", "fdatasync", "link_path"]
-    assert "fsync" not in disk.steps[:5], "that is what the journal spares"
+    assert steps[:5] == ["pwrite", "fdatasync", "open_tmpfile", "write", "link_path"]
+    assert "fsync" not in disk.steps[:6], "that is what the journal spares"
     until(lambda: len(journal._segments) == 2)  # the next one is made ready meanwhile
     disk.steps.clear()
     catalog.archive.settled(file)
@@ -361,7 +385,7 @@ def test_a_journal_for_which_there_was_no_room_is_there_when_there_is(
     catalog.archive.settled(file)
 
 
-@pytest.mark.parametrize("size", [3000, BUFFER + 1])
+@pytest.mark.parametrize("size", [3000, DIRECT + 1])
 def test_after_any_failing_call_the_object_is_refused_or_fully_there_also_after_a_crash(
     size: int, opened: Callable[[], Catalog], disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

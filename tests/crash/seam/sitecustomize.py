@@ -22,7 +22,7 @@ import sqlite3
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 FOLDER = os.environ.get("TEST_KILL_FOLDER", "")
@@ -67,13 +67,22 @@ def _name_of(fn: Any) -> str:
 
 class _Connection(sqlite3.Connection):
     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
-        names = getattr(_committing, "names", ()) if sql == "COMMIT" else ()
-        for name in names:
-            _pass(f"before commit {name}")
-        cursor = super().execute(sql, *parameters)
-        for name in names:
-            _pass(f"after commit {name}")
-        return cursor
+        with _commit_of(sql == "COMMIT"):
+            return super().execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        with _commit_of(not self.in_transaction):  # a transaction of its own
+            return super().executemany(sql, *parameters)
+
+
+@contextlib.contextmanager
+def _commit_of(commits: bool) -> Iterator[None]:
+    names = getattr(_committing, "names", ()) if commits else ()
+    for name in names:
+        _pass(f"before commit {name}")
+    yield
+    for name in names:
+        _pass(f"after commit {name}")
 
 
 def _change_database(module: types.ModuleType) -> None:
