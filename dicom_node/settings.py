@@ -348,7 +348,7 @@ class StorageSettings(Settings):
     """A sync or commit that takes longer pauses background work for half a minute. 0: none does."""
     journal_bytes: Annotated[int, Field(ge=0)] = 256 * 1024**2
     """Of the intake journal of each receiver, which makes objects durable before their files are. An object larger than
-    an eighth of it is synced by itself; 0: every one is."""
+    1 MiB is synced by itself; 0: every one is."""
     max_object_bytes: Annotated[int, Field(gt=0)] = 8 * 1024**3
     """A larger one is read to its end and answered 0xA700; one that goes on beyond twice as much is aborted."""
     max_inflated_header_bytes: Annotated[int, Field(gt=0)] = 16 * 1024**2
