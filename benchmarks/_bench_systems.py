@@ -136,6 +136,7 @@ class Node(System):
     """dicom-node."""
 
     name, ae_title, ready_line = "ours", "DICOM_NODE", b"dicom-node ready:"
+    receivers = 1
 
     def command(self) -> list[str]:
         rules = self.folder / "rules"
@@ -147,6 +148,7 @@ class Node(System):
             "http_port": 0,
             "engines": {},
             "jobs": {"workers": 0},
+            "receivers": self.receivers,
             "storage": {"reserve_bytes": 0, "reserve_ratio": 0.0},
             "destinations": {"sink": {"ae_title": SINK, "host": "127.0.0.1", "port": self.sink_port}},
         }

@@ -33,7 +33,7 @@ from pathlib import Path
 from _bench_figures import QUICK, STARTS, STUDY_BYTES, Bench, Size
 from _bench_objects import CXR
 from _bench_report import Report
-from _bench_systems import SYSTEMS, free_port, without_nodelay
+from _bench_systems import SYSTEMS, Node, free_port, without_nodelay
 
 ROOM = 20 * 1024**3  # bytes that are free when a system starts
 NAMES = [name for names, _, _ in STARTS for name in sorted(names)]
@@ -86,6 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 1")
     parser.add_argument("--figures", type=_words(NAMES), default=NAMES, help=f"of {','.join(NAMES)} (default: all)")
     parser.add_argument("--systems", type=_words(list(SYSTEMS)), default=list(SYSTEMS), help="ours,orthanc")
+    parser.add_argument("--receivers", type=int, default=1, help="of this node (default: 1, as it is shipped)")
     parser.add_argument("--studies", type=int, help="index size for C-FIND (default: 1000; 5000, 100000)")
     parser.add_argument("--slices", type=int, help="images of the CT series (default: 300; 8000 are 4 GB)")
     parser.add_argument("--seconds", type=float, help="how long questions, echoes and associations are counted")
@@ -115,6 +116,7 @@ def _facts(options: argparse.Namespace, size: Size) -> dict[str, object]:
         "rounds": options.rounds,
         "processors": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
+        "receivers": options.receivers,
         "python": platform.python_version(),
         "kernel": platform.release(),
         "orthanc": version,
@@ -130,6 +132,7 @@ def main() -> None:
     needed = tools if "orthanc" in options.systems else tools[1:]
     if missing := [tool for tool in needed if shutil.which(tool) is None]:
         raise SystemExit(f"not installed: {', '.join(missing)} (Debian packages orthanc, dcmtk; `make tools`)")
+    Node.receivers = options.receivers
     size = QUICK if options.quick else Size()
     given = {name: getattr(options, name) for name in ("studies", "slices", "seconds")}
     size = replace(size, **{name: value for name, value in given.items() if value is not None})
