@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from _bench_node import BenchNode
 
-__all__ = ["ROLES", "Faults", "Figures", "Leaks"]
+__all__ = ["ROLES", "Faults", "Figures", "Leaks", "pid_of"]
 
 ROLES = ("supervisor", "receiver", "service", "work")
 SAMPLE_S = 5.0
@@ -103,7 +103,12 @@ class Faults:
 
 
 def _pid(node: BenchNode, role: str) -> int:
-    return int(json.loads((node.data_dir / "run" / f"{role}.json").read_text())["pid"])
+    return pid_of(node.data_dir, role)
+
+
+def pid_of(data_dir: Path, role: str) -> int:
+    """Of that process of the node. Raises OSError or ValueError while it starts."""
+    return int(json.loads((data_dir / "run" / f"{role}.json").read_text(encoding="utf-8"))["pid"])
 
 
 def _wait(condition: Callable[[], bool], what: str) -> None:
@@ -152,7 +157,7 @@ class Leaks:
         while not self._over.wait(SAMPLE_S):
             for role in ROLES:
                 with suppress(OSError, ValueError, psutil.Error):
-                    pid = int(json.loads((self._data_dir / "run" / f"{role}.json").read_text())["pid"])
+                    pid = pid_of(self._data_dir, role)
                     process = psutil.Process(pid)
                     with process.oneshot():
                         found = (

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 from _bench_systems import without_nodelay
-from _soak_watch import ROLES, Leaks
+from _soak_watch import ROLES, Leaks, pid_of
 from faults import ListedNode
 
 INPUTS = 1500  # of each case before the next seed
@@ -31,7 +31,7 @@ MORE_THREADS, MORE_FILES, MORE_MIB = 4, 8, 50
 
 def pids(data: Path) -> dict[str, int]:
     """Of every process of the node."""
-    return {role: int(json.loads((data / "run" / f"{role}.json").read_text(encoding="utf-8"))["pid"]) for role in ROLES}
+    return {role: pid_of(data, role) for role in ROLES}
 
 
 def probe(node: ListedNode, script: Path, seed: int) -> tuple[int, Counter[str], list[str]]:

@@ -204,12 +204,17 @@ def test_one_that_was_released_and_is_not_closed_counts_no_more_and_is_closed_so
     serve: Callable[..., Any], raw_peer: Any
 ) -> None:
     node = serve(max_associations=1)
-    for _ in range(20):
-        peer = raw_peer(node.port)
-        assert peer.associate(CONTEXTS)[0] == 2
-        peer.send_pdu(RELEASE_RQ, bytes(4))
-        assert peer.read_pdu()[0] == RELEASE_RP
-    assert peer.read_pdu() == (0, b"")
+    released = [released_peer(node, raw_peer) for _ in range(20)]
+    assert released[-1].read_pdu() == (0, b"")
+
+
+def released_peer(node: Any, raw_peer: Any) -> Any:
+    """One that had its association, was released from it and does not close."""
+    peer = raw_peer(node.port)
+    assert peer.associate(CONTEXTS)[0] == 2
+    peer.send_pdu(RELEASE_RQ, bytes(4))
+    assert peer.read_pdu()[0] == RELEASE_RP
+    return peer
 
 
 def test_one_that_was_released_and_is_not_closed_holds_no_thread(
@@ -224,9 +229,6 @@ def test_one_that_was_released_and_is_not_closed_holds_no_thread(
     node = serve(max_associations=1)
     threads = len(begun_threads())
     for _ in range(20):
-        peer = raw_peer(node.port)
-        assert peer.associate(CONTEXTS)[0] == 2
-        peer.send_pdu(RELEASE_RQ, bytes(4))
-        assert peer.read_pdu()[0] == RELEASE_RP
+        released_peer(node, raw_peer)
     in_lobby(node, 20, 0)
     wait_for(lambda: len(begun_threads()) <= threads, 20.0, "threads begun for the moment to end")
