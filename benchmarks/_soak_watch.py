@@ -26,6 +26,8 @@ SAMPLE_S = 5.0
 OUTAGE_S = 20.0
 RECOVERY_S = 90.0
 AFTER_S = 10.0  # what was under way when the fault was over
+# what a process may have more, all through the last third of its life, than ever in the third before
+MORE_THREADS, MORE_FILES, MORE_MIB = 4, 8, 50
 SHORT_LIFE_S = 90.0  # of a process: no slope is told of it
 MIB = 1024 * 1024
 
@@ -134,6 +136,11 @@ class Figures:
     more_mib: float  # the least of the last third above the most of the one before: not what comes and goes
     more_threads: float
     more_files: float
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has more than may be."""
+        return self.more_threads > MORE_THREADS or self.more_files > MORE_FILES or self.more_mib > MORE_MIB
 
 
 class Leaks:

@@ -43,8 +43,6 @@ from dicom_node.store.catalog import Catalog, open_catalog
 CALIBRATE_S = 15.0
 DRAIN_S = 600.0
 THREADS = 8
-# what a process may have more, all through the last third of its life, than ever in the third before
-MORE_THREADS, MORE_FILES, MORE_MIB = 4, 8, 50
 RULES = """
 rule: findings
 when: ['Modality == "DX"']
@@ -299,7 +297,7 @@ def _leaking(grown: Sequence[Figures]) -> list[str]:
         f"the {one.role} process grows: {one.more_mib:+.0f} MiB, {one.more_threads:+.0f} threads, "
         f"{one.more_files:+.0f} files from the second to the last third of its life"
         for one in grown
-        if one.more_threads > MORE_THREADS or one.more_files > MORE_FILES or one.more_mib > MORE_MIB
+        if one.grows
     ]
 
 
