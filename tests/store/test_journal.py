@@ -31,10 +31,11 @@ from dicom_node.store import journal as journal_module
 from dicom_node.store.buffers import BLOCK, BUFFER, RecordBuffers
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.database import Database
-from dicom_node.store.folder import DIRECT, FolderArchive, FolderSpool
+from dicom_node.store.folder import DIRECT, FolderArchive
 from dicom_node.store.fs import RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
+from dicom_node.store.spool import FolderSpool
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
