@@ -121,7 +121,7 @@ def http_request(data: bytes) -> None:
     if answer:
         head, separator, body = answer.partition(b"\r\n\r\n")
         status_line, *lines = head.decode("latin-1").split("\r\n")
-        found = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) [A-Za-z ]+", status_line)
+        found = re.fullmatch(r"HTTP/1\.1 ([0-9]{3}) [A-Za-z -]+", status_line)
         assert separator and found and HTTPStatus(int(found[1])).value in KNOWN
         fields = dict(line.split(": ", 1) for line in lines)
         assert body == b"" or int(fields["Content-Length"]) == len(body)
