@@ -29,6 +29,7 @@ from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import build_file_meta, parse_file_meta
 from dicom_node.store.pressure import Pressure, Volume
 from dicom_node.store.spool import PIECE, FolderSpool, location_of, storage_error, temporary_in
+from dicom_node.store.writers import Writers
 
 __all__ = ["FolderArchive"]
 
@@ -61,6 +62,7 @@ class FolderArchive:
         self._tmp = root / "tmp"
         self._syncing_fd = -1
         self.buffers = RecordBuffers()
+        self.writers = Writers()
         self.journal: Journal | None = None
         try:
             self._install()

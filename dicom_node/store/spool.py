@@ -17,6 +17,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from dicom_node.store.buffers import RecordBuffer, RecordBuffers, blocks
 from dicom_node.store.fs import FileSystem
 from dicom_node.store.journal import Journal
 from dicom_node.store.part10 import parse_file_meta
+from dicom_node.store.writers import Writers, Writing
 
 __all__ = ["PIECE", "FolderSpool", "SpoolFolder", "location_of", "storage_error", "temporary_in"]
 
@@ -38,6 +40,7 @@ class SpoolFolder(Protocol):
     """What a spool needs of the archive it is for."""
 
     buffers: RecordBuffers
+    writers: Writers
     journal: Journal | None
 
     def new_file(self, length: int = 0) -> tuple[int, Path | None, bool]:
@@ -77,6 +80,8 @@ class FolderSpool:
         self._filled = len(meta)
         self._written = 0  # of what is filled
         self._before = 0  # bytes of the file that are no longer in the buffer
+        self._writing: tuple[Writing, RecordBuffer] | None = None  # the part before the buffer's, while it is written
+        self._broken = False  # a part of the file is missing, or not there yet
         self._digest = new_digest()
         self._hashed = len(meta)  # of what is filled; the meta information is not of the data set
         self._map: mmap.mmap | None = None
@@ -101,15 +106,13 @@ class FolderSpool:
         return self._created
 
     def write(self, fragment: bytes | memoryview) -> None:
-        """See `interfaces.Spool.write`: memory stays within one buffer whatever the fragment's size."""
+        """See `interfaces.Spool.write`: memory stays within two buffers whatever the fragment's size."""
         view = memoryview(fragment)
         while len(view):
             room = len(self._bytes) - self._filled
             if not room:
                 self._admit()  # one large object must not use up what is kept for others
-                self._flush()
-                self._before += self._filled
-                self._filled = self._written = self._hashed = 0
+                self._hand_over()
                 continue
             part, view = view[:room], view[room:]
             self._bytes[self._filled : self._filled + len(part)] = part
@@ -122,6 +125,40 @@ class FolderSpool:
             self._digest.update(self._bytes[self._hashed : end])
             self._hashed = end
 
+    def _hand_over(self) -> None:
+        """Have the full buffer written, by another thread if one is free, and go on with an empty one.
+
+        One part is under way at a time: two buffers are all that an object takes. Raises StorageError.
+        """
+        self._hash(self._filled)
+        full = self._buffer
+        assert full is not None
+        try:
+            self._settle()
+            self._open()
+            writing = self._archive.writers.begin(partial(self._put, self._bytes[: self._filled]))
+            if writing is None:
+                self._write()
+            else:
+                self._writing, self._buffer = (writing, full), None
+                self._buffer = self._archive.buffers.take()
+                self._bytes = self._buffer.file
+        except OSError as exc:
+            raise storage_error("a received object cannot be written", exc) from exc
+        self._before += self._filled
+        self._filled = self._written = self._hashed = 0
+
+    def _settle(self) -> None:
+        """Wait for the part that is under way. Raises OSError, also when an earlier one could not be written."""
+        if self._writing is not None:
+            (writing, buffer), self._writing = self._writing, None
+            try:
+                writing.wait()
+            finally:
+                self._archive.buffers.give_back(buffer)
+        if self._broken:
+            raise OSError(errno.EIO, "a part of the file is missing")
+
     def _flush(self) -> None:
         """Hash and write what is in the buffer: all of it full, or the last part of the file. Raises StorageError."""
         self._hash(self._filled)
@@ -130,16 +167,28 @@ class FolderSpool:
         except OSError as exc:
             raise storage_error("a received object cannot be written", exc) from exc
 
-    def _write(self) -> None:
+    def _open(self) -> None:
         if self._fd < 0:
             self._fd, self._temporary, self._is_direct = self._archive.new_file(self._filled)
+
+    def _put(self, part: memoryview) -> None:
+        """Append it. Raises OSError, and nothing may be appended after it then."""
+        self._broken = True
+        done = 0
+        while done < len(part):
+            done += self._fs.write(self._fd, part[done:])
+        self._broken = False
+
+    def _write(self) -> None:
+        self._settle()
+        self._open()
         end = blocks(self._filled) if self._is_direct else self._filled
         if self._written >= end:
             return
         if end > self._filled:
             self._bytes[self._filled : end] = bytes(end - self._filled)
-        while self._written < end:
-            self._written += self._fs.write(self._fd, self._bytes[self._written : end])
+        self._put(self._bytes[self._written : end])
+        self._written = end
         if end > self._filled:
             self._fs.truncate(self._fd, self._before + self._filled)
 
@@ -313,6 +362,8 @@ class FolderSpool:
 
     def discard(self) -> None:
         """See `interfaces.Spool.discard`."""
+        with suppress(Exception):  # its descriptor and its buffer must not be given to others before
+            self._settle()
         if self._view is not None:
             self._view.release()
             self._view = None
