@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -36,6 +37,7 @@ __all__ = [
 
 FORK = get_context("fork")
 CLIENT_S = 600.0
+PAUSE_S = 0.005  # between two questions of one who asks beside others
 VISIBLE_S = 20.0
 STUDY_BYTES = 300 * 512 * 512 * 2
 LEVEL, STUDY_UID, SERIES_UID, SOP_UID = 0x0008_0052, 0x0020_000D, 0x0020_000E, 0x0008_0018
@@ -431,6 +433,52 @@ def echo_figures(bench: Bench) -> None:
     bench.add(Figure(name="associations, 1 client", unit="/s", target=0.7), len(took) / sum(took))
 
 
+def busy_figures(bench: Bench) -> None:
+    """How soon others are answered while 8 associations store."""
+    associations, over = 8, FORK.Value("i", 0)
+    batch = Batch(CT, bench.size.slices)
+
+    def send(part: int) -> Callable[[Callable[[], object]], None]:
+        act = raw_sender(bench, batch, part, associations)
+
+        def job(ready: Callable[[], object]) -> None:
+            try:
+                act(ready)
+            finally:
+                with over.get_lock():
+                    over.value += 1
+
+        return job
+
+    def asked(act: Callable[[], object]) -> list[float]:
+        took = []
+        while over.value < associations:
+            began = time.perf_counter()
+            act()
+            took.append(time.perf_counter() - began)
+            time.sleep(PAUSE_S)
+        return took
+
+    def echo(ready: Callable[[], object]) -> list[float]:
+        association = bench.associate({VERIFICATION: IMPLICIT_LE})
+        ready()
+        took = asked(association.echo)
+        association.release()
+        return took
+
+    def ping(ready: Callable[[], object]) -> list[float]:
+        url = f"http://127.0.0.1:{bench.system.http_port}{bench.system.ping}"
+        ready()
+        return asked(lambda: urllib.request.urlopen(url, timeout=CLIENT_S).read())
+
+    _, answers = at_once([echo, ping, *(send(part) for part in range(associations))])
+    for name, took, most_ms in (("C-ECHO", answers[0], 50), ("/ping", answers[1], 100)):
+        figure = Figure(
+            name=f"{name} while 8 store, p99 answer", unit="ms", less_is_better=True, note=f"<= {most_ms} ms"
+        )
+        bench.add(figure, sorted(took)[int(len(took) * 0.99)] * 1e3)
+
+
 def timed(act: Callable[[], object], seconds: float) -> list[float]:
     """How long each `act` took, for so long, after a few that do not count."""
     for _ in range(3):
@@ -448,5 +496,6 @@ STARTS: tuple[tuple[frozenset[str], Callable[[Bench], None], bool], ...] = (
     (frozenset({"store-cxr"}), cxr_figures, False),
     (frozenset({"store-small"}), small_figures, False),
     (frozenset({"find", "echo"}), question_figures, False),
+    (frozenset({"busy"}), busy_figures, False),
     (frozenset({"stock"}), stock_figures, True),
 )

@@ -98,10 +98,11 @@ class System:
     name = ""
     ae_title = ""
     ready_line = b""
+    ping = "/ping"  # what says over HTTP that it lives
 
     def __init__(self, folder: Path, sink_port: int, *, stock: bool = False, keep: bool = False) -> None:
         self.folder, self.sink_port, self.stock, self.keep = folder, sink_port, stock, keep
-        self.port = free_port()
+        self.port, self.http_port = free_port(), free_port()
         self._started: _Started | None = None
 
     def command(self) -> list[str]:
@@ -145,7 +146,7 @@ class Node(System):
             "data_dir": str(self.folder / "data"),
             "rules_dir": str(rules),
             "dicom_port": self.port,
-            "http_port": 0,
+            "http_port": self.http_port,
             "engines": {},
             "jobs": {"workers": 0},
             "receivers": self.receivers,
@@ -160,7 +161,7 @@ class Node(System):
 class Orthanc(System):
     """Orthanc with its defaults: each file is synced, HTTP is on, the packaged plugins are loaded."""
 
-    name, ae_title = "Orthanc", "ORTHANC"
+    name, ae_title, ping = "Orthanc", "ORTHANC", "/system"
 
     def command(self) -> list[str]:
         settings = {
@@ -168,7 +169,7 @@ class Orthanc(System):
             "IndexDirectory": str(self.folder),
             "DicomAet": self.ae_title,
             "DicomPort": self.port,
-            "HttpPort": free_port(),
+            "HttpPort": self.http_port,
             "Plugins": [PLUGINS] if Path(PLUGINS).is_dir() else [],
             "DicomModalities": {"sink": [SINK, "127.0.0.1", self.sink_port], "bench": ["BENCH", "127.0.0.1", 1]},
             "DicomAlwaysAllowFind": True,

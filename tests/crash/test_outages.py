@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 STUDIES = int(os.environ.get("TEST_CRASH_STUDIES", "30"))
 OBJECTS = int(os.environ.get("TEST_CRASH_OBJECTS", "300"))
-KILLS = 10
+KILLS = int(os.environ.get("TEST_CRASH_KILLS", "10"))
 QUICK = {"lease_s": 2.0, "backoff_s": 0.1, "backoff_max_s": 0.5, "breaker_probe_s": 0.3, "response_timeout_s": 5.0}
 SOON = {"quiet_s": 0.2, "quiet_after_fault_s": 0.5, "idle_association_s": 0.5, "tick_s": 0.2}
 BARE = {"engines": {}, "jobs": {"workers": 0}}
@@ -96,7 +96,7 @@ class Unreliable(threading.Thread):
 
 
 @pytest.mark.crash
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600 + 6 * STUDIES + 10 * KILLS)
 def test_every_object_reaches_three_unreliable_destinations_once(
     running_node: Callable[..., Any],
     seam: Any,
