@@ -96,7 +96,10 @@ class Spool(Protocol):
         ...
 
     def view(self) -> memoryview:
-        """The data set's bytes, readable until `commit` or `discard`, for validation without a copy."""
+        """The data set's bytes, readable until `commit` or `discard`, for validation without a copy.
+
+        Nothing may be written after it.
+        """
         ...
 
     def commit(self, receipt: Receipt | None = None) -> ArchivedFile:

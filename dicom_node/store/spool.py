@@ -80,7 +80,7 @@ class FolderSpool:
         self._filled = len(meta)
         self._written = 0  # of what is filled
         self._before = 0  # bytes of the file that are no longer in the buffer
-        self._writing: tuple[Writing, RecordBuffer] | None = None  # the part before the buffer's, while it is written
+        self._writing: Writing | None = None  # of the part before the buffer's
         self._broken = False  # a part of the file is missing, or not there yet
         self._digest = new_digest()
         self._hashed = len(meta)  # of what is filled; the meta information is not of the data set
@@ -106,7 +106,9 @@ class FolderSpool:
         return self._created
 
     def write(self, fragment: bytes | memoryview) -> None:
-        """See `interfaces.Spool.write`: memory stays within two buffers whatever the fragment's size."""
+        """See `interfaces.Spool.write`: memory stays within a buffer, and those of the writers, whatever its size."""
+        if self._view is not None:
+            raise ValueError("a spool that was looked at takes no more")  # its file has its length
         view = memoryview(fragment)
         while len(view):
             room = len(self._bytes) - self._filled
@@ -128,7 +130,7 @@ class FolderSpool:
     def _hand_over(self) -> None:
         """Have the full buffer written, by another thread if one is free, and go on with an empty one.
 
-        One part is under way at a time: two buffers are all that an object takes. Raises StorageError.
+        One part is under way at a time. Raises StorageError.
         """
         self._hash(self._filled)
         full = self._buffer
@@ -136,13 +138,13 @@ class FolderSpool:
         try:
             self._settle()
             self._open()
-            writing = self._archive.writers.begin(partial(self._put, self._bytes[: self._filled]))
+            empty = self._archive.buffers.take()
+            writing = self._archive.writers.begin(partial(self._put_away, full, self._filled))
             if writing is None:
+                self._archive.buffers.give_back(empty)
                 self._write()
             else:
-                self._writing, self._buffer = (writing, full), None
-                self._buffer = self._archive.buffers.take()
-                self._bytes = self._buffer.file
+                self._writing, self._buffer, self._bytes = writing, empty, empty.file
         except OSError as exc:
             raise storage_error("a received object cannot be written", exc) from exc
         self._before += self._filled
@@ -151,11 +153,10 @@ class FolderSpool:
     def _settle(self) -> None:
         """Wait for the part that is under way. Raises OSError, also when an earlier one could not be written."""
         if self._writing is not None:
-            (writing, buffer), self._writing = self._writing, None
-            try:
-                writing.wait()
-            finally:
-                self._archive.buffers.give_back(buffer)
+            error = self._writing.error()  # interrupted, it is under way still: `discard` will wait again
+            self._writing = None
+            if error is not None:
+                raise error
         if self._broken:
             raise OSError(errno.EIO, "a part of the file is missing")
 
@@ -178,6 +179,13 @@ class FolderSpool:
         while done < len(part):
             done += self._fs.write(self._fd, part[done:])
         self._broken = False
+
+    def _put_away(self, buffer: RecordBuffer, end: int) -> None:
+        """On a writer's thread: append a part. The buffer is free then, however long the peer takes for the next."""
+        try:
+            self._put(buffer.file[:end])
+        finally:
+            self._archive.buffers.give_back(buffer)
 
     def _write(self) -> None:
         self._settle()

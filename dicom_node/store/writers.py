@@ -1,6 +1,7 @@
 """Threads that write a part of a large file while whoever receives it goes on.
 
-Without them the disk waits for the peer and the peer for the disk.
+Without them the disk waits for the peer and the peer for the disk. They are not a ThreadPoolExecutor's: Python waits
+for those when it ends, and a disk that hangs would keep the process from ending.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 __all__ = ["MOST_WRITERS", "Writers", "Writing"]
 
-MOST_WRITERS = 2  # of a process: many associations keep the disk busy by themselves
+MOST_WRITERS = 2  # of an archive: many associations keep the disk busy by themselves
 
 
 class Writing:
@@ -32,11 +33,16 @@ class Writing:
         finally:
             self._over.release()
 
-    def wait(self) -> None:
-        """Until it is over. Raises what it has raised. Once, by one thread."""
+    def over(self) -> None:
+        """Wait for its end. Whoever is interrupted may wait again."""
         with self._over:
-            if self._error is not None:
-                raise self._error
+            pass
+
+    def error(self) -> Exception | None:
+        """Wait for its end; what it has raised, the first time it is asked for."""
+        self.over()
+        error, self._error = self._error, None  # not kept: its traceback leads back here
+        return error
 
 
 class Writers:
@@ -57,7 +63,7 @@ class Writers:
             if self._busy > self._threads:
                 try:
                     threading.Thread(target=self._run, name="archive-writer", daemon=True).start()
-                except RuntimeError:  # the system has no more
+                except (RuntimeError, MemoryError):  # the system has no more
                     self._busy -= 1
                     self._free.release()
                     return None

@@ -30,6 +30,7 @@ from dicom_node.store import pressure as pressure_module
 from dicom_node.store.backup import back_up, bring_back
 from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.fs import RealFileSystem
+from dicom_node.store.writers import Writers, Writing
 
 CT, EXPLICIT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.1.2.1"
 SENDER = Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1")
@@ -116,6 +117,20 @@ class Node:
         """Index and archive agree to the byte, no file is without a row, no temporary is left."""
         report = fsck(self.catalog, rebuild=False, verify_hashes=True, clock=SystemClock())
         assert report.clean, (report, self.disk.failed)
+
+
+@pytest.fixture(autouse=True)
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another thread writes is over before the next call: the n-th call is the same one each time."""
+    begin = Writers.begin
+
+    def begun(self: Writers, act: Callable[[], None]) -> Writing | None:
+        writing = begin(self, act)
+        if writing is not None:
+            writing.over()
+        return writing
+
+    monkeypatch.setattr(Writers, "begin", begun)
 
 
 def pieces(body: bytes) -> Iterator[bytes]:
