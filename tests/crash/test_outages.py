@@ -263,6 +263,17 @@ def _copies(data_dir: Path, table: str, count: int, **columns: object) -> None:
         )
 
 
+def _items_of_copies(data_dir: Path) -> None:
+    """What the first delivery has to bring, for each of its copies too: one without objects is done at once."""
+    with contextlib.closing(sqlite3.connect(data_dir / "catalog.db")) as connection, connection:
+        names = [row[1] for row in connection.execute("PRAGMA table_info(delivery_item)")]
+        values = ", ".join("delivery.id" if name == "delivery" else f"item.{name}" for name in names)
+        connection.execute(
+            f"INSERT INTO delivery_item ({', '.join(names)}) SELECT {values} FROM delivery, delivery_item AS item "
+            "WHERE item.delivery = 1 AND delivery.id > 1"
+        )
+
+
 @pytest.mark.crash
 @pytest.mark.timeout(600)
 def test_ten_thousand_that_wait_hold_up_nobody_and_take_no_memory(
@@ -314,6 +325,7 @@ def test_ten_thousand_that_wait_hold_up_nobody_and_take_no_memory(
     later = {"not_before_s": boot.seconds + 1e6, "not_before_boot_id": boot.boot_id}
     _copies(node.data_dir, "job", 10_000, state="pending", rank=1, priority="routine", **later)
     _copies(node.data_dir, "delivery", 10_000, state="pending", job=None, rank=1, attempts=0)
+    _items_of_copies(node.data_dir)
     began_s = time.monotonic()
     node = running_node("node", **settings)
     start_s = time.monotonic() - began_s
@@ -326,4 +338,6 @@ def test_ten_thousand_that_wait_hold_up_nobody_and_take_no_memory(
     assert busy_s < idle_s + 2.0, told
     snapshot = eyes.catalog.queue.snapshot()
     assert snapshot["jobs"]["pending"]["count"] == 10_000, told
+    waiting = snapshot["deliveries"]["PACS"]
+    assert waiting["pending"]["count"] + waiting["leased"]["count"] > 10_000, told  # nobody took them for done
     assert snapshot["dead_letters"] == {"jobs": 0, "deliveries": 0}
