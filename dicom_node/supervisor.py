@@ -51,6 +51,7 @@ UNWELL_S = 60.0  # a started child without a good sign of life for this long is 
 LOOK_S = 0.5
 STEADY_S = 60.0  # a child that lived this long starts anew with the shortest back-off
 BACKLOG = 256
+ARENAS = "2"  # heaps of the C library: threads that come and go leave some memory behind in each, up to 8 a processor
 _STOP = {int(signal.SIGTERM), int(signal.SIGINT)}
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -332,8 +333,14 @@ class _Supervisor:
             [sys.executable, "-P", "-m", "dicom_node.process", child.role],
             stdin=subprocess.PIPE,
             pass_fds=fds,
-            env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")},
+            env=self._environment(child),
         )
+
+    def _environment(self, child: _Child) -> dict[str, str]:
+        found = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")}
+        if child.role != "work":  # where threads are few, and what they compute is large
+            found.setdefault("MALLOC_ARENA_MAX", ARENAS)
+        return found
 
     def _order(self, child: _Child) -> None:
         is_receiver = child.receiver >= 0

@@ -168,6 +168,21 @@ def test_a_full_disk_makes_the_node_not_ready(running_node: Start) -> None:
     assert metric(node, "intake_state") == 2
 
 
+def test_processes_of_many_threads_share_few_heaps_unless_told_otherwise(
+    running_node: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heaps(node: Any, role: str) -> list[bytes]:
+        found = Path(f"/proc/{node.pid(role)}/environ").read_bytes().split(b"\0")
+        return [word for word in found if word.startswith(b"MALLOC_ARENA_MAX=")]
+
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    node = running_node(**BARE)
+    assert heaps(node, "receiver") == heaps(node, "service") == [b"MALLOC_ARENA_MAX=2"] and heaps(node, "work") == []
+    node.stop()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "5")
+    assert heaps(running_node(**BARE), "receiver") == [b"MALLOC_ARENA_MAX=5"]
+
+
 def test_a_stuck_receiver_makes_the_node_not_ready(running_node: Start, wait_for: WaitFor) -> None:
     node = running_node(**BARE)
     os.kill(node.pid("receiver"), signal.SIGSTOP)
