@@ -74,7 +74,7 @@ def image() -> npt.NDArray[np.int16]:
 def network(outputs: int) -> Network:
     torch.manual_seed(outputs)
     net = UNet(3, 1, outputs, channels=(8, 16), strides=(2,), norm="instance")
-    return Network(net.eval().requires_grad_(False), torch.device("cpu"), torch.contiguous_format)
+    return Network(net.eval().requires_grad_(False), torch.device("cpu"), torch.contiguous_format, precision="fp32")
 
 
 def ours(net: Network, wanted: dict[str, Any], infer: dict[str, Any], output: dict[str, Any]) -> Labels:
