@@ -29,6 +29,8 @@ from dicom_node.model import (
     SeriesHeader,
     StoredInstance,
 )
+from dicom_node.models import registry
+from dicom_node.models.package import ModelPackage
 
 SMALL_UNET = {
     "name": "UNet",
@@ -159,6 +161,24 @@ def ct_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest["source"]["network"] = SMALL_UNET
     manifest["infer"]["window"] = [32, 32, 32]
     return _write_package(folder, manifest)
+
+
+@pytest.fixture(scope="session")
+def in_fp32() -> Callable[[ModelPackage], ModelPackage]:
+    """`in_fp32(package)`: the same, to be compared exactly also where a processor is faster in bf16."""
+
+    def exactly(package: ModelPackage) -> ModelPackage:
+        infer = package.manifest.infer.model_copy(update={"precision": "fp32"})
+        return replace(package, manifest=package.manifest.model_copy(update={"infer": infer}))
+
+    return exactly
+
+
+@pytest.fixture
+def models_in_fp32(monkeypatch: pytest.MonkeyPatch, in_fp32: Callable[[ModelPackage], ModelPackage]) -> None:
+    """The engines that a test makes find each model with fp32 in its manifest."""
+    found = registry.find_package
+    monkeypatch.setattr(registry, "find_package", lambda *where: in_fp32(found(*where)))
 
 
 @pytest.fixture(scope="session")

@@ -129,6 +129,7 @@ def test_the_configuration_becomes_a_manifest(archive: bool, tmp_path: Path) -> 
         assert word in said
 
 
+@pytest.mark.usefixtures("models_in_fp32")
 def test_a_series_gets_what_the_transforms_say(tmp_path: Path, task_for: Callable[..., EngineTask]) -> None:
     """On the network's own grid, so nothing is resampled; windows by MONAI itself."""
     folder = put(tmp_path / "model", config())
