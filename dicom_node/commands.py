@@ -115,9 +115,8 @@ def serve(arguments: argparse.Namespace) -> int:
     _not_root_for_another(config)
     config.resolved_rules_dir()
     _check_tls(config)
-    _check_access(config)
     _check_token(config)
-    return supervisor.serve(config, lambda line: print(line, flush=True), lambda: _check_before_work(config))
+    return supervisor.serve(config, lambda line: print(line, flush=True))
 
 
 def _check_tls(config: NodeConfig) -> None:
@@ -133,16 +132,6 @@ def _check_tls(config: NodeConfig) -> None:
         check_tls(config)
 
 
-def _check_access(config: NodeConfig) -> None:
-    """Raises ConfigError for peers that cannot be understood, and for files of users and keys that cannot be used."""
-    if config.peers or config.user_identity is not None:
-        from dicom_node.dimse.identification import check_users
-        from dicom_node.dimse.policy import Policies
-
-        Policies(config)
-        check_users(config.user_identity)
-
-
 def _check_token(config: NodeConfig) -> None:
     """Raises ConfigError when the token of HTTP is missing, too short, or where others can read it."""
     if config.http_token_env or config.http_token_file:
@@ -151,29 +140,15 @@ def _check_token(config: NodeConfig) -> None:
         read_token(config.http_token_env, config.http_token_file)
 
 
-def _check_before_work(config: NodeConfig) -> None:
-    """What keeps a node from running is raised as NodeError; an engine that cannot run is told only."""
-    from dicom_node.deciding import node_rules
-    from dicom_node.wiring import engines, kept_in, put_away
-
-    node_rules(config)
-    for name, engine in engines(config).items():
-        try:
-            with kept_in(name, "check"):
-                engine.check()
-        except NodeError as exc:  # the node keeps and sends without it; its jobs say why they fail
-            print(f"dicom-node: engine {name} cannot run: {exc}", file=sys.stderr)
-        put_away(name, engine)
-
-
 def config_check(arguments: argparse.Namespace) -> int:
     """Read everything that is configured; print what holds."""
     from dicom_node.deciding import node_rules
+    from dicom_node.starting import check_access
     from dicom_node.wiring import engines, put_away
 
     config = settings(arguments)
     _check_tls(config)
-    _check_access(config)
+    check_access(config)
     _check_token(config)
     rules = node_rules(config)
     for name, engine in engines(config).items():
@@ -188,7 +163,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     from dicom_node.pipeline.fsck import fsck as check
     from dicom_node.process import wait_for_children
     from dicom_node.retaining import node_deleter
-    from dicom_node.store.catalog import data_lock
+    from dicom_node.store.lock import data_lock
     from dicom_node.wiring import replay_journals
 
     config = offline(arguments)

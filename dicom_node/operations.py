@@ -68,7 +68,7 @@ def restore(arguments: argparse.Namespace) -> int:
     """Bring a saved catalog back, and what the intake journals still hold. Exit status 2 when files are missing."""
     from dicom_node.process import wait_for_children
     from dicom_node.store.backup import bring_back
-    from dicom_node.store.catalog import data_lock
+    from dicom_node.store.lock import data_lock
     from dicom_node.wiring import replay_journals
 
     config = offline(arguments)

@@ -28,8 +28,9 @@ from dicom_node.interfaces import Clock
 from dicom_node.lifeline import tied_to
 from dicom_node.logs import setup_logging
 from dicom_node.pulse import Pulse, beat
+from dicom_node.recovery import ROLE, run_recovery
 
-__all__ = ["EXIT_ERROR", "Facts", "Orders", "Part", "adopted", "encode_orders", "main", "wait_for_children"]
+__all__ = ["EXIT_ERROR", "Facts", "Orders", "Part", "adopted", "counted", "encode_orders", "main", "wait_for_children"]
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +133,11 @@ def _decode_orders(text: bytes) -> Orders:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one role until SIGTERM. Returns the exit status."""
+    role = (sys.argv[1:] if argv is None else argv)[0]
+    if role == ROLE:
+        return run_recovery()
     from dicom_node.node import part_class  # it imports classes from here
 
-    role = (sys.argv[1:] if argv is None else argv)[0]
     asked = _Asked()
     signal.signal(signal.SIGTERM, asked.to_stop)
     signal.signal(signal.SIGHUP, asked.to_reload)
@@ -146,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     os.umask(0o077)
     setup_logging(orders.config.log_level, role)
     try:
-        with _counted(orders.config.data_dir):
+        with counted(orders.config.data_dir):
             return _run(role, make, orders, asked)
     except NodeError as exc:
         log.critical("the process cannot run", extra={"role": role, "error": str(exc)})
@@ -204,7 +207,7 @@ def _pulse(clock: Clock, started_at: str, ok: bool, detail: str, facts: Mapping[
 
 
 @contextmanager
-def _counted(data_dir: Path) -> Iterator[None]:
+def counted(data_dir: Path) -> Iterator[None]:
     """Show that a process of a node works on this folder, for `wait_for_children`."""
     fd = os.open(data_dir / CHILDREN_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,7 +1,7 @@
 """The first process: binds the ports once, starts the others, restarts what dies, stops everything.
 
-It opens the catalog only to migrate it and to close the associations of dead receivers; it serves nothing itself, so
-what a peer sends cannot hurt it. A lock on the data folder keeps a second node out; each child holds a second one, so
+It opens no catalog, a process of its own does so for it (`recovery`), and serves nothing itself, so what a peer sends
+cannot hurt it. A lock on the data folder keeps a second node out; each child holds a second one, so
 that after a crash a new node does not begin while a child of the old one still writes.
 """
 
@@ -19,9 +19,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dicom_node.auditing import AlertType, AuditEvent, AuditKind, AuditOutcome
 from dicom_node.bells import new_bell
@@ -32,10 +31,9 @@ from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
 from dicom_node.pulse import Pulse, beat, read_pulse, receiver_roles, run_folder
+from dicom_node.recovery import Recovery
+from dicom_node.store.lock import data_lock
 from dicom_node.trails import ClosableTrail, changed_settings, close_trail, configuration_event, life_event, node_trail
-
-if TYPE_CHECKING:
-    from dicom_node.store.catalog import Catalog
 
 __all__ = ["serve"]
 
@@ -49,6 +47,8 @@ BACKOFF_S = 0.2
 BACKOFF_MAX_S = 30.0
 UNWELL_S = 60.0  # a started child without a good sign of life for this long is killed and started again
 LOOK_S = 0.5
+TIDY_PAUSE_S = 5.0
+TIDY_S = 20.0  # for ending the associations of a dead receiver; nothing is watched meanwhile
 STEADY_S = 60.0  # a child that lived this long starts anew with the shortest back-off
 BACKLOG = 256
 ARENAS = "2"  # heaps of the C library: threads that come and go leave some memory behind in each, up to 8 a processor
@@ -73,13 +73,11 @@ class _Child:
     metrics_listener: socket.socket | None = None
 
 
-def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> int:
+def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
     """Run the node until SIGTERM or SIGINT; `say` gets the one line that tells it is ready.
 
-    `check` raises NodeError when the node must not run; it may be slow, and images are taken meanwhile.
-
-    Raises that, ConfigError (port taken, folder not writable or in use by another node), NodeError (a child cannot
-    start). Returns the exit status: 0 for a clean stop.
+    Raises ConfigError (port taken, folder not writable or in use by another node; peers, users, rules or engines that
+    are wrong), StorageError, NodeError (a child cannot start). Returns the exit status: 0 for a clean stop.
     """
     os.umask(0o077)
     config = replace_data_dir(config)
@@ -90,10 +88,9 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
         metrics = stack.enter_context(_socket(config.monitoring_host())) if config.metrics_port is not None else None
         supervisor = _Supervisor(config, dicom, http, signals, tls, metrics)
         try:
-            # Whoever sends waits for the receivers: they load their modules while this process loads its own
+            # Whoever sends waits for the receivers: they load their modules while the catalog is recovered
             supervisor.launch_receivers()
-            from dicom_node.store.catalog import data_lock
-
+            recovery = stack.enter_context(Recovery(config))
             stack.enter_context(data_lock(config.data_dir))
             until_s = time.monotonic() + (PORT_S if _was_killed(config) else 0.0)
             _bind(dicom, config.host, config.dicom_port, "dicom_port", until_s)
@@ -102,9 +99,10 @@ def serve(config: NodeConfig, say: Callable[[str], None], check: Callable[[], No
             _bind(http, config.http_host, config.http_port, "http_port", until_s)
             if metrics is not None and config.metrics_port is not None:
                 _bind(metrics, config.monitoring_host(), config.metrics_port, "metrics_port", until_s)
-            supervisor.prepare()
+            supervisor.prepare(recovery)
             supervisor.start_receivers()
-            check()
+            recovery.check()  # may be slow: images are taken meanwhile
+            recovery.close()
             supervisor.start()
             if supervisor.wait_until_ready():
                 say(ready_line(config, dicom, http, tls, metrics))
@@ -218,7 +216,7 @@ def _nothing(*_: object) -> None:
 
 
 class _Supervisor:
-    """Starts, watches and stops the children. Single-threaded but for the catalog's own writer."""
+    """Starts, watches and stops the children. Single-threaded but for the audit trail's own writer."""
 
     def __init__(
         self,
@@ -245,22 +243,17 @@ class _Supervisor:
         ]
         self._places_fd = new_places(len(receivers), len(config.peers)) if len(receivers) > 1 else -1
         self._bells = (new_bell(), new_bell())
-        self._epochs_to_close = False
+        self._epochs_to_close, self._close_at = False, 0.0
         self._began_at = self._clock.wall().isoformat()
         self._audit: ClosableTrail | None = None  # from the moment the folder is known to be ours
 
     # --- start
 
-    def prepare(self) -> None:
+    def prepare(self, recovery: Recovery) -> None:
         """Migrate the catalog, mend what a crash left, empty the run folder. Raises ConfigError, StorageError."""
         self._holds_folder = True
         wait_for_children(self._config.data_dir)
-        with self._catalog() as catalog:
-            catalog.recover()
-            if catalog.journal_numbers():
-                from dicom_node.wiring import replay_journals  # slow to load
-
-                replay_journals(catalog, self._config)
+        recovery.recover()
         was_killed = _was_killed(self._config)
         run = run_folder(self._config.data_dir)
         shutil.rmtree(run, ignore_errors=True)
@@ -289,16 +282,6 @@ class _Supervisor:
                     alert_type=AlertType.SOFTWARE_CONFIGURATION,
                 )
             )
-
-    @contextlib.contextmanager
-    def _catalog(self) -> Iterator[Catalog]:
-        from dicom_node.store.catalog import open_catalog  # slow to load
-
-        catalog = open_catalog(self._config.data_dir, self._clock, self._config.storage)
-        try:
-            yield catalog
-        finally:
-            catalog.close()
 
     def start(self) -> None:
         """Start the others."""
@@ -406,7 +389,7 @@ class _Supervisor:
             looked = now
             for child in self._children:
                 self._look_after(child, observed_s)
-            if self._epochs_to_close:
+            if self._epochs_to_close and now >= self._close_at:
                 self._close_dead_associations()
 
     def _look_after(self, child: _Child, observed_s: float) -> None:
@@ -458,10 +441,11 @@ class _Supervisor:
     def _close_dead_associations(self) -> None:
         """End what dead receivers had open; those that live are not touched."""
         try:
-            with self._catalog() as catalog:
-                catalog.index.close_dead_epochs({child.epoch for child in self._children if child.epoch})
+            with Recovery(self._config) as recovery:
+                recovery.end_associations({child.epoch for child in self._children if child.epoch}, TIDY_S)
             self._epochs_to_close = False
-        except NodeError as exc:  # the next look tries again
+        except (NodeError, OSError) as exc:  # tried again, at a price: a process is begun for it
+            self._close_at = time.monotonic() + TIDY_PAUSE_S
             log.error("associations of the dead receiver stay open", extra={"error": str(exc)})
 
     def _pass_on(self, number: signal.Signals, role: str) -> None:

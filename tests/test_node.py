@@ -79,6 +79,19 @@ def test_every_killed_process_is_started_again_and_counters_go_on(
     assert metric(node, "dimse_requests_total", service="echo", status_class="success") == 4
 
 
+def test_the_process_that_lives_as_long_as_the_node_opens_no_catalog(running_node: Start, wait_for: WaitFor) -> None:
+    """It stays small, and nothing that a peer has sent is read there."""
+    node = running_node(**BARE)
+    old = node.pid("receiver")
+    os.kill(old, signal.SIGKILL)  # its associations are ended by somebody else, too
+    wait_for(lambda: node.pid("receiver") != old, 30, "a new receiver")
+    maps = Path(f"/proc/{node.pid('supervisor')}/maps").read_text()
+    assert "libc" in maps
+    assert not [name for name in ("sqlite", "numpy") if name in maps]
+    receiver = Path(f"/proc/{node.pid('receiver')}/maps").read_text()
+    assert "sqlite" in receiver and "numpy" in receiver  # else the names would tell nothing
+
+
 def test_nothing_survives_kill_9_of_the_supervisor(running_node: Start, wait_for: WaitFor) -> None:
     node = running_node()
     members = node.members()

@@ -21,6 +21,7 @@ from dicom_node.cli import main
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError
 from dicom_node.private_files import check_private, read_private
+from dicom_node.starting import check_access
 
 TELLING = re.compile(r"(token|secret|pass(word|phrase|code|wd)|credential|auth|api_?key|(^|_)key)", re.IGNORECASE)
 # Of a type that takes env:NAME or file:/path and nothing else, or blocks of such
@@ -187,7 +188,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_node_does_not_start_with_a_mistake_that_would_open_it(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def started(*_: object) -> int:
+    def started(config: NodeConfig, _: object) -> int:
+        check_access(config)  # the first step of a start, see `test_recovery`
         raise AssertionError("it started")
 
     monkeypatch.setattr(supervisor, "serve", started)

@@ -253,6 +253,7 @@ class PynetdicomServer:
             user=identified.user,
         )
         link.network_timeout = policy.idle_timeout_s
+        self._serving.begun(fields, peer)
         self._accept(link, answers, peer)
 
     def _reject(self, link: PynetdicomLink, rejection: Rejection) -> None:

@@ -384,8 +384,11 @@ class DicomServer:
         with self._guard:
             self._links[association] = visit.peer = peer
         association.connection.accept(agreement.answer)
-        association.agreed(agreement.contexts, request.user.maximum_length)
-        association.flush()
+        try:
+            association.agreed(agreement.contexts, request.user.maximum_length)
+            association.flush()
+        finally:
+            self._serving.begun(fields, peer)  # while the answer is on its way
 
     @staticmethod
     def _reject(association: Association, rejection: Rejection) -> None:

@@ -259,7 +259,7 @@ class Serving:
         policy: Policy,
         user: str = "",
     ) -> Peer:
-        """An association begins; `user` is whom it was proved to be for."""
+        """An association begins, as `begun` says once the peer knows; `user` is whom it was proved to be for."""
         for answer in refused:
             kind = refusal_kind(answer)
             self.observe.context_refused(kind)
@@ -275,10 +275,13 @@ class Serving:
         source = Source(
             calling_ae_title=calling, called_ae_title=called, address=address, association_id=os.urandom(16).hex()
         )
-        log.info("association accepted", extra={"association": source.association_id, **fields})
         if user and self._received is not None:
             self._received.identified(source, user)
         return Peer(source=source, find_options=find_options, policy=None if policy.is_open else policy, user=user)
+
+    def begun(self, fields: Mapping[str, str], peer: Peer) -> None:
+        """The peer was told, or is about to be: its next step and the line about this one may cross."""
+        log.info("association accepted", extra={"association": peer.source.association_id, **fields})
 
     # --- requests and the record of associations
 

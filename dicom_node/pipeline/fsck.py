@@ -120,7 +120,7 @@ def fsck(
 ) -> FsckReport:
     """Compare both sides, mark rows, and with `rebuild` index what has no row. Idempotent.
 
-    Only while nothing is being received (`store.catalog.data_lock`): an object between its name and its row would look
+    Only while nothing is being received (`store.lock.data_lock`): an object between its name and its row would look
     like one without a row. `verify_hashes` reads every byte. Raises StorageError when the catalog cannot be used.
     """
     report = FsckReport()

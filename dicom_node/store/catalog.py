@@ -14,29 +14,28 @@ Copy it with the node stopped and the node has moved.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dicom_node.config import StorageSettings
-from dicom_node.errors import ConfigError, StorageError
+from dicom_node.errors import ConfigError
 from dicom_node.interfaces import Clock, JournaledObject
 from dicom_node.store.database import Database
 from dicom_node.store.folder import FolderArchive
-from dicom_node.store.fs import FileSystem, RealFileSystem, sync_folder
+from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
+from dicom_node.store.lock import make_data_dir, sync_data_folder
 from dicom_node.store.migrations import is_current, migrate
 from dicom_node.store.plain import prepare
 from dicom_node.store.pressure import Grade, Pressure, WatchedFileSystem, volumes
 from dicom_node.store.quarantine import Quarantine
 from dicom_node.store.queue import QueueOptions, SqliteQueue
 
-__all__ = ["Catalog", "catalog_is_current", "data_lock", "open_catalog"]
+__all__ = ["Catalog", "catalog_is_current", "open_catalog"]
 
 JOURNAL_SEGMENTS = 8
 MIN_SEGMENT = 2 * 1024**2
@@ -96,7 +95,7 @@ class Catalog:
         self.database.checkpoint()
 
     def recover(self, live_epochs: Iterable[str] = ()) -> None:
-        """At node start, under `data_lock` and before anything is received: tidy up after processes that died.
+        """At node start, under `lock.data_lock` and before anything is received: tidy up after processes that died.
 
         Associations of epochs not in `live_epochs` are ended DEAD; temporaries of what was half received are removed.
         """
@@ -127,7 +126,7 @@ def open_catalog(
     its disk fails.
     """
     files: FileSystem = fs or RealFileSystem()
-    _make_data_dir(files, data_dir)
+    make_data_dir(files, data_dir)
     if not os.access(data_dir, os.W_OK | os.X_OK):
         raise ConfigError(f"data_dir: {data_dir} cannot be written by this user; name a folder that can")
     pressure = Pressure(files, volumes(data_dir, storage), slow_step_s=storage.slow_step_s)
@@ -142,7 +141,7 @@ def open_catalog(
     path = data_dir / "catalog.db"
     _create_private(path)
     migrate(path)
-    _sync_folder(files, data_dir)
+    sync_data_folder(files, data_dir)
     database = Database(path, watch=pressure, prepare=prepare)
     epoch = epoch or f"{os.getpid()}-{uuid.uuid4().hex}"
     return Catalog(
@@ -171,47 +170,6 @@ def catalog_is_current(data_dir: Path) -> bool:
     return is_current(data_dir / "catalog.db")
 
 
-def _make_data_dir(fs: FileSystem, data_dir: Path) -> None:
-    """Create the folder if need be; a folder that is new is only durable with its parent's entry."""
-    try:
-        made = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
-    for folder in made:
-        _sync_folder(fs, folder.parent)
-
-
 def _create_private(path: Path) -> None:
     # SQLite gives its WAL and shared memory the mode of the database file
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
-def _sync_folder(fs: FileSystem, folder: Path) -> None:
-    try:
-        sync_folder(fs, folder)
-    except OSError as exc:
-        raise StorageError("the data folder cannot be synced") from exc
-
-
-@contextmanager
-def data_lock(data_dir: Path) -> Iterator[None]:
-    """Keep a second node out of `data_dir` for as long as the block, or this process, lives.
-
-    The folder is made if need be. Raises ConfigError, StorageError when the disk fails.
-    """
-    _make_data_dir(RealFileSystem(), data_dir)
-    try:
-        fd = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise ConfigError(f"data_dir: {data_dir} cannot be used: {exc.strerror}; name a folder that can") from exc
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"data_dir: another node is using {data_dir}; stop it, or give this one its own with --data-dir"
-            ) from None
-        yield
-    finally:
-        os.close(fd)

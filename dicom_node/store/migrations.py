@@ -42,7 +42,7 @@ def migrate(path: Path) -> None:
     """Bring the catalog at `path` to the current schema, creating it if need be. One process at a time.
 
     Before the first step that is missing the catalog is copied to `catalog.before-<version>.db` beside it. Raises
-    ConfigError for a catalog of a newer version, StorageError when it cannot be copied or written.
+    ConfigError for a catalog of a newer version, StorageError when it is damaged, or cannot be copied or written.
     """
     lock = os.open(path.with_name("catalog.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     connection = sqlite3.connect(path, isolation_level=None)
@@ -62,17 +62,34 @@ def migrate(path: Path) -> None:
         connection.execute("INSERT INTO written_by VALUES (?)", (version("dicom-node"),))
     except sqlite3.OperationalError as exc:
         raise StorageError(f"the catalog cannot be brought forward: {exc}; free space, then start again") from exc
+    except sqlite3.DatabaseError as exc:
+        raise _damaged(path, exc) from exc
     finally:
         connection.close()
         os.close(lock)
 
 
 def is_current(path: Path) -> bool:
-    """Whether `migrate` has nothing to do. Changes nothing. Raises ConfigError for a catalog of a newer version."""
+    """Whether `migrate` has nothing to do. Changes nothing.
+
+    Raises ConfigError for a catalog of a newer version, StorageError for one that is damaged.
+    """
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        check_version(connection)
-        database = sqlite_utils.Database(connection)
-        return not any(one.pending(database) for one in _SETS)
+        try:
+            check_version(connection)
+            database = sqlite_utils.Database(connection)
+            return not any(one.pending(database) for one in _SETS)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as exc:
+            raise _damaged(path, exc) from exc
+
+
+def _damaged(path: Path, error: sqlite3.DatabaseError) -> StorageError:
+    return StorageError(
+        f"the catalog is damaged: {error}; stop the node, move {path.name}, {path.name}-wal and {path.name}-shm away "
+        "and bring a backup back (dicom-node restore); without one, index the archive anew (dicom-node fsck --repair)"
+    )
 
 
 def check_version(connection: sqlite3.Connection) -> None:

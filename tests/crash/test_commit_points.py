@@ -58,7 +58,7 @@ MUST_PASS = (
     "pacs:receiver:{} commit CommitmentRequests.ask_commitment",
     "pacs:service:{} commit CommitmentRequests.judge_commitment",
 )
-RECOVERY_PASSES = ("node:supervisor:after commit SqliteIndex.close_dead_epochs",)
+RECOVERY_PASSES = ("node:recovery:after commit SqliteIndex.close_dead_epochs",)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float) -> None:

@@ -10,8 +10,9 @@ import pytest
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
 from dicom_node.errors import ConfigError, StorageError
-from dicom_node.store.catalog import data_lock, open_catalog
+from dicom_node.store.catalog import open_catalog
 from dicom_node.store.fs import RealFileSystem
+from dicom_node.store.lock import data_lock
 
 STORAGE = StorageSettings(reserve_bytes=0, reserve_ratio=0.0)
 
@@ -66,7 +67,7 @@ def test_opening_twice_shares_one_catalog_and_each_process_life_has_its_epoch(tm
 
 def test_a_second_node_is_kept_out_with_the_folder_named(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from dicom_node.store.catalog import data_lock\n"
+        "import sys; from pathlib import Path; from dicom_node.store.lock import data_lock\n"
         "from dicom_node.errors import ConfigError\n"
         "try:\n"
         "    with data_lock(Path(sys.argv[1])): print('in')\n"
