@@ -172,6 +172,7 @@ def fsck(arguments: argparse.Namespace) -> int:
     with data_lock(config.data_dir):  # an object between its name and its row would look like one without a row
         wait_for_children(config.data_dir)
         with open_here(config) as catalog, command_trail(config, catalog.index.patient_ids) as trail:
+            catalog.check_sound(thoroughly=not arguments.quick)
             replay_journals(catalog, config)
             node_deleter(catalog, config, trail).finish_all()
             report = check(

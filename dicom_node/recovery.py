@@ -14,7 +14,10 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection
+from contextlib import suppress
+from io import BufferedReader, BufferedWriter
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +30,7 @@ __all__ = ["ROLE", "Recovery", "run_recovery"]
 
 ROLE = "recovery"
 EXIT_ERROR = 2
+END_S = 5.0  # for a process that was killed; one that a disk holds ends when that lets it go
 _KINDS = {"ConfigError": ConfigError, "StorageError": StorageError, "NodeError": NodeError}  # the others count as these
 
 
@@ -38,10 +42,18 @@ class Recovery:
     """
 
     def __init__(self, config: NodeConfig) -> None:
+        self._facts: dict[str, Any] = {"config": config.model_dump(mode="json"), "supervisor_pid": os.getpid()}
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dicom_node.process", ROLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-m", "dicom_node.process", ROLE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,  # what could not be written shall not be written later
+            start_new_session=True,  # Ctrl-C is the supervisor's, who waits for it
         )
-        self._tell({"config": config.model_dump(mode="json"), "supervisor_pid": os.getpid()})
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._orders, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._orders, False)
+        self._heard = b""
 
     def __enter__(self) -> Self:
         return self
@@ -54,8 +66,11 @@ class Recovery:
     def close(self) -> None:
         """End it. Idempotent."""
         self._process.kill()
-        with self._process:  # closes its pipes, and waits
-            pass
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
 
     def recover(self) -> None:
         """Migrate the catalog and mend what a crash left. The caller holds the data folder, and no other process runs.
@@ -73,39 +88,60 @@ class Recovery:
         self._ask({"step": "end", "live_epochs": sorted(live_epochs)}, timeout_s)
 
     def _ask(self, order: dict[str, Any], timeout_s: float | None = None) -> None:
-        self._tell(order)
-        answers = self._process.stdout
-        assert answers is not None
-        if not select.select([answers], [], [], timeout_s)[0]:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        lines = [*([self._facts] if self._facts else ()), order]
+        self._facts = {}
+        line = None
+        if self._told(b"".join(json.dumps(one).encode() + b"\n" for one in lines), until):
+            line = self._answer(until)
+        if line is None:
             raise NodeError(f"the catalog was not opened within {timeout_s:g} s; see whether the disk hangs")
-        line = answers.readline()
         if not line:
-            status = self._process.wait()
+            self._process.wait()
+            status = self._process.returncode
             raise NodeError(f"the {ROLE} process ended with status {status}; see the log")
         kind, *facts = json.loads(line)
         if kind == "OSError":
             raise OSError(*facts)
         if kind:
-            raise _KINDS.get(kind, NodeError)(*facts)
+            raise _KINDS[kind](*facts)
 
-    def _tell(self, order: dict[str, Any]) -> None:
-        orders = self._process.stdin
-        assert orders is not None
-        try:
-            orders.write(json.dumps(order).encode() + b"\n")
-            orders.flush()
-        except BrokenPipeError:
-            pass  # how it ended is seen where its answer is read
+    def _told(self, orders: bytes, until: float | None) -> bool:
+        """Whether it took them in time. One that has ended counts as such: its answer is that there is none."""
+        with suppress(BrokenPipeError):
+            while orders:
+                if not select.select([], [self._orders], [], _left(until))[1]:
+                    return False
+                with suppress(BlockingIOError):
+                    orders = orders[os.write(self._orders, orders) :]
+        return True
+
+    def _answer(self, until: float | None) -> bytes | None:
+        """Its next line; empty when it has ended, None when there was none in time."""
+        while b"\n" not in self._heard:
+            if not select.select([self._answers], [], [], _left(until))[0]:
+                return None
+            more = os.read(self._answers, 65536)
+            if not more:
+                return b""
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())
 
 
 def run_recovery() -> int:
     """The process itself; the exit status. It ends with the supervisor, and by no other signal than SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # whoever stops the node waits for its start
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _nothing)
+    orders, answers = _pipes()
     from dicom_node.process import counted
     from dicom_node.starting import take_step  # slow to load
 
-    first = sys.stdin.buffer.readline()
+    first = orders.readline()
     if not first:
         return EXIT_ERROR
     facts = json.loads(first)
@@ -114,7 +150,7 @@ def run_recovery() -> int:
     os.umask(0o077)
     config = NodeConfig.model_validate(facts["config"])
     setup_logging(config.log_level, ROLE)
-    for line in sys.stdin.buffer:
+    for line in orders:
         answer: tuple[object, ...] = ("",)
         try:
             with counted(config.data_dir):
@@ -123,6 +159,20 @@ def run_recovery() -> int:
             answer = (next(kind for kind, known in _KINDS.items() if isinstance(exc, known)), str(exc))
         except OSError as exc:
             answer = ("OSError", exc.errno, exc.strerror, exc.filename)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
     return 0
+
+
+def _pipes() -> tuple[BufferedReader, BufferedWriter]:
+    """Orders and answers, for this process alone: engines print, and start processes that read and print."""
+    orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return orders, answers
+
+
+def _nothing(*_: object) -> None:
+    """Unlike SIG_IGN this is not handed on to what an engine starts."""

@@ -231,7 +231,7 @@ class _Supervisor:
         self._signals = signals
         self._clock = SystemClock()
         self._dicom, self._http, self._tls, self._metrics = dicom, http, tls, metrics
-        self._holds_folder = False
+        self._has_begun = False
         receivers = receiver_roles(config.receivers)
         self._children = [
             *(
@@ -251,7 +251,6 @@ class _Supervisor:
 
     def prepare(self, recovery: Recovery) -> None:
         """Migrate the catalog, mend what a crash left, empty the run folder. Raises ConfigError, StorageError."""
-        self._holds_folder = True
         wait_for_children(self._config.data_dir)
         recovery.recover()
         was_killed = _was_killed(self._config)
@@ -259,6 +258,7 @@ class _Supervisor:
         shutil.rmtree(run, ignore_errors=True)
         (run / "metrics").mkdir(parents=True)
         self._beat("starting")
+        self._has_begun = True  # what an earlier node left there said how that one ended
         self._audit = node_trail(self._config, "supervisor", self._clock)
         if self._config.audit is not None and (changed := changed_settings(self._config)):
             more = f" and {len(changed) - 20} more" if len(changed) > 20 else ""
@@ -389,7 +389,7 @@ class _Supervisor:
             looked = now
             for child in self._children:
                 self._look_after(child, observed_s)
-            if self._epochs_to_close and now >= self._close_at:
+            if self._epochs_to_close and now >= self._close_at and all(child.process for child in self._children):
                 self._close_dead_associations()
 
     def _look_after(self, child: _Child, observed_s: float) -> None:
@@ -492,7 +492,7 @@ class _Supervisor:
         if self._audit is not None:
             self._audit.record(life_event(AuditKind.APPLICATION_STOPPED))
             close_trail(self._config, self._audit)
-        if self._holds_folder:
+        if self._has_begun:
             self._beat("stopped")
         for fd in (*self._bells, *((self._places_fd,) if self._places_fd >= 0 else ())):
             os.close(fd)

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from dicom_node.clock import SystemClock
-from dicom_node.config import NodeConfig, UserIdentitySettings, load_config
+from dicom_node.config import EngineSettings, NodeConfig, PeerSettings, UserIdentitySettings, load_config
 from dicom_node.errors import ConfigError, NodeError, StorageError
 from dicom_node.model import AssociationEnd, Source
 from dicom_node.recovery import Recovery
@@ -31,9 +32,9 @@ def pids() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def ignored(pid: int) -> set[int]:
-    """The signals that a process ignores."""
-    (mask,) = re.findall(r"^SigIgn:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+def caught(pid: int) -> set[int]:
+    """The signals that a process has handlers for."""
+    (mask,) = re.findall(r"^SigCgt:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return {number for number in signal.valid_signals() if int(mask, 16) >> (number - 1) & 1}
 
 
@@ -115,6 +116,78 @@ def test_one_that_dies_or_hangs_is_told_and_leaves_nothing(config: NodeConfig, n
     assert pids() == before
 
 
+def test_one_that_has_died_before_it_is_asked_is_told(config: NodeConfig) -> None:
+    before = pids()
+    with Recovery(config) as recovery:
+        recovery.recover()
+        (pid,) = pids() - before
+        os.kill(pid, signal.SIGKILL)
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        with pytest.raises(NodeError, match="ended with status -9"):
+            recovery.check()
+    assert pids() == before
+
+
+def test_orders_that_nobody_reads_end_in_time(config: NodeConfig) -> None:
+    """A configuration that does not fit into a pipe."""
+    peers = {f"p{number}": PeerSettings(ae_title=f"AE{number}") for number in range(400)}
+    before = pids()
+    with Recovery(config.model_copy(update={"peers": peers})) as recovery:
+        (pid,) = pids() - before
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(NodeError, match=r"within 0\.5 s"):
+            recovery.end_associations((), 0.5)
+    with Recovery(config.model_copy(update={"peers": peers})) as recovery:
+        recovery.recover()
+
+
+TALKS = """
+import subprocess
+class Engine:
+    def __init__(self, name, settings, **more): pass
+    def check(self):
+        print('["ConfigError", "forged"]', flush=True)
+        subprocess.run(["echo", "out"], check=True)
+        assert subprocess.run(["cat"], stdout=subprocess.PIPE, timeout=20).stdout == b""
+        left = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        with open(PID, "w") as file: file.write(str(left.pid))
+        ended = subprocess.Popen(["sleep", "60"])
+        ended.terminate()
+        ended.wait(10)
+    def close(self): pass
+"""
+
+
+def test_what_an_engine_prints_starts_and_leaves_is_no_answer(
+    config: NodeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pid_file = tmp_path / "left"
+    (tmp_path / "talks.py").write_text(f"PID = {str(pid_file)!r}\n{TALKS}")
+    info = tmp_path / "talks-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: talks\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dicom_node.engines]\ntalks = talks:Engine\n")
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    talking = {"engines": {"talks": EngineSettings(kind="talks")}, "rules_dir": rules}
+    before = pids()
+    with Recovery(config.model_copy(update=talking)) as recovery:
+        (pid,) = pids() - before
+        recovery.recover()
+        recovery.check()
+        left = int(pid_file.read_text())
+        began = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(NodeError, match="ended with status -9"):
+            recovery.check()
+        assert time.monotonic() - began < 10, "what it started held the answers open"
+    os.kill(left, signal.SIGKILL)
+    said = capfd.readouterr()
+    assert "cannot run" not in said.err and "forged" in said.err and not said.out
+
+
 def test_one_that_gets_no_orders_touches_nothing(config: NodeConfig) -> None:
     before = pids()
     with Recovery(config):
@@ -124,11 +197,12 @@ def test_one_that_gets_no_orders_touches_nothing(config: NodeConfig) -> None:
 
 
 def test_a_stop_that_is_asked_for_waits_for_it(config: NodeConfig, wait_for: Callable[..., None]) -> None:
-    """As the whole group of processes gets it: from a terminal, or from systemd."""
+    """Where every process gets it, as from a service manager that is set so; and Ctrl-C reaches the supervisor only."""
     before = pids()
     with Recovery(config) as recovery:
         (pid,) = pids() - before
-        wait_for(lambda: signal.SIGTERM in ignored(pid), 60, "it to begin")
+        assert os.getpgid(pid) != os.getpgid(0)
+        wait_for(lambda: signal.SIGTERM in caught(pid), 60, "it to begin")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(pid, number)
         recovery.recover()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dicom_node.errors import CatalogBusy, NodeError, StorageError
+from dicom_node.store.damage import damaged, is_damage
 from dicom_node.store.turns import Turns
 
 __all__ = ["Database", "StepWatch"]
@@ -430,6 +431,8 @@ def _among_others(connection: sqlite3.Connection, piece: _Piece) -> None:
 
 def _mapped(exc: BaseException) -> BaseException:
     """SQLite's own failures become StorageError; everything else stays what it is."""
+    if is_damage(exc):
+        return damaged(exc)
     if isinstance(exc, sqlite3.OperationalError) and not isinstance(exc, NodeError):
         return StorageError(f"the catalog cannot be written or read: {exc}")
     return exc

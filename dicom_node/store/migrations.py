@@ -19,6 +19,7 @@ from sqlite_utils import Migrations
 
 from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.copying import copy_database, forget_cut_off
+from dicom_node.store.damage import damaged, is_damage
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
 from dicom_node.store.timeline import timeline_migrations
@@ -63,7 +64,9 @@ def migrate(path: Path) -> None:
     except sqlite3.OperationalError as exc:
         raise StorageError(f"the catalog cannot be brought forward: {exc}; free space, then start again") from exc
     except sqlite3.DatabaseError as exc:
-        raise _damaged(path, exc) from exc
+        if is_damage(exc):
+            raise damaged(exc) from exc
+        raise
     finally:
         connection.close()
         os.close(lock)
@@ -79,17 +82,10 @@ def is_current(path: Path) -> bool:
             check_version(connection)
             database = sqlite_utils.Database(connection)
             return not any(one.pending(database) for one in _SETS)
-        except sqlite3.OperationalError:
-            raise
         except sqlite3.DatabaseError as exc:
-            raise _damaged(path, exc) from exc
-
-
-def _damaged(path: Path, error: sqlite3.DatabaseError) -> StorageError:
-    return StorageError(
-        f"the catalog is damaged: {error}; stop the node, move {path.name}, {path.name}-wal and {path.name}-shm away "
-        "and bring a backup back (dicom-node restore); without one, index the archive anew (dicom-node fsck --repair)"
-    )
+            if is_damage(exc):
+                raise damaged(exc) from exc
+            raise
 
 
 def check_version(connection: sqlite3.Connection) -> None:

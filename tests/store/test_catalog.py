@@ -1,8 +1,10 @@
 """The data folder: made private, used by one node, tidy after a crash."""
 
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from dicom_node.clock import SystemClock
 from dicom_node.config import StorageSettings
 from dicom_node.errors import ConfigError, StorageError
-from dicom_node.store.catalog import open_catalog
+from dicom_node.store.catalog import catalog_is_current, open_catalog
+from dicom_node.store.damage import is_damage
 from dicom_node.store.fs import RealFileSystem
 from dicom_node.store.lock import data_lock
 
@@ -98,3 +101,54 @@ def test_a_closed_catalog_refuses_to_write(tmp_path: Path) -> None:
     catalog.close()
     with pytest.raises(StorageError):
         catalog.database.write(lambda connection: None)
+
+
+def spoil(path: Path, table: str) -> None:
+    """Overwrite the first page of a table."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\x55" * size)
+
+
+DAMAGED = r"the catalog is damaged: .*move catalog.db,.* restore.* fsck --repair"
+
+
+@pytest.mark.parametrize("thoroughly", [True, False])
+def test_damage_anywhere_in_the_catalog_is_told_with_a_remedy(tmp_path: Path, thoroughly: bool) -> None:
+    catalog = open_catalog(tmp_path, SystemClock(), STORAGE)
+    catalog.check_sound(thoroughly=thoroughly)
+    catalog.close()
+    spoil(tmp_path / "catalog.db", "association")
+    catalog = open_catalog(tmp_path, SystemClock(), STORAGE)
+    try:
+        with pytest.raises(StorageError, match=DAMAGED):
+            catalog.check_sound(thoroughly=thoroughly)
+        with pytest.raises(StorageError, match=DAMAGED):
+            catalog.index.close_dead_epochs(())
+        with pytest.raises(StorageError, match=DAMAGED), catalog.database.read() as connection:
+            connection.execute("SELECT address FROM association").fetchone()
+        with pytest.raises(StorageError, match=DAMAGED):
+            catalog.database.rows("SELECT address FROM association")
+    finally:
+        catalog.close()
+
+
+@pytest.mark.parametrize("content", [b"this is no database " * 1000, b"SQLite format 3\0" + bytes(8000)])
+def test_what_is_no_catalog_is_told_when_it_is_opened(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "catalog.db").write_bytes(content)
+    for look in (lambda: open_catalog(tmp_path, SystemClock(), STORAGE), lambda: catalog_is_current(tmp_path)):
+        with pytest.raises(StorageError, match=DAMAGED):
+            look()
+
+
+def test_a_mistake_of_ours_is_not_taken_for_damage() -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE one (id PRIMARY KEY)")
+        for wrong in ("INSERT INTO one VALUES (1), (1)", "SELECT nothing FROM one"):
+            with pytest.raises(sqlite3.DatabaseError) as caught:
+                connection.execute(wrong)
+            assert not is_damage(caught.value)
