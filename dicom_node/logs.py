@@ -80,7 +80,7 @@ def _second(moment: int) -> str:
 
 def _encoded(value: object) -> str:
     if type(value) is str:
-        return _quoted(value if len(value) <= FIELD_CHARS_MAX else value[:FIELD_CHARS_MAX])
+        return _quoted(value[:FIELD_CHARS_MAX])
     return json.dumps(_plain(value), ensure_ascii=True)
 
 

@@ -18,8 +18,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from io import BufferedReader, BufferedWriter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError, NodeError, StorageError
@@ -29,7 +28,6 @@ from dicom_node.logs import setup_logging
 __all__ = ["ROLE", "Recovery", "run_recovery"]
 
 ROLE = "recovery"
-EXIT_ERROR = 2
 END_S = 5.0  # for a process that was killed; one that a disk holds ends when that lets it go
 _KINDS = {"ConfigError": ConfigError, "StorageError": StorageError, "NodeError": NodeError}  # the others count as these
 
@@ -37,12 +35,12 @@ _KINDS = {"ConfigError": ConfigError, "StorageError": StorageError, "NodeError":
 class Recovery:
     """Such a process, from the supervisor's side: it loads its modules, and touches nothing before it is asked.
 
-    A context: at its end there is no such process any more. Each method raises what the process raised (ConfigError,
-    StorageError, OSError), and NodeError when it has died; what was not done the next one does.
+    To be closed (`contextlib.closing`): then there is no such process any more. Each method raises what the process
+    raised (ConfigError, StorageError, OSError), and NodeError when it has died; what was not done the next one does.
     """
 
     def __init__(self, config: NodeConfig) -> None:
-        self._facts: dict[str, Any] = {"config": config.model_dump(mode="json"), "supervisor_pid": os.getpid()}
+        self._unsaid = _line({"config": config.model_dump(mode="json"), "supervisor_pid": os.getpid()})
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dicom_node.process", ROLE],
             stdin=subprocess.PIPE,
@@ -54,14 +52,6 @@ class Recovery:
         self._orders, self._answers = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._orders, False)
         self._heard = b""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End it. Idempotent."""
@@ -89,11 +79,8 @@ class Recovery:
 
     def _ask(self, order: dict[str, Any], timeout_s: float | None = None) -> None:
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        lines = [*([self._facts] if self._facts else ()), order]
-        self._facts = {}
-        line = None
-        if self._told(b"".join(json.dumps(one).encode() + b"\n" for one in lines), until):
-            line = self._answer(until)
+        orders, self._unsaid = self._unsaid + _line(order), b""
+        line = self._answer(until) if self._told(orders, until) else None
         if line is None:
             raise NodeError(f"the catalog was not opened within {timeout_s:g} s; see whether the disk hangs")
         if not line:
@@ -129,6 +116,10 @@ class Recovery:
         return line
 
 
+def _line(said: object) -> bytes:
+    return json.dumps(said).encode() + b"\n"
+
+
 def _left(until: float | None) -> float | None:
     return None if until is None else max(0.0, until - time.monotonic())
 
@@ -138,7 +129,7 @@ def run_recovery() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # whoever stops the node waits for its start
         signal.signal(number, _nothing)
     orders, answers = _pipes()
-    from dicom_node.process import counted
+    from dicom_node.process import EXIT_ERROR, counted
     from dicom_node.starting import take_step  # slow to load
 
     first = orders.readline()
@@ -159,7 +150,7 @@ def run_recovery() -> int:
             answer = (next(kind for kind, known in _KINDS.items() if isinstance(exc, known)), str(exc))
         except OSError as exc:
             answer = ("OSError", exc.errno, exc.strerror, exc.filename)
-        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(_line(answer))
         answers.flush()
     return 0
 

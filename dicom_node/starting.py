@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from dicom_node.clock import SystemClock
@@ -39,21 +40,15 @@ def check_access(config: NodeConfig) -> None:
 
 
 def _recover(config: NodeConfig) -> None:
-    catalog = open_catalog(config.data_dir, SystemClock(), config.storage)
-    try:
+    with closing(open_catalog(config.data_dir, SystemClock(), config.storage)) as catalog:
         catalog.recover()
         if catalog.journal_numbers():
             replay_journals(catalog, config)
-    finally:
-        catalog.close()
 
 
 def _end_associations(config: NodeConfig, live_epochs: set[str]) -> None:
-    catalog = open_catalog(config.data_dir, SystemClock(), config.storage)
-    try:
+    with closing(open_catalog(config.data_dir, SystemClock(), config.storage)) as catalog:
         catalog.index.close_dead_epochs(live_epochs)
-    finally:
-        catalog.close()
 
 
 def _check_before_work(config: NodeConfig) -> None:

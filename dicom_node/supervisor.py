@@ -1,8 +1,8 @@
 """The first process: binds the ports once, starts the others, restarts what dies, stops everything.
 
 It opens no catalog, a process of its own does so for it (`recovery`), and serves nothing itself, so what a peer sends
-cannot hurt it. A lock on the data folder keeps a second node out; each child holds a second one, so
-that after a crash a new node does not begin while a child of the old one still writes.
+cannot hurt it. A lock on the data folder keeps a second node out; each child holds a second one, so that after a crash
+a new node does not begin while a child of the old one still writes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def serve(config: NodeConfig, say: Callable[[str], None]) -> int:
         try:
             # Whoever sends waits for the receivers: they load their modules while the catalog is recovered
             supervisor.launch_receivers()
-            recovery = stack.enter_context(Recovery(config))
+            recovery = stack.enter_context(contextlib.closing(Recovery(config)))
             stack.enter_context(data_lock(config.data_dir))
             until_s = time.monotonic() + (PORT_S if _was_killed(config) else 0.0)
             _bind(dicom, config.host, config.dicom_port, "dicom_port", until_s)
@@ -441,7 +441,7 @@ class _Supervisor:
     def _close_dead_associations(self) -> None:
         """End what dead receivers had open; those that live are not touched."""
         try:
-            with Recovery(self._config) as recovery:
+            with contextlib.closing(Recovery(self._config)) as recovery:
                 recovery.end_associations({child.epoch for child in self._children if child.epoch}, TIDY_S)
             self._epochs_to_close = False
         except (NodeError, OSError) as exc:  # tried again, at a price: a process is begun for it

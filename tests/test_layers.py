@@ -23,30 +23,10 @@ CORE = {
 # the composition root: may import anything
 ROOT = {
     *("cli", "commands", "engine_commands", "aiaa_commands", "model_commands", "user_commands", "transfers", "screen"),
-    *(
-        "supervisor",
-        "process",
-        "pulse",
-        "places",
-        "bells",
-        "node",
-        "receiver",
-        "service",
-        "worker",
-        "wiring",
-        "recovery",
-    ),
+    *("supervisor", "process", "pulse", "places", "bells", "node", "receiver", "service", "worker", "wiring"),
     *("watching", "deciding", "gauges", "backpressure", "handing_out", "operations", "doctor", "doctor_checks"),
-    *(
-        "recovery",
-        "starting",
-        "trails",
-        "audit_commands",
-        "doctor_audit",
-        "doctor_http",
-        "doctor_retention",
-        "retaining",
-    ),
+    *("trails", "audit_commands", "doctor_audit", "doctor_http", "doctor_retention", "retaining"),
+    *("recovery", "starting"),
 }
 FOLDERS: dict[str, set[str]] = {
     "services": set(),

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,7 @@ def ends(config: NodeConfig) -> dict[str, str]:
 
 def test_it_makes_the_catalog_ready_and_is_gone(config: NodeConfig) -> None:
     before = pids()
-    with Recovery(config) as recovery:
+    with closing(Recovery(config)) as recovery:
         recovery.recover()
     assert (config.data_dir / "catalog.db").exists()
     assert pids() == before
@@ -68,7 +69,7 @@ def test_users_that_are_wrong_keep_the_catalog_shut(config: NodeConfig, tmp_path
     users.write_text("anna:secret\n")
     users.chmod(0o600)
     wrong = config.model_copy(update={"user_identity": UserIdentitySettings(users_file=users)})
-    with Recovery(wrong) as recovery, pytest.raises(ConfigError, match="is no NAME:scrypt"):
+    with closing(Recovery(wrong)) as recovery, pytest.raises(ConfigError, match="is no NAME:scrypt"):
         recovery.recover()
     assert not (config.data_dir / "catalog.db").exists()
 
@@ -76,10 +77,10 @@ def test_users_that_are_wrong_keep_the_catalog_shut(config: NodeConfig, tmp_path
 def test_only_associations_of_those_that_died_are_ended(config: NodeConfig) -> None:
     for epoch in ("dead", "alive"):
         begin(config, epoch)
-    with Recovery(config) as recovery:
+    with closing(Recovery(config)) as recovery:
         recovery.end_associations({"alive"}, 60.0)
     assert ends(config) == {"dead": AssociationEnd.DEAD.value, "alive": "open"}
-    with Recovery(config) as recovery:
+    with closing(Recovery(config)) as recovery:
         recovery.recover()
     assert ends(config) == {"dead": AssociationEnd.DEAD.value, "alive": AssociationEnd.DEAD.value}
 
@@ -87,7 +88,7 @@ def test_only_associations_of_those_that_died_are_ended(config: NodeConfig) -> N
 def test_what_it_raised_is_raised_here_with_its_message(config: NodeConfig, tmp_path: Path) -> None:
     (tmp_path / "data" / "catalog.db").write_text("this is no database " * 1000)
     with (
-        Recovery(config) as recovery,
+        closing(Recovery(config)) as recovery,
         pytest.raises(
             StorageError, match=r"damaged: file is not a database; .* move catalog.db,.* restore.* fsck --repair"
         ),
@@ -96,7 +97,7 @@ def test_what_it_raised_is_raised_here_with_its_message(config: NodeConfig, tmp_
     rules = tmp_path / "rules"
     rules.mkdir()
     (rules / "one.yaml").write_text("rule: one\nwhen: ['Modality == ']\nsend: {to: [PACS]}\n")
-    with Recovery(config.model_copy(update={"rules_dir": rules})) as recovery:
+    with closing(Recovery(config.model_copy(update={"rules_dir": rules}))) as recovery:
         with pytest.raises(NodeError, match=r"one.yaml"):
             recovery.check()
         (rules / "one.yaml").unlink()
@@ -109,7 +110,7 @@ def test_what_it_raised_is_raised_here_with_its_message(config: NodeConfig, tmp_
 )
 def test_one_that_dies_or_hangs_is_told_and_leaves_nothing(config: NodeConfig, number: int, says: str) -> None:
     before = pids()
-    with Recovery(config) as recovery, pytest.raises(NodeError, match=says):
+    with closing(Recovery(config)) as recovery, pytest.raises(NodeError, match=says):
         (pid,) = pids() - before
         os.kill(pid, number)
         recovery.end_associations((), 0.5 if number == signal.SIGSTOP else 60.0)
@@ -118,7 +119,7 @@ def test_one_that_dies_or_hangs_is_told_and_leaves_nothing(config: NodeConfig, n
 
 def test_one_that_has_died_before_it_is_asked_is_told(config: NodeConfig) -> None:
     before = pids()
-    with Recovery(config) as recovery:
+    with closing(Recovery(config)) as recovery:
         recovery.recover()
         (pid,) = pids() - before
         os.kill(pid, signal.SIGKILL)
@@ -133,12 +134,12 @@ def test_orders_that_nobody_reads_end_in_time(config: NodeConfig) -> None:
     """A configuration that does not fit into a pipe."""
     peers = {f"p{number}": PeerSettings(ae_title=f"AE{number}") for number in range(400)}
     before = pids()
-    with Recovery(config.model_copy(update={"peers": peers})) as recovery:
+    with closing(Recovery(config.model_copy(update={"peers": peers}))) as recovery:
         (pid,) = pids() - before
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(NodeError, match=r"within 0\.5 s"):
             recovery.end_associations((), 0.5)
-    with Recovery(config.model_copy(update={"peers": peers})) as recovery:
+    with closing(Recovery(config.model_copy(update={"peers": peers}))) as recovery:
         recovery.recover()
 
 
@@ -173,7 +174,7 @@ def test_what_an_engine_prints_starts_and_leaves_is_no_answer(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     talking = {"engines": {"talks": EngineSettings(kind="talks")}, "rules_dir": rules}
     before = pids()
-    with Recovery(config.model_copy(update=talking)) as recovery:
+    with closing(Recovery(config.model_copy(update=talking))) as recovery:
         (pid,) = pids() - before
         recovery.recover()
         recovery.check()
@@ -190,7 +191,7 @@ def test_what_an_engine_prints_starts_and_leaves_is_no_answer(
 
 def test_one_that_gets_no_orders_touches_nothing(config: NodeConfig) -> None:
     before = pids()
-    with Recovery(config):
+    with closing(Recovery(config)):
         assert pids() != before
     assert pids() == before
     assert not list(config.data_dir.iterdir())
@@ -199,7 +200,7 @@ def test_one_that_gets_no_orders_touches_nothing(config: NodeConfig) -> None:
 def test_a_stop_that_is_asked_for_waits_for_it(config: NodeConfig, wait_for: Callable[..., None]) -> None:
     """Where every process gets it, as from a service manager that is set so; and Ctrl-C reaches the supervisor only."""
     before = pids()
-    with Recovery(config) as recovery:
+    with closing(Recovery(config)) as recovery:
         (pid,) = pids() - before
         assert os.getpgid(pid) != os.getpgid(0)
         wait_for(lambda: signal.SIGTERM in caught(pid), 60, "it to begin")

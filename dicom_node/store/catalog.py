@@ -23,7 +23,7 @@ from pathlib import Path
 from dicom_node.config import StorageSettings
 from dicom_node.errors import ConfigError
 from dicom_node.interfaces import Clock, JournaledObject
-from dicom_node.store.damage import damaged
+from dicom_node.store.damage import damaged, faults_of
 from dicom_node.store.database import Database
 from dicom_node.store.folder import FolderArchive
 from dicom_node.store.fs import FileSystem, RealFileSystem
@@ -107,10 +107,9 @@ class Catalog:
     def check_sound(self, *, thoroughly: bool) -> None:
         """Look at every page of the catalog; `thoroughly`: and at each entry of its indexes. Raises StorageError."""
         with self.database.read() as connection:
-            check = "integrity_check" if thoroughly else "quick_check"
-            found = [row[0] for row in connection.execute(f"PRAGMA {check}(3)").fetchall()]
-        if found != ["ok"]:
-            raise damaged("; ".join(" ".join(line.split()) for line in found))
+            faults = faults_of(connection, thoroughly=thoroughly)
+        if faults:
+            raise damaged("; ".join(faults))
 
     def close(self) -> None:
         """Finish what is queued. Idempotent."""

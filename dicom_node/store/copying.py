@@ -9,6 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from dicom_node.errors import ConfigError, StorageError
+from dicom_node.store.damage import faults_of
 from dicom_node.store.fs import FileSystem, RealFileSystem
 
 __all__ = ["copy_database", "forget_cut_off"]
@@ -74,8 +75,7 @@ def _fill(source: sqlite3.Connection, partial: Path, prepare: Callable[[sqlite3.
         copy.execute("PRAGMA synchronous=FULL")
         prepare(copy)
     with closing(sqlite3.connect(f"file:{partial}?mode=ro", uri=True)) as copy:
-        found = copy.execute("PRAGMA integrity_check(3)").fetchall()
-        if [row[0] for row in found] != ["ok"]:
+        if faults_of(copy):
             raise StorageError("the copy of the catalog is not sound: the disk it is on, or the catalog, is damaged")
 
 

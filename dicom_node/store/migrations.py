@@ -19,7 +19,7 @@ from sqlite_utils import Migrations
 
 from dicom_node.errors import ConfigError, StorageError
 from dicom_node.store.copying import copy_database, forget_cut_off
-from dicom_node.store.damage import damaged, is_damage
+from dicom_node.store.damage import damage_told
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
 from dicom_node.store.timeline import timeline_migrations
@@ -39,6 +39,7 @@ _SETS = (index_migrations, queue_migrations, timeline_migrations, version_migrat
 _KNOWN = frozenset((one.name, step.name) for one in _SETS for step in one._migrations)
 
 
+@damage_told()
 def migrate(path: Path) -> None:
     """Bring the catalog at `path` to the current schema, creating it if need be. One process at a time.
 
@@ -63,29 +64,21 @@ def migrate(path: Path) -> None:
         connection.execute("INSERT INTO written_by VALUES (?)", (version("dicom-node"),))
     except sqlite3.OperationalError as exc:
         raise StorageError(f"the catalog cannot be brought forward: {exc}; free space, then start again") from exc
-    except sqlite3.DatabaseError as exc:
-        if is_damage(exc):
-            raise damaged(exc) from exc
-        raise
     finally:
         connection.close()
         os.close(lock)
 
 
+@damage_told()
 def is_current(path: Path) -> bool:
     """Whether `migrate` has nothing to do. Changes nothing.
 
     Raises ConfigError for a catalog of a newer version, StorageError for one that is damaged.
     """
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        try:
-            check_version(connection)
-            database = sqlite_utils.Database(connection)
-            return not any(one.pending(database) for one in _SETS)
-        except sqlite3.DatabaseError as exc:
-            if is_damage(exc):
-                raise damaged(exc) from exc
-            raise
+        check_version(connection)
+        database = sqlite_utils.Database(connection)
+        return not any(one.pending(database) for one in _SETS)
 
 
 def check_version(connection: sqlite3.Connection) -> None:
