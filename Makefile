@@ -24,6 +24,9 @@ MINUTES ?= 30
 APT_PACKAGES := dcmtk orthanc dicom3tools libpixelmed-java libxalan2-java libxerces2-java default-jre-headless \
   prometheus openssl systemd rsyslog rsyslog-gnutls
 
+# a node is four processes: without compiled modules each would compile the package anew at every start
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo serve test test-peers peers lint sbom audit-deps crash soak faults fuzz fuzz-node fuzz-wire bench bench-models bench-growth bench-turnaround tools clean
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

@@ -9,7 +9,6 @@ from typing import Any
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig
-from dicom_node.deciding import node_rules
 from dicom_node.errors import NodeError
 from dicom_node.store.catalog import open_catalog
 from dicom_node.wiring import engines, kept_in, put_away, replay_journals
@@ -53,6 +52,8 @@ def _end_associations(config: NodeConfig, live_epochs: set[str]) -> None:
 
 def _check_before_work(config: NodeConfig) -> None:
     """What keeps a node from running is raised as NodeError; an engine that cannot run is told only."""
+    from dicom_node.deciding import node_rules  # slow to load, and receivers wait for the step before
+
     node_rules(config)
     for name, engine in engines(config).items():
         try:

@@ -131,8 +131,25 @@ def test_a_forbidden_import_is_seen(tmp_path: Path, where: str, source: str) -> 
     assert len(_violations(file, tmp_path)) == 1
 
 
-def test_the_command_line_loads_nothing_heavy() -> None:
-    heavy = "torch monai pynetdicom highdicom pydicom numpy apscheduler prometheus_client celpy sqlite_utils"
-    code = f"import sys, dicom_node.cli; print([m for m in {heavy.split()!r} if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("cli", "torch monai pynetdicom highdicom pydicom numpy apscheduler prometheus_client cel sqlite_utils"),
+        ("supervisor", "torch monai pynetdicom highdicom pydicom numpy apscheduler cel sqlite_utils"),
+        ("starting", "torch monai pynetdicom highdicom apscheduler cel"),  # receivers wait until it has recovered
+        ("receiver", "torch monai highdicom apscheduler cel"),
+        ("deciding", "torch monai highdicom apscheduler rich typer prompt_toolkit"),
+    ],
+)
+def test_what_is_slow_to_load_is_loaded_only_where_it_is_needed(module: str, heavy: str) -> None:
+    code = f"import sys, dicom_node.{module}; print([m for m in {heavy.split()!r} if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.strip() == "[]"
+
+
+def test_the_expression_library_is_itself_again_once_loaded() -> None:
+    code = (
+        "from dicom_node.routing.cel_library import cel; assert cel.evaluate('1 + 1') == 2\n"
+        "import cel as named, cel.cli; assert named is cel and cel.cli.__file__"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-import cel
-
 from dicom_node.model import Condition, ConditionResult
 from dicom_node.routing import vocabulary
+from dicom_node.routing.cel_library import cel
 from dicom_node.routing.expressions import Comparison, Expression, Part, Reference
 from dicom_node.routing.variables import Absent, Differing, Known, Lookup, Unusable, Variables
 

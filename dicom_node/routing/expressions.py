@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import cel
-
 from dicom_node.routing import vocabulary
+from dicom_node.routing.cel_library import cel
 
 __all__ = ["Expression", "Fault", "Part", "Reference", "parse_expression"]
 
