@@ -184,8 +184,8 @@ class Courier:
             return
         began_s = self._clock.boot().seconds
         try:
-            refused = self._send(delivery)
-            self._ask_to_commit(delivery)
+            refused, has_sent = self._send(delivery)
+            has_asked = self._ask_to_commit(delivery)
         except LeaseLost:
             raise
         except _Stopped:
@@ -201,14 +201,18 @@ class Courier:
             self._failed(delivery, f"unforeseen: {type(exc).__name__}", exc)
         else:
             now_s = self._clock.boot().seconds
-            breaker.tried(now_s, ok=True)
+            if has_sent or has_asked:  # one of which nothing was left tells nothing about the destination
+                breaker.tried(now_s, ok=True)
             self._finish(delivery, refused, delivery.age_s + now_s - began_s)
 
     def _too_old(self, delivery: Delivery) -> bool:
         return delivery.age_s > self._settings.give_up_after_s
 
-    def _send(self, delivery: Delivery) -> int:
-        """Send what was neither sent nor refused before; returns how many objects are refused by now."""
+    def _send(self, delivery: Delivery) -> tuple[int, bool]:
+        """Send what was neither sent nor refused before.
+
+        Returns how many objects are refused by now, and whether any was to be sent.
+        """
         # refused ones are not offered again before a person says so
         left = [item.instance for item in delivery.items if not item.sent and not item.error]
         refused = sum(1 for item in delivery.items if item.error)
@@ -228,7 +232,7 @@ class Courier:
             why = ""
         finally:  # of an association that could not be had nothing is told: nothing was transferred
             told.ended(why)
-        return refused
+        return refused, bool(left)
 
     def _told(self, delivery: Delivery) -> SentStudies:
         there = self._destinations[delivery.destination]
@@ -253,14 +257,15 @@ class Courier:
     def _asks(self, destination: Destination) -> bool:
         return self._asker is not None and destination.commitment is not None
 
-    def _ask_to_commit(self, delivery: Delivery) -> None:
+    def _ask_to_commit(self, delivery: Delivery) -> bool:
         """Ask the destination to commit to what it has of the delivery and has not yet committed to (PS3.4 annex J).
 
-        Each question has a Transaction UID of its own; reports on earlier ones are understood all the same.
+        Each question has a Transaction UID of its own; reports on earlier ones are understood all the same. Returns
+        whether there was anything to ask.
         """
         destination = self._destinations[delivery.destination]
         if self._asker is None or not self._asks(destination):
-            return
+            return False
         objects = self._outbox.uncommitted(delivery)
         questions: dict[str, list[ObjectReference]] = {}
         for start in range(0, len(objects), ASKED_AT_ONCE):
@@ -270,7 +275,7 @@ class Courier:
             ]
             questions[f"2.25.{uuid.uuid4().int}"] = asked
         if not questions:
-            return
+            return False
         for transaction_uid, asked in questions.items():
             self._outbox.begin_commitment(delivery, transaction_uid, [uid for _, uid in asked])
 
@@ -282,6 +287,7 @@ class Courier:
             self._asker.ask(
                 destination, questions, on_report, lambda: self._outbox.commitment_is_open(delivery), heartbeat
             )
+        return True
 
     def _noted(self, delivery: Delivery, instance: StoredInstance, dimse_status: int | None, error: str) -> str:
         """Keep what the peer said of one object; returns sent or refused.

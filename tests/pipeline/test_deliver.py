@@ -151,6 +151,22 @@ def test_the_breaker_opens_probes_and_closes(bench: Any) -> None:
     assert courier.up() == {"PACS": True}
 
 
+def test_a_delivery_of_which_nothing_is_left_to_send_does_not_close_the_breaker(bench: Any) -> None:
+    _queue_delivery(bench, 1)
+    delivery = bench.queue.lease_delivery("died", 60.0, "PACS")
+    for item in delivery.items:  # then the node died, before it could end the delivery
+        bench.queue.item_sent(delivery, item.instance.sop_instance_uid, 0, item.instance.sha256)
+    bench.queue.retry_delivery_later(delivery, "interrupted", 40.0)
+    _queue_delivery(bench, 2)
+    bench.peer.failures["PACS"] = DeliveryUnavailable("down")
+    courier = bench.courier(breaker_failures=1, breaker_probe_s=30, backoff_s=3600)
+    for _ in range(4):
+        courier.run_once("PACS")
+        bench.clock.sleep(31)
+    assert {entry.state for entry in bench.queue.deliveries()} == {DeliveryState.DONE, DeliveryState.PENDING}
+    assert courier.up() == {"PACS": False}
+
+
 def test_breaker_arithmetic() -> None:
     breaker = Breaker(2, 30.0)
     assert breaker.lets_through(0.0)
