@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
@@ -415,6 +414,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, where: str) -> Any:
+    import yaml  # only who reads settings needs it
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as exc:  # its own text quotes the line, and what stands there may be a secret

@@ -1,4 +1,4 @@
-"""A child process ends with its parent, however that ends."""
+"""How a process of the node is begun, and that it ends with its parent, however that ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import logging
 import os
 import signal
 
-__all__ = ["tied_to"]
+__all__ = ["child_environment", "tied_to"]
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """For a process of the node that is begun: that of this one, and `more`."""
+    # pydantic would look through all packages that are installed for plugins of its own
+    return {"PYDANTIC_DISABLE_PLUGINS": "__all__", **os.environ, **more}
 
 
 def tied_to(parent_pid: int) -> bool:

@@ -27,6 +27,7 @@ from dicom_node.bells import new_bell
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
+from dicom_node.lifeline import child_environment
 from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
@@ -320,7 +321,7 @@ class _Supervisor:
         )
 
     def _environment(self, child: _Child) -> dict[str, str]:
-        found = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(run_folder(self._config.data_dir) / "metrics")}
+        found = child_environment(PROMETHEUS_MULTIPROC_DIR=str(run_folder(self._config.data_dir) / "metrics"))
         if child.role != "work":  # where threads are few, and what they compute is large
             found.setdefault("MALLOC_ARENA_MAX", ARENAS)
         return found

@@ -70,8 +70,8 @@ def engine_workers(config: NodeConfig) -> Mapping[str, int]:
     return {name: count for name, settings in config.engines.items() if settings.kind != "local"}
 
 
-def node_catalog(config: NodeConfig, clock: Clock, epoch: str = "") -> Catalog:
-    """The node's catalog, opened; `epoch` as `open_catalog`. Raises StorageError."""
+def node_catalog(config: NodeConfig, clock: Clock, epoch: str = "", *, migrated: bool = False) -> Catalog:
+    """The node's catalog, opened; `epoch` and `migrated` as `open_catalog`. Raises StorageError."""
 
     def takes(destination: str, modality: str) -> bool:
         known = config.destinations.get(destination)
@@ -83,7 +83,7 @@ def node_catalog(config: NodeConfig, clock: Clock, epoch: str = "") -> Catalog:
         analyse_conflicts=config.analyse_identity_conflicts,
         is_engine=_is_engine(config),
     )
-    return open_catalog(config.data_dir, clock, config.storage, options=options, epoch=epoch)
+    return open_catalog(config.data_dir, clock, config.storage, options=options, epoch=epoch, migrated=migrated)
 
 
 def replay_journals(catalog: Catalog, config: NodeConfig) -> None:

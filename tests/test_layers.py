@@ -137,8 +137,9 @@ def test_a_forbidden_import_is_seen(tmp_path: Path, where: str, source: str) -> 
         ("cli", "torch monai pynetdicom highdicom pydicom numpy apscheduler prometheus_client cel sqlite_utils"),
         ("supervisor", "torch monai pynetdicom highdicom pydicom numpy apscheduler cel sqlite_utils"),
         ("starting", "torch monai pynetdicom highdicom apscheduler cel"),  # receivers wait until it has recovered
-        ("receiver", "torch monai highdicom apscheduler cel"),
-        ("deciding", "torch monai highdicom apscheduler rich typer prompt_toolkit"),
+        ("receiver", "torch monai highdicom apscheduler cel sqlite_utils yaml"),
+        ("worker", "torch monai highdicom apscheduler cel sqlite_utils yaml"),
+        ("service", "torch monai highdicom sqlite_utils rich typer prompt_toolkit"),
     ],
 )
 def test_what_is_slow_to_load_is_loaded_only_where_it_is_needed(module: str, heavy: str) -> None:

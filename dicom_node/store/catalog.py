@@ -30,7 +30,6 @@ from dicom_node.store.fs import FileSystem, RealFileSystem
 from dicom_node.store.index import SqliteIndex
 from dicom_node.store.journal import Journal
 from dicom_node.store.lock import make_data_dir, sync_data_folder
-from dicom_node.store.migrations import is_current, migrate
 from dicom_node.store.plain import prepare
 from dicom_node.store.pressure import Grade, Pressure, WatchedFileSystem, volumes
 from dicom_node.store.quarantine import Quarantine
@@ -126,12 +125,13 @@ def open_catalog(
     fs: FileSystem | None = None,
     options: QueueOptions | None = None,
     epoch: str = "",
+    migrated: bool = False,
 ) -> Catalog:
     """Open the data folder, creating what is missing (mode 0700) and bringing the schema up to date.
 
     Any number of processes may do so at a time. `epoch` names this process's life, where somebody else must know it; ''
-    is a new name. Raises ConfigError when the folder cannot be used, StorageError when
-    its disk fails.
+    is a new name. `migrated`: another process of the node has seen to the schema of a catalog that is there. Raises
+    ConfigError when the folder cannot be used, StorageError when its disk fails.
     """
     files: FileSystem = fs or RealFileSystem()
     make_data_dir(files, data_dir)
@@ -147,8 +147,11 @@ def open_catalog(
         pressure=pressure,
     )
     path = data_dir / "catalog.db"
-    _create_private(path)
-    migrate(path)
+    if not (migrated and path.exists()):
+        from dicom_node.store.migrations import migrate  # slow to load
+
+        _create_private(path)
+        migrate(path)
     sync_data_folder(files, data_dir)
     database = Database(path, watch=pressure, prepare=prepare)
     epoch = epoch or f"{os.getpid()}-{uuid.uuid4().hex}"
@@ -175,6 +178,8 @@ def open_catalog(
 
 def catalog_is_current(data_dir: Path) -> bool:
     """Whether opening the catalog that is there would leave its schema as it is. Raises ConfigError for a newer one."""
+    from dicom_node.store.migrations import is_current  # slow to load
+
     return is_current(data_dir / "catalog.db")
 
 

@@ -1,8 +1,8 @@
 """The catalog's schema is sqlite-utils migrations, applied in order under the catalog lock.
 
-`index_schema`, `queue_schema`, `timeline` and this file register them. One that has landed is never changed, only
-followed. A catalog that has something in it is copied before it is brought forward, and one that a newer version wrote
-is refused: that version may keep things where this one would not look.
+`index_schema`, `queue_schema`, `timeline_schema` and this file register them. One that has landed is never changed,
+only followed. A catalog that has something in it is copied before it is brought forward, and one that a newer version
+wrote is refused: that version may keep things where this one would not look.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dicom_node.store.copying import copy_database, forget_cut_off
 from dicom_node.store.damage import damage_told
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.queue_schema import queue_migrations
-from dicom_node.store.timeline import timeline_migrations
+from dicom_node.store.timeline_schema import timeline_migrations
 
 __all__ = ["check_version", "is_current", "migrate"]
 

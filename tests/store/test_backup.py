@@ -22,7 +22,7 @@ from dicom_node.store.catalog import Catalog, open_catalog
 from dicom_node.store.index_schema import index_migrations
 from dicom_node.store.migrations import migrate
 from dicom_node.store.queue_schema import queue_migrations
-from dicom_node.store.timeline import timeline_migrations
+from dicom_node.store.timeline_schema import timeline_migrations
 
 Record = Callable[..., InstanceRecord]
 HERE = version("dicom-node")
