@@ -414,7 +414,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str, where: str) -> Any:
-    import yaml  # only who reads settings needs it
+    import yaml  # most processes are told their settings
 
     try:
         return yaml.safe_load(text)

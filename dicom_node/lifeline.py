@@ -7,15 +7,15 @@ import logging
 import os
 import signal
 
-__all__ = ["child_environment", "tied_to"]
+__all__ = ["role_environment", "tied_to"]
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
 
-def child_environment(**more: str) -> dict[str, str]:
-    """For a process of the node that is begun: that of this one, and `more`."""
+def role_environment(**more: str) -> dict[str, str]:
+    """For a process with a role in the node, or the recovery: that of this one, and `more`."""
     # pydantic would look through all packages that are installed for plugins of its own
     return {"PYDANTIC_DISABLE_PLUGINS": "__all__", **os.environ, **more}
 

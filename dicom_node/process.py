@@ -62,6 +62,7 @@ class Orders:
     epoch: str = ""
     service_bell: int = -1
     work_bell: int = -1
+    migrated: bool = False  # the catalog, just now: not where a process is started again
 
 
 Facts = tuple[bool, str, Mapping[str, Any]]  # ok, detail, facts
@@ -102,6 +103,7 @@ def encode_orders(orders: Orders) -> bytes:
         "epoch": orders.epoch,
         "service_bell": orders.service_bell,
         "work_bell": orders.work_bell,
+        "migrated": orders.migrated,
     }
     return json.dumps(plain).encode()
 
@@ -128,6 +130,7 @@ def _decode_orders(text: bytes) -> Orders:
         epoch=plain["epoch"],
         service_bell=plain["service_bell"],
         work_bell=plain["work_bell"],
+        migrated=plain["migrated"],
     )
 
 

@@ -24,7 +24,7 @@ class Receiver:
 
     def __init__(self, orders: Orders, clock: Clock) -> None:
         config = orders.config
-        self._catalog = node_catalog(config, clock, orders.epoch, migrated=True)
+        self._catalog = node_catalog(config, clock, orders.epoch, migrated=orders.migrated)
         self._catalog.database.warm_up()
         self._catalog.database.keep_tidy()
         start_journal(self._catalog, config, orders.receiver_number)

@@ -22,7 +22,7 @@ from typing import Any
 
 from dicom_node.config import NodeConfig
 from dicom_node.errors import ConfigError, NodeError, StorageError
-from dicom_node.lifeline import child_environment, tied_to
+from dicom_node.lifeline import role_environment, tied_to
 from dicom_node.logs import setup_logging
 
 __all__ = ["ROLE", "Recovery", "run_recovery"]
@@ -45,7 +45,7 @@ class Recovery:
             [sys.executable, "-P", "-m", "dicom_node.process", ROLE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=child_environment(),
+            env=role_environment(),
             bufsize=0,  # what could not be written shall not be written later
             start_new_session=True,  # Ctrl-C is the supervisor's, who waits for it
         )

@@ -56,7 +56,7 @@ class Service:
         self._shelving: Shelving | None = None
         self._rules = self._first_rules()
         self._reloads = 0
-        self._catalog = node_catalog(config, clock, migrated=True)
+        self._catalog = node_catalog(config, clock, migrated=orders.migrated)
         self._catalog.pressure.observer = self._metrics
         self._disk = DiskWatch(self._catalog.pressure, lambda: pressed_elsewhere(config, clock))
         self._router = node_router(self._catalog, config, lambda: self._rules, clock, self._metrics)

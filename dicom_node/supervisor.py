@@ -27,7 +27,7 @@ from dicom_node.bells import new_bell
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
-from dicom_node.lifeline import child_environment
+from dicom_node.lifeline import role_environment
 from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
@@ -321,7 +321,7 @@ class _Supervisor:
         )
 
     def _environment(self, child: _Child) -> dict[str, str]:
-        found = child_environment(PROMETHEUS_MULTIPROC_DIR=str(run_folder(self._config.data_dir) / "metrics"))
+        found = role_environment(PROMETHEUS_MULTIPROC_DIR=str(run_folder(self._config.data_dir) / "metrics"))
         if child.role != "work":  # where threads are few, and what they compute is large
             found.setdefault("MALLOC_ARENA_MAX", ARENAS)
         return found
@@ -341,6 +341,7 @@ class _Supervisor:
             epoch=child.epoch,
             service_bell=-1 if is_receiver else self._bells[0],
             work_bell=-1 if is_receiver else self._bells[1],
+            migrated=child.restarts == 0,
         )
         child.started = time.monotonic()
         child.pulse_at, child.unwell_s = None, 0.0

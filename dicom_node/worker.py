@@ -54,7 +54,7 @@ class Work:
         self._stopping = threading.Event()
         self._nudge = Nudge()
         self._bell, self._service_bell = Bell(orders.work_bell), Bell(orders.service_bell)
-        self._catalog = node_catalog(self._config, clock, migrated=True)
+        self._catalog = node_catalog(self._config, clock, migrated=orders.migrated)
         self._engines = engines(self._config, stand_in=True, returns=self._catalog.queue)
         use_decoders(self._config.jobs.decoders)
         self._metrics = Metrics(self._config, process="work")

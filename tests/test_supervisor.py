@@ -97,6 +97,24 @@ def test_a_process_that_gives_signs_of_life_but_stays_unwell_is_killed(watched: 
     assert not watched.look(40.0)
 
 
+def test_only_processes_of_a_start_take_the_catalog_for_migrated(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Orders] = []
+    monkeypatch.setattr(supervisor, "encode_orders", lambda orders: given.append(orders) or b"")
+    monkeypatch.setattr(watched.node, "_launch", lambda child: setattr(child, "process", _Waiting()))
+    watched.node._spawn(watched.child)
+    watched.node._restart(watched.child)
+    assert [orders.migrated for orders in given] == [True, False]
+
+
+class _Waiting:
+    """Launched, and waits for its orders."""
+
+    def __init__(self) -> None:
+        self.stdin = open(os.devnull, "wb")  # noqa: SIM115 - the supervisor closes it
+
+
 def test_a_process_that_is_not_yet_ready_has_longer(watched: Watched) -> None:
     assert watched.look(100.0)
     assert not watched.look(30.0)

@@ -130,7 +130,7 @@ def open_catalog(
     """Open the data folder, creating what is missing (mode 0700) and bringing the schema up to date.
 
     Any number of processes may do so at a time. `epoch` names this process's life, where somebody else must know it; ''
-    is a new name. `migrated`: another process of the node has seen to the schema of a catalog that is there. Raises
+    is a new name. `migrated`: another process of the node has just done that; the catalog is opened unlooked at. Raises
     ConfigError when the folder cannot be used, StorageError when its disk fails.
     """
     files: FileSystem = fs or RealFileSystem()
@@ -147,7 +147,7 @@ def open_catalog(
         pressure=pressure,
     )
     path = data_dir / "catalog.db"
-    if not (migrated and path.exists()):
+    if not migrated:
         from dicom_node.store.migrations import migrate  # slow to load
 
         _create_private(path)

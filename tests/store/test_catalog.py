@@ -68,6 +68,21 @@ def test_opening_twice_shares_one_catalog_and_each_process_life_has_its_epoch(tm
     second.close()
 
 
+def test_a_catalog_that_was_just_migrated_is_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_catalog(tmp_path, SystemClock(), STORAGE).close()
+
+    def looked(path: Path) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("dicom_node.store.migrations.migrate", looked)
+    with closing(open_catalog(tmp_path, SystemClock(), STORAGE, migrated=True)) as catalog:
+        assert catalog.index.instance("1.2.3") is None
+    with pytest.raises(AssertionError):
+        open_catalog(tmp_path, SystemClock(), STORAGE)
+
+
 def test_a_second_node_is_kept_out_with_the_folder_named(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from dicom_node.store.lock import data_lock\n"
