@@ -29,6 +29,7 @@ AFTER_S = 10.0  # what was under way when the fault was over
 # what a process may have more, all through the last third of its life, than ever in the third before
 MORE_THREADS, MORE_FILES, MORE_MIB = 4, 8, 50
 SHORT_LIFE_S = 90.0  # of a process: no slope is told of it
+LATE_S = 1800.0  # slopes are told for the last half hour, of shorter lives for the time after the first third
 MIB = 1024 * 1024
 
 
@@ -123,7 +124,7 @@ def _wait(condition: Callable[[], bool], what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of the longest life of one role: how it grew, per minute, after its first third; and its peak."""
+    """Of the longest life of one role: how it grew, per minute (see LATE_S), and its peak."""
 
     role: str
     life_s: float
@@ -185,7 +186,7 @@ class Leaks:
             if not longest or longest[-1][0] - longest[0][0] < SHORT_LIFE_S:
                 continue
             third = len(longest) // 3
-            late = longest[third:]
+            late = [sample for sample in longest[third:] if sample[0] >= longest[-1][0] - LATE_S]
             more = [
                 min(one[n] for one in longest[-third:]) - max(one[n] for one in longest[third:-third])
                 for n in (1, 2, 3)

@@ -5,8 +5,9 @@
 The probe's `fuzz` cases again and again, each time with another seed, on the node as `faults.py` starts it. Meanwhile
 memory, threads and open files of every process are watched. Then the node is stopped, and `fsck` must find archive and
 index agreed, and no temporary file. Exit status 1 when a case failed, a process died or grew without end, or something
-was left. Slopes are told for the time after the first third, since caches fill before it, by the hour and by inputs: a
-node that grows by 1 MiB an hour under a million inputs a day grows by 24 MiB per million.
+was left. Slopes are told for the last half hour, of shorter runs for the time after the first third, since caches fill
+before it, by the hour and by inputs: a node that grows by 1 MiB an hour under a million inputs a day grows by 24 MiB
+per million.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ def _print(figures: dict[str, dict[str, Any]], grown: Sequence[Figures], load: L
         if kind.startswith("C-STORE") and {"quiet", "between"} <= parts.keys() and "p99_ms" in parts["between"]:
             ratio = parts["between"]["p99_ms"] / parts["quiet"]["p99_ms"]
             print(f"{kind}: p99 between the faults is {ratio:.2f} times that of the quiet part")
-    print("per minute, in the longest life of each process after its first third:")
+    print("per minute, in the longest life of each process, after its first third, at most its last half hour:")
     for one in grown:
         print(
             f"  {one.role:<11} {one.life_s:5.0f} s  memory {one.mib_per_min:+.2f} MiB (peak {one.peak_mib:.0f})  "
