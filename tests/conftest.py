@@ -21,10 +21,20 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tests run side by side, one to a core, and so do the processes they start: threads of one computation only wait for
 # each other there (with two each, torch takes three times the processor time). Before numpy or torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shared machine stops now and then for a second, in the middle of an example: time is no property of the code here.
+# Fixtures of a function are made once for all its examples; the tests that use them know.
+settings.register_profile(
+    "shared-machine",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("shared-machine")
 
 # tool: the Debian package it comes with
 PACKAGES = {

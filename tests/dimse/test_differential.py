@@ -1068,7 +1068,6 @@ SYNTAXES = st.sampled_from((IMPLICIT, EXPLICIT, BIG, "1.2.840.10008.1.2.1.99", "
 BYTES = st.binary(max_size=12)
 GENERATED = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     database=None,
     phases=(Phase.generate,),
     suppress_health_check=(HealthCheck.too_slow,),

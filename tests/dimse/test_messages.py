@@ -95,7 +95,7 @@ def test_a_number_of_a_wrong_length_is_said_when_it_is_asked_for() -> None:
         _ = command.field
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.binary(max_size=60), st.booleans(), st.booleans(), st.sampled_from([1, 3])), max_size=8))
 def test_no_values_raise_anything_else(values: list[tuple[bytes, bool, bool, int]]) -> None:
     reader = MessageReader()

@@ -272,7 +272,7 @@ STREAM = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 400), max_size=30))
 def test_however_the_bytes_are_cut_the_same_is_heard(cuts: list[int]) -> None:
     connection = in_state(State.STA6)
@@ -289,7 +289,7 @@ def test_however_the_bytes_are_cut_the_same_is_heard(cuts: list[int]) -> None:
     assert heard == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.sampled_from(REACHED),
     st.lists(

@@ -100,13 +100,13 @@ def body_of(pdu: Pdu) -> bytes:
     return encoded[6:]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rqs)
 def test_a_request_is_read_as_it_was_written(request: AssociateRQ) -> None:
     assert decode_pdu(1, body_of(request)) == request
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rqs)
 def test_the_other_library_reads_and_writes_the_same_bytes(request: AssociateRQ) -> None:
     theirs = A_ASSOCIATE_RQ()
@@ -195,7 +195,7 @@ def test_user_information_of_wrong_lengths_is_refused(item: bytes) -> None:
         decode_pdu(1, body[: start + 2] + length.to_bytes(2, "big") + body[start + 4 :] + item)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.integers(0, 255), st.binary(max_size=300), st.integers(0, 400), st.binary(max_size=4))
 def test_no_bytes_raise_anything_else(kind: int, body: bytes, at: int, put: bytes) -> None:
     whole = bytearray(body_of(a_request()))

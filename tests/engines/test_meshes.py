@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicom_node.engines import _mesh_text, meshes
@@ -244,7 +244,7 @@ def test_long_files_beat_and_end_when_the_heart_does(file: Callable[[bytes], Pat
         read_mesh(file(b"v 0 0 0\n" * 70_000), heartbeat=stop)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(name=st.sampled_from(sorted(FILES)), data=st.data())
 def test_a_damaged_file_is_read_or_refused_and_nothing_else(
     name: str, data: st.DataObject, file: Callable[[bytes], Path]

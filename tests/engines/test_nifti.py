@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Extension
 from pydicom import uid as uids
@@ -434,7 +434,7 @@ def test_the_heartbeat_is_called_while_voxels_are_read(tmp_path: Path) -> None:
     assert len(beats) >= 3
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=12),
     cut=st.integers(0, 480),

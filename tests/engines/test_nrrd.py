@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicom_node.engines.masks import UnusableVolume, read_volume
@@ -175,7 +175,7 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path) -> None:
         read_nrrd(_file(tmp_path / "v.nrrd", _with("encoding", "gzip"), bomb))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(changes=st.lists(st.tuples(st.integers(0, len(HEADER)), st.integers(0, 255)), min_size=1, max_size=8))
 def test_no_header_whatever_does_anything_but_be_read_or_refused(
     tmp_path: Path, changes: list[tuple[int, int]]

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicom_node.errors import RuleError
@@ -120,7 +120,7 @@ conditions = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=conditions, view=views(), allowed=st.frozensets(st.sampled_from(KEYWORDS)))
 def test_every_condition_ends_in_one_of_five_ways_and_says_why(
     text: str, view: SeriesView, allowed: frozenset[str]
@@ -138,7 +138,7 @@ def test_every_condition_ends_in_one_of_five_ways_and_says_why(
     json.dumps(dict(result.values))  # a verdict is kept as JSON
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(conditions, min_size=1, max_size=4), view=views(), stop=st.booleans(), any_origin=st.booleans())
 def test_every_rule_leaves_a_verdict_with_a_reason_on_every_series(
     texts: list[str], view: SeriesView, stop: bool, any_origin: bool
@@ -173,7 +173,7 @@ simple = st.one_of(
 joined = st.builds("{}({}) {} {}".format, st.sampled_from(["", "!"]), simple, st.sampled_from(["&&", "||"]), simple)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=joined, here=st.dictionaries(texts, words.filter(bool), max_size=2), absent=texts, value=words)
 def test_what_a_condition_decides_without_an_attribute_it_decides_with_it(
     text: str, here: dict[str, str], absent: str, value: str
@@ -206,7 +206,7 @@ def test_what_a_condition_decides_without_an_attribute_it_decides_with_it(
         assert ask({**here, absent: value}) is without
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(data=st.one_of(st.binary(max_size=200), st.text(alphabet="rule: when[]{}-&*!'\"\n\t|>#a1", max_size=200)))
 def test_any_file_is_a_rule_or_a_problem_with_a_line(data: bytes | str, tmp_path: Path) -> None:
     raw = data if isinstance(data, bytes) else data.encode()
@@ -224,7 +224,7 @@ def test_any_file_is_a_rule_or_a_problem_with_a_line(data: bytes | str, tmp_path
         assert len(loaded.rules) <= 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(alphabet="aMR.()[]{}'\"\\|&!=<> 19e+-?:,\n/", max_size=60))
 def test_any_text_is_a_condition_or_a_fault_inside_it(text: str) -> None:
     parsed = parse_expression(text)
@@ -233,7 +233,7 @@ def test_any_text_is_a_condition_or_a_fault_inside_it(text: str) -> None:
         assert all(0 <= fault.offset <= len(text) for fault in parsed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(texts=st.lists(conditions, min_size=2, max_size=4, unique=True), view=views(), data=st.data())
 def test_the_order_of_rules_changes_no_verdict_of_any(texts: list[str], view: SeriesView, data: st.DataObject) -> None:
     """Without `stop` and fallbacks each rule is asked for itself; and asked again it says the same."""

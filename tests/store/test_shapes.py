@@ -283,7 +283,7 @@ def neighbours(draw: st.DrawFn) -> tuple[str, list[bytes]]:
     return syntax, [family[turn] for turn in (0, 0, 0, *turns)]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(neighbours())
 def test_data_sets_that_nearly_lie_as_their_neighbours_are_each_read_as_if_alone(
     alone: Callable[[bytes, str], Seen], came: tuple[str, list[bytes]]
