@@ -267,18 +267,23 @@ class RawPeer:
         self.send_pdu(4, struct.pack(">IBB", len(data) + 2, context_id, control) + data)
 
     def read_pdu(self) -> tuple[int, bytes]:
-        """Type and body of the next PDU; (0, b'') when the connection is closed."""
+        """Type and body of the next PDU; (0, b'') when the connection is closed, ConnectionError inside a PDU."""
         head = self._exactly(6)
         if len(head) < 6:
             return 0, b""
         kind, _, length = struct.unpack(">BBI", head)
-        return kind, self._exactly(length)
+        body = self._exactly(length)
+        if len(body) < length:
+            raise ConnectionError(f"the connection ended after {len(body)} of {length} bytes of a PDU of type {kind}")
+        return kind, body
 
     def read_command(self) -> Dataset:
         """The command set of the next message that is a single P-DATA PDU."""
         kind, body = self.read_pdu()
         assert kind == 4, (kind, body)
-        return read_dataset(io.BytesIO(body[6:]), True, True)
+        command = read_dataset(io.BytesIO(body[6:]), True, True)
+        assert "CommandField" in command, (kind, body)
+        return command
 
     def _exactly(self, size: int) -> bytes:
         data = b""
