@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,8 @@ class EngineApi:
         return job, answer
 
     def _fetch(self, job: Job, url: str) -> None:
-        with suppress(OSError):  # what was withdrawn cannot be fetched, and the job never runs
+        # what was withdrawn, also while it is fetched, cannot be had, and the job never runs
+        with suppress(OSError, HTTPException):
             with urllib.request.urlopen(url, timeout=20) as answer:
                 job.data = answer.read()
             self.start(job)
