@@ -65,10 +65,7 @@ keys = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=150,
-    derandomize=True,
-)
+@settings(max_examples=150, derandomize=True)
 @given(asked=keys)
 def test_what_is_found_is_what_the_standard_says(asked: dict[str, Any], keep: Keep, find: Find) -> None:
     rows = [{**row, "StudyInstanceUID": uid} for row, uid in zip(ROWS, UIDS, strict=True)]
