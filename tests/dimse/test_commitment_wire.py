@@ -12,6 +12,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, build_role, evt
+from pynetdicom.pdu import P_DATA_TF
 
 from dicom_node.clock import SystemClock
 from dicom_node.config import DeliverySettings
@@ -37,14 +38,23 @@ class Told:
     def __init__(self) -> None:
         self.reports: list[tuple[int, Dataset, str]] = []
         self.statuses: list[int] = []
+        self.unanswered = 0  # of the reports that came to a requestor
         self.changed = threading.Condition()
 
     def handle(self, event: Any) -> tuple[int, None]:
         with self.changed:
             role = "requestor" if event.assoc.is_requestor else "acceptor"
             self.reports.append((event.event_type, event.event_information, role))
+            self.unanswered += event.assoc.is_requestor
             self.changed.notify_all()
             return (self.statuses.pop(0) if self.statuses else 0x0000), None
+
+    def sent(self, event: Any) -> None:
+        """A requestor sent a PDU: the first P-DATA-TF after a report is its answer."""
+        if isinstance(event.pdu, P_DATA_TF):
+            with self.changed:
+                self.unanswered = max(self.unanswered - 1, 0)
+                self.changed.notify_all()
 
     def wait(self, count: int = 1) -> list[tuple[int, Dataset, str]]:
         with self.changed:
@@ -70,11 +80,14 @@ def asking(port: int, told: Told, calling: str = "SCANNER") -> Iterator[Any]:
     """An association of a peer that may ask."""
     ae = AE(calling)
     ae.add_requested_context(COMMITMENT, [EXPLICIT])
-    assoc = ae.associate("127.0.0.1", port, ae_title="DICOM_NODE", evt_handlers=[(evt.EVT_N_EVENT_REPORT, told.handle)])
+    handlers = [(evt.EVT_N_EVENT_REPORT, told.handle), (evt.EVT_PDU_SENT, told.sent)]
+    assoc = ae.associate("127.0.0.1", port, ae_title="DICOM_NODE", evt_handlers=handlers)
     assert assoc.is_established
     try:
         yield assoc
     finally:
+        with told.changed:  # an answer after the release has begun would end pynetdicom's thread
+            told.changed.wait_for(lambda: not told.unanswered or not assoc.is_established, timeout=5.0)
         assoc.release()
 
 
