@@ -6,8 +6,10 @@ import ctypes
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["role_environment", "tied_to"]
+__all__ = ["deaf_to_interrupts", "role_environment", "tied_to"]
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +20,19 @@ def role_environment(**more: str) -> dict[str, str]:
     """For a process with a role in the node, or the recovery: that of this one, and `more`."""
     # pydantic would look through all packages that are installed for plugins of its own
     return {"PYDANTIC_DISABLE_PLUGINS": "__all__", **os.environ, **more}
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Whatever is begun here never hears SIGINT; this thread hears then what came meanwhile.
+
+    Ctrl-C reaches every process of a terminal's group, also one that has not come to its first line yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def tied_to(parent_pid: int) -> bool:

@@ -27,7 +27,7 @@ from dicom_node.bells import new_bell
 from dicom_node.clock import SystemClock
 from dicom_node.config import NodeConfig, is_loopback
 from dicom_node.errors import ConfigError, NodeError
-from dicom_node.lifeline import role_environment
+from dicom_node.lifeline import deaf_to_interrupts, role_environment
 from dicom_node.model import BootTime
 from dicom_node.places import Places, new_places
 from dicom_node.process import Orders, encode_orders, wait_for_children
@@ -313,12 +313,13 @@ class _Supervisor:
             fds += self._bells
         elif self._places_fd >= 0:
             fds.append(self._places_fd)
-        child.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "dicom_node.process", child.role],
-            stdin=subprocess.PIPE,
-            pass_fds=fds,
-            env=self._environment(child),
-        )
+        with deaf_to_interrupts():
+            child.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "dicom_node.process", child.role],
+                stdin=subprocess.PIPE,
+                pass_fds=fds,
+                env=self._environment(child),
+            )
 
     def _environment(self, child: _Child) -> dict[str, str]:
         found = role_environment(PROMETHEUS_MULTIPROC_DIR=str(run_folder(self._config.data_dir) / "metrics"))

@@ -255,3 +255,16 @@ def test_a_stop_before_it_is_ready_is_clean(running_node: Start, wait_for: WaitF
     wait_for(lambda: (node.data_dir / "run" / "supervisor.json").exists(), 60, "the supervisor to begin")
     node.process.send_signal(number)
     assert node.process.wait(timeout=30) == 0
+
+
+def test_ctrl_c_while_its_processes_come_to_life_is_a_clean_stop(running_node: Start, wait_for: WaitFor) -> None:
+    """A terminal sends SIGINT to each process of the group, here before a receiver has come to its first line."""
+    node = running_node(wait=False)
+    group = os.getpgid(node.process.pid)
+    wait_for(lambda: len(node.members()) > 1, 60, "the first process")
+    for process in node.members():
+        if os.getpgid(process.pid) == group:
+            process.send_signal(signal.SIGINT)
+    assert node.process.wait(timeout=30) == 0
+    said = node.log.read_text()
+    assert "Traceback" not in said and "a process ended" not in said, said
