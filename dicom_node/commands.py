@@ -186,8 +186,8 @@ def fsck(arguments: argparse.Namespace) -> int:
             if arguments.repair:
                 trail.record(upkeep(f"fsck --repair: {len(report.indexed)} files indexed"))
     print(f"{report.rows} rows, {report.files} files")
-    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unusable")
-    for kind in (*kinds, "quarantined"):
+    kinds = ("missing", "damaged", "missing_variants", "found_again", "indexed", "unindexed", "deleted", "unfinished")
+    for kind in (*kinds, "unusable", "quarantined"):
         for what in getattr(report, kind):
             print(f"{kind.replace('_', ' ')}: {what}")
     for what in miscounted:

@@ -133,9 +133,12 @@ class Archive(Protocol):
         sop_instance_uid: str,
         transfer_syntax_uid: str,
         source_ae: str,
+        made_for: str = "",
         for_results: bool = False,
     ) -> Spool:
         """Start receiving one data set; the arguments are for the file meta information (PS3.10 7.1).
+
+        `made_for`: of a result, `model.Job.mark` of its job.
 
         Raises StorageError when free space is below the reserve; `for_results`: when that is used up too.
         """
@@ -304,14 +307,16 @@ class KnownFile:
 class ArchivedObject:
     """One archived file read back and hashed; `data_set` is readable until the `examine` block ends.
 
-    The UIDs and `source_ae` ('' for what the node itself produced) are those of its file meta. `named_rightly` is false
-    when the bytes are not those the name calls for: they changed on disk.
+    The UIDs, `source_ae` ('' for what the node itself produced) and `made_for` (`model.Job.mark`, '' for what came in)
+    are those of its file meta. `named_rightly` is false when the bytes are not those the name calls for: they changed
+    on disk.
     """
 
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
     source_ae: str
+    made_for: str
     file: ArchivedFile
     named_rightly: bool
     written_at: datetime
@@ -347,6 +352,12 @@ class CheckedIndex(Protocol):
 
     def is_deleted(self, study_instance_uid: str, written_at: datetime) -> bool:
         """Whether the study was deleted after that moment: a file of it that is as old is not to come back."""
+        ...
+
+    def is_unfinished(self, made_for: str, sop_instance_uid: str) -> bool:
+        """Whether the index knows the job of that mark (`model.Job.mark`), and that this is no result of it: the job
+        was cancelled or given up, another attempt of it made others, or it is still to be done.
+        """
         ...
 
     def unknown_locations(self, locations: Sequence[str]) -> Sequence[str]:

@@ -448,6 +448,11 @@ class Job:
     # what its engine remembered, until the job ends; see `EngineTask.remember`
     note: str = field(default="", repr=False)
 
+    @property
+    def mark(self) -> str:
+        """Names it for good: a number alone is given again when a catalog is put back from a copy."""
+        return f"{self.id} {self.created_at.isoformat(timespec='microseconds')}"
+
 
 class DeliveryState(Enum):
     """States of a delivery of some instances of one study to one destination."""

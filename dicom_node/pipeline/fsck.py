@@ -1,8 +1,9 @@
 """Archive against index: what is there without a row, what has a row and is not there.
 
 Nothing is ever deleted. A file without a row (its sender never had an answer, or the index was lost) is checked as if
-it had just come in and, with `rebuild`, indexed; a row without a good file is marked missing, so that it is neither
-served nor counted nor committed. An index that was lost is rebuilt from the files alone.
+it had just come in and, with `rebuild`, indexed, unless it is a result of a run that came to nothing; a row without a
+good file is marked missing, so that it is neither served nor counted nor committed. An index that was lost is rebuilt
+from the files alone.
 
 Rebuilt instances are RECEIVED, from the AE in their file meta, at the time their file was written (without an AE there:
 PRODUCED). Their series are routed 'none': nothing that was analysed before is analysed again; an image that is sent,
@@ -87,6 +88,8 @@ class FsckReport:
     unindexed: good files without a row that were left so (no rebuild); indexed: those that were given one.
     superseded: files of results that were made again under the same UID; the first one is kept and served.
     deleted: files older than the deletion of their study, brought back by a copy maybe; left, and not indexed.
+    unfinished: files of results whose job the catalog knows and which are no result of it: it was cancelled, given up
+    or ended by another attempt, or is still to be done. Nobody ever saw them; left, and not indexed.
     unusable: files without a row that are no valid object, left where they are.
     quarantined: files engines returned that do not fit, with the reason; a matter for a person, no disagreement.
     """
@@ -101,6 +104,7 @@ class FsckReport:
     unindexed: list[str] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
 
@@ -202,13 +206,16 @@ def _check_orphan(
 ) -> None:
     try:
         with catalog.archive.examine(location) as found:
-            record = _record(found, clock, max_inflated)
+            record, made_for = _record(found, clock, max_inflated), found.made_for
     except (InvalidInstance, NotFound, StorageError) as exc:
         log.warning("file unusable", extra={"action": "fsck_unusable", "location": location, "reason": str(exc)})
         report.unusable.append(location)
         return
     if catalog.index.is_deleted(record.header.study_instance_uid, record.received_at):
         report.deleted.append(location)
+        return
+    if made_for and catalog.index.is_unfinished(made_for, record.header.sop_instance_uid):
+        report.unfinished.append(location)
         return
     if not rebuild:
         report.unindexed.append(location)

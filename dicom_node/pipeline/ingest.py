@@ -117,14 +117,17 @@ class Ingest:
         fragments: Fragments,
         origin: Origin = Origin.PRODUCED,
         source: Source = _NODE,
+        made_for: str = "",
     ) -> InstanceRecord:
         """Make the bytes of a result durable; it becomes visible when the job's last transaction indexes the record.
 
-        Staging the same bytes again gives an equal file. A staged file that is never indexed is found by fsck.
+        Staging the same bytes again gives an equal file. A staged file that is never indexed is found by fsck, which
+        knows by `made_for` (`model.Job.mark`) whose it was.
         Raises StorageError, InvalidInstance, IdentityMismatch.
         """
         incoming = _Fragments(fragments)
-        record, _ = self._archive_one((sop_class_uid, sop_instance_uid), transfer_syntax_uid, incoming, source, origin)
+        requested = (sop_class_uid, sop_instance_uid)
+        record, _ = self._archive_one(requested, transfer_syntax_uid, incoming, source, origin, made_for=made_for)
         return record
 
     # --- the steps
@@ -159,6 +162,7 @@ class Ingest:
         source: Source,
         origin: Origin,
         policy: ConflictPolicy | None = None,
+        made_for: str = "",
     ) -> tuple[InstanceRecord, bool]:
         """The bytes, durable. With a `policy`, the one they will be indexed by, the intake journal may hold them."""
         sop_class_uid, sop_instance_uid = requested
@@ -167,6 +171,7 @@ class Ingest:
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
             source_ae=source.calling_ae_title,
+            made_for=made_for,
             for_results=origin is not Origin.RECEIVED,
         )
         try:

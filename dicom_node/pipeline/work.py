@@ -76,8 +76,9 @@ class Stage(Protocol):
         sop_instance_uid: str,
         transfer_syntax_uid: str,
         fragments: Iterable[bytes | memoryview],
+        made_for: str,
     ) -> InstanceRecord:
-        """Raises StorageError, InvalidInstance."""
+        """`made_for`: `Job.mark`. Raises StorageError, InvalidInstance."""
         ...
 
 
@@ -319,7 +320,7 @@ class Worker:
         produced: list[InstanceRecord] = []
         context = self._context(job, result)
         for ds in encoded(result, task, context, encoders=self._encoders, kinds=job.results, heartbeat=keeper):
-            produced.append(self._staged(ds))
+            produced.append(self._staged(ds, job))
             keeper()
         stages = {**result.stage_seconds, "encode": self._clock.boot().seconds - began}
         taken = [
@@ -357,13 +358,14 @@ class Worker:
             earlier = previous.superseded_job
         return ()
 
-    def _staged(self, ds: Dataset) -> InstanceRecord:
+    def _staged(self, ds: Dataset, job: Job) -> InstanceRecord:
         syntax = syntax_of(ds)
         return self._stage(
             sop_class_uid=str(ds.SOPClassUID),
             sop_instance_uid=str(ds.SOPInstanceUID),
             transfer_syntax_uid=str(syntax),
             fragments=(data_set_bytes(ds, syntax),),
+            made_for=job.mark,
         )
 
 

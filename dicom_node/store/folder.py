@@ -100,6 +100,7 @@ class FolderArchive:
         sop_instance_uid: str,
         transfer_syntax_uid: str,
         source_ae: str,
+        made_for: str = "",
         for_results: bool = False,
     ) -> FolderSpool:
         """See `interfaces.Archive.begin`."""
@@ -109,6 +110,7 @@ class FolderArchive:
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
             source_ae=source_ae,
+            made_for=made_for,
         )
         admit = partial(self.pressure.admit, results=for_results)
         return FolderSpool(self, self._fs, self._root, meta, transfer_syntax_uid, admit)
@@ -327,6 +329,7 @@ class FolderArchive:
                 sop_instance_uid=meta.sop_instance_uid,
                 transfer_syntax_uid=meta.transfer_syntax_uid,
                 source_ae=meta.source_ae,
+                made_for=meta.made_for,
                 file=ArchivedFile(
                     location=location,
                     data_set_offset=meta.data_set_offset,

@@ -325,6 +325,17 @@ class SqliteIndex:
             )
         )
 
+    def is_unfinished(self, made_for: str, sop_instance_uid: str) -> bool:
+        """See `interfaces.CheckedIndex.is_unfinished`."""
+        number, _, created_at = made_for.partition(" ")
+        return bool(
+            self._fetch(
+                "SELECT 1 FROM job WHERE id = :job AND created_at = :at "
+                "AND NOT EXISTS (SELECT 1 FROM job_result WHERE job = job.id AND sop_instance_uid = :uid)",
+                {"job": number, "at": created_at, "uid": sop_instance_uid},
+            )
+        )
+
     def unknown_locations(self, locations: Sequence[str]) -> list[str]:
         """See `interfaces.CheckedIndex.unknown_locations`."""
         rows = self._fetch(

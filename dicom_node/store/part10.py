@@ -1,7 +1,8 @@
 """The node's own Part-10 envelope: preamble, prefix and File Meta Information (PS3.10 7.1).
 
 Written by us around the data set as it was received, and read back only from files the archive wrote, so the reader
-accepts this one form and nothing else.
+accepts this one form and nothing else. A result says in its private information (0002,0102) which job it is of: its
+row comes later, and until then nothing else tells whether anybody still wants it.
 """
 
 from __future__ import annotations
@@ -21,22 +22,28 @@ _GROUP_LENGTH = struct.Struct("<HH2sHI")  # (0002,0000) UL, length 4, value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileMeta:
-    """What the File Meta Information says; `source_ae` is '' for what the node itself produced."""
+    """What the File Meta Information says; `source_ae` is '' for what the node itself produced, `made_for` for what
+    came in.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
     source_ae: str
+    made_for: str
     data_set_offset: int
 
 
-def build_file_meta(*, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str) -> bytes:
+def build_file_meta(
+    *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str, made_for: str = ""
+) -> bytes:
     """Preamble, DICM and group 0002 in Explicit VR Little Endian, group length right.
 
-    An empty `source_ae` leaves (0002,0016) out. The length depends on the arguments only.
+    An empty `source_ae` leaves (0002,0016) out, an empty `made_for` (0002,0100) and (0002,0102). The length depends on
+    the arguments only.
     """
     before, after = _around(sop_class_uid, transfer_syntax_uid, source_ae.strip()[:16])
-    group = b"".join((before, _text(0x0003, b"UI", sop_instance_uid), after))
+    group = b"".join((before, _text(0x0003, b"UI", sop_instance_uid), after, _private(made_for)))
     return _PREFIX + _GROUP_LENGTH.pack(0x0002, 0x0000, b"UL", 4, len(group)) + group
 
 
@@ -62,6 +69,18 @@ def _text(element: int, vr: bytes, text: str) -> bytes:
     if len(value) % 2:
         value += b"\x00" if vr == b"UI" else b" "
     return struct.pack("<HH2sH", 0x0002, element, vr, len(value)) + value
+
+
+def _private(made_for: str) -> bytes:
+    if not made_for:
+        return b""
+    value = made_for.encode("ascii", "replace")
+    value += b"\x00" * (len(value) % 2)
+    return (
+        _text(0x0100, b"UI", IMPLEMENTATION_CLASS_UID)
+        + struct.pack("<HH2sHI", 0x0002, 0x0102, b"OB", 0, len(value))
+        + value
+    )
 
 
 def parse_file_meta(view: memoryview) -> FileMeta:
@@ -94,6 +113,7 @@ def parse_file_meta(view: memoryview) -> FileMeta:
             sop_instance_uid=values[0x0003],
             transfer_syntax_uid=values[0x0010],
             source_ae=values.get(0x0016, ""),
+            made_for=values.get(0x0102, "") if values.get(0x0100) == IMPLEMENTATION_CLASS_UID else "",
             data_set_offset=end,
         )
     except KeyError as exc:

@@ -69,6 +69,26 @@ def test_a_committed_object_is_a_part_10_file_around_the_very_bytes(archive: Arc
     assert read.file_meta.ImplementationClassUID.startswith("2.25.")
 
 
+def test_the_file_of_a_result_says_for_which_job_it_was_made(tmp_path: Path) -> None:
+    """PS3.10 7.1: private information, under a creator of its own; every reader takes the file as before."""
+    archive = FolderArchive(tmp_path / "archive", reserve_bytes=0, reserve_ratio=0.0)
+    marks = ("7 2026-01-02T03:04:05.000006+00:00", "71 2026-01-02T03:04:05.000006+00:00", "")
+    for number, mark in enumerate(marks):  # of odd and even length
+        ds = pydicom.Dataset()
+        ds.SOPClassUID, ds.SOPInstanceUID = CT, f"1.2.{number}"
+        body = io.BytesIO()
+        pydicom.dcmwrite(body, ds, implicit_vr=False, little_endian=True)
+        names = {"sop_class_uid": CT, "sop_instance_uid": f"1.2.{number}", "transfer_syntax_uid": EXPLICIT}
+        spool = archive.begin(**names, source_ae="", made_for=mark)
+        spool.write(body.getvalue())
+        location = spool.commit().location
+        with archive.examine(location) as found:
+            assert (found.made_for, found.named_rightly, bytes(found.data_set)) == (mark, True, body.getvalue())
+        read = pydicom.dcmread(archive.path(location))
+        assert read.SOPInstanceUID == ds.SOPInstanceUID
+        assert ("PrivateInformation" in read.file_meta) == bool(mark)
+
+
 def test_nothing_is_visible_before_commit_nor_after_discard(archive: Archive) -> None:
     spool = begin(archive)
     spool.write(b"x" * 300_000)

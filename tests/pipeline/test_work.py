@@ -27,6 +27,7 @@ from dicom_node.errors import (
     StorageError,
 )
 from dicom_node.model import JobState, Priority
+from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.work import data_set_bytes
 from dicom_node.store.pressure import Volume
@@ -418,4 +419,45 @@ def test_after_kill_9_at_each_point_there_is_exactly_one_result(
     assert len(bench.queue.deliveries()) == 1
     ledger = bench.queue.snapshot()["ledger"]
     assert (ledger["received"], ledger["routed"], ledger["imbalance"]) == (1, 1, 0)
+    bench.close()
+
+
+@pytest.mark.parametrize("point", ["first staged", "staged"])
+def test_fsck_leaves_results_of_a_run_that_was_killed_and_then_cancelled(
+    kit: ModuleType, tmp_path: Path, killed_at: Callable[[Path, str, str], int], point: str
+) -> None:
+    """An older revision's contour, which nobody ever saw, must not appear because somebody repaired the index."""
+    clock = kit.LaterClock()
+    bench = kit.Bench(tmp_path, clock)
+    bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
+    (job,), images = bench.route(), set(bench.archive.locations())
+    assert killed_at(tmp_path, "work", point) == -9
+    staged = sorted(set(bench.archive.locations()) - images)
+    assert len(staged) == (1 if point == "first staged" else 2)
+    bench.queue.cancel_job(job)
+    report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=clock)
+    assert (sorted(report.unfinished), report.indexed, report.clean) == (staged, [], True)
+    assert bench.produced() == []
+    bench.queue.retry_job(job)
+    assert bench.worker().run_once("w")
+    assert [instance.modality for instance in bench.produced()] == ["SEG", "SR"]
+    report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=clock)
+    assert (report.unfinished, report.superseded, report.clean) == ([], [], True)
+    bench.close()
+
+
+def test_fsck_takes_in_results_whose_job_went_with_the_index(kit: ModuleType, tmp_path: Path) -> None:
+    clock = kit.LaterClock()
+    bench = kit.Bench(tmp_path, clock)
+    bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
+    bench.route()
+    assert bench.worker().run_once("w")
+    bench.close()
+    for path in tmp_path.rglob("catalog.db*"):
+        path.unlink()
+    bench = kit.Bench(tmp_path, clock)
+    assert bench.produced() == []
+    report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=clock)
+    assert (report.unfinished, len(report.indexed), report.clean) == ([], 4, True)
+    assert [instance.modality for instance in bench.produced()] == ["SEG", "SR"]
     bench.close()

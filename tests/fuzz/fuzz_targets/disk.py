@@ -35,26 +35,31 @@ def part10(data: bytes) -> None:
     except InvalidInstance:
         return
     assert 132 < found.data_set_offset <= len(data)
-    texts = (found.sop_class_uid, found.sop_instance_uid, found.transfer_syntax_uid, found.source_ae)
+    texts = (found.sop_class_uid, found.sop_instance_uid, found.transfer_syntax_uid, found.source_ae, found.made_for)
     if max(map(len, texts)) > 64 or not all(text.isascii() and text.isprintable() for text in texts):
         return
     again = parse_file_meta(memoryview(_meta(*texts)))
     assert isinstance(again, FileMeta)
     assert (again.sop_class_uid, again.sop_instance_uid, again.transfer_syntax_uid) == texts[:3]
+    assert again.made_for == found.made_for
 
 
-def _meta(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str) -> bytes:
+def _meta(
+    sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae: str, made_for: str = ""
+) -> bytes:
     return build_file_meta(
         sop_class_uid=sop_class_uid,
         sop_instance_uid=sop_instance_uid,
         transfer_syntax_uid=transfer_syntax_uid,
         source_ae=source_ae,
+        made_for=made_for,
     )
 
 
 def _metas(_: Path | None) -> Iterator[bytes]:
     yield _meta("1.2.840.10008.5.1.4.1.1.2", "1.2.3", EXPLICIT, "CT1") + b"\x08\0\x16\0UI\0\0"
     yield _meta("1.2.840.10008.5.1.4.1.1.2", "1.2.3.4.5.6", EXPLICIT, "")
+    yield _meta("1.2.840.10008.5.1.4.1.1.2", "1.2.3.4.5.6", EXPLICIT, "", "7 2026-01-02T03:04:05.000006+00:00")
 
 
 # --- the intake journal ----------------------------------------------------------------------------------------------
