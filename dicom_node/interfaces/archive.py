@@ -301,13 +301,17 @@ class CheckedIndex(Protocol):
         """Every file the index knows: main ones by SOP Instance UID, then variants; paged."""
         ...
 
-    def is_deleted(self, study_instance_uid: str, written_at: datetime) -> bool:
-        """Whether the study was deleted after that moment: a file of it that is as old is not to come back."""
+    def is_deleted(self, study_instance_uid: str, written_at: datetime, *, is_result: bool = False) -> bool:
+        """Whether the study was deleted after that moment: a file of it that is as old is not to come back.
+
+        One written shortly before may be of an image that came meanwhile; not so where `is_result`.
+        """
         ...
 
-    def is_unfinished(self, made_for: str, sop_instance_uid: str) -> bool:
-        """Whether the index knows the job of that mark (`model.Job.mark`), and that this is no result of it: the job
-        was cancelled or given up, another attempt of it made others, or it is still to be done.
+    def is_unfinished(self, made_for: str, sop_instance_uid: str, written_at: datetime) -> bool:
+        """Whether the job of that mark (`model.Job.mark`) ended after this was written, and without it: cancelled,
+        given up, rejected, or done by another attempt. Of a job that the index knows as it was before that moment (it
+        may have been put back from a copy) nobody can tell.
         """
         ...
 

@@ -88,8 +88,8 @@ class FsckReport:
     unindexed: good files without a row that were left so (no rebuild); indexed: those that were given one.
     superseded: files of results that were made again under the same UID; the first one is kept and served.
     deleted: files older than the deletion of their study, brought back by a copy maybe; left, and not indexed.
-    unfinished: files of results whose job the catalog knows and which are no result of it: it was cancelled, given up
-    or ended by another attempt, or is still to be done. Nobody ever saw them; left, and not indexed.
+    unfinished: files of results whose job ended without them after they were written: it was cancelled or given up, or
+    another attempt made others. Nobody ever saw them; left, and not indexed.
     unusable: files without a row that are no valid object, left where they are.
     quarantined: files engines returned that do not fit, with the reason; a matter for a person, no disagreement.
     """
@@ -144,6 +144,7 @@ def fsck(
             "damaged": len(report.damaged),
             "indexed": len(report.indexed),
             "unindexed": len(report.unindexed),
+            "unfinished": len(report.unfinished),
             "unusable": len(report.unusable),
             "quarantined": len(report.quarantined),
         },
@@ -211,10 +212,10 @@ def _check_orphan(
         log.warning("file unusable", extra={"action": "fsck_unusable", "location": location, "reason": str(exc)})
         report.unusable.append(location)
         return
-    if catalog.index.is_deleted(record.header.study_instance_uid, record.received_at):
+    if catalog.index.is_deleted(record.header.study_instance_uid, record.received_at, is_result=bool(made_for)):
         report.deleted.append(location)
         return
-    if made_for and catalog.index.is_unfinished(made_for, record.header.sop_instance_uid):
+    if made_for and catalog.index.is_unfinished(made_for, record.header.sop_instance_uid, record.received_at):
         report.unfinished.append(location)
         return
     if not rebuild:

@@ -315,24 +315,33 @@ class SqliteIndex:
             yield from (_known(row, is_variant=True) for row in rows)
             after = rows[-1]["k"]
 
-    def is_deleted(self, study_instance_uid: str, written_at: datetime) -> bool:
+    def is_deleted(self, study_instance_uid: str, written_at: datetime, *, is_result: bool = False) -> bool:
         """See `interfaces.CheckedIndex.is_deleted`."""
+        # one on its way while the study was deleted is a new arrival, and nothing else of it was so young
+        young = timedelta(seconds=0.0 if is_result else SETTLED_S)
         return bool(
             self._fetch(
                 "SELECT 1 FROM deletion WHERE study_instance_uid = ? AND at > ? LIMIT 1",
-                # one on its way while the study was deleted is a new arrival, and nothing else of it was so young
-                (study_instance_uid, utc_text(written_at + timedelta(seconds=SETTLED_S))),
+                (study_instance_uid, utc_text(written_at + young)),
             )
         )
 
-    def is_unfinished(self, made_for: str, sop_instance_uid: str) -> bool:
+    def is_unfinished(self, made_for: str, sop_instance_uid: str, written_at: datetime) -> bool:
         """See `interfaces.CheckedIndex.is_unfinished`."""
         number, _, created_at = made_for.partition(" ")
         return bool(
             self._fetch(
-                "SELECT 1 FROM job WHERE id = :job AND created_at = :at "
-                "AND NOT EXISTS (SELECT 1 FROM job_result WHERE job = job.id AND sop_instance_uid = :uid)",
-                {"job": number, "at": created_at, "uid": sop_instance_uid},
+                "SELECT 1 FROM job JOIN history ON history.study_instance_uid = job.study_instance_uid "
+                "AND kind = 'job' AND ref = job.id AND history.state = job.state AND at >= :written_at "
+                "WHERE job.id = :job AND created_at = :created_at "
+                "AND job.state IN ('done', 'rejected', 'failed', 'cancelled') "
+                "AND NOT EXISTS (SELECT 1 FROM job_result WHERE job = job.id AND sop_instance_uid = :uid) LIMIT 1",
+                {
+                    "job": number,
+                    "created_at": created_at,
+                    "uid": sop_instance_uid,
+                    "written_at": utc_text(written_at),
+                },
             )
         )
 

@@ -27,9 +27,12 @@ from dicom_node.errors import (
     StorageError,
 )
 from dicom_node.model import JobState, Priority
+from dicom_node.pipeline.delete import Deleter
 from dicom_node.pipeline.fsck import fsck
 from dicom_node.pipeline.lease import LeaseKeeper, backoff_s
 from dicom_node.pipeline.work import data_set_bytes
+from dicom_node.retention import DeletionOrder
+from dicom_node.store.backup import back_up, bring_back
 from dicom_node.store.pressure import Volume
 from dicom_node.values import Pending
 
@@ -443,6 +446,49 @@ def test_fsck_leaves_results_of_a_run_that_was_killed_and_then_cancelled(
     assert [instance.modality for instance in bench.produced()] == ["SEG", "SR"]
     report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=clock)
     assert (report.unfinished, report.superseded, report.clean) == ([], [], True)
+    bench.close()
+
+
+@pytest.mark.parametrize("state", [JobState.PENDING, JobState.CANCELLED])
+def test_fsck_takes_in_results_that_a_catalog_put_back_from_a_copy_does_not_know_yet(
+    kit: ModuleType, tmp_path: Path, state: JobState
+) -> None:
+    """The copy knows the job as it was before; what destinations have by now must not be made anew with other bytes."""
+    bench = kit.Bench(tmp_path / "node", kit.LaterClock())
+    bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
+    (job,) = bench.route()
+    if state is JobState.CANCELLED:
+        bench.queue.cancel_job(job)
+    back_up(bench.catalog, tmp_path / "copy.db")
+    if state is JobState.CANCELLED:
+        bench.queue.retry_job(job)
+    assert bench.worker().run_once("w")
+    had = [(instance.sop_instance_uid, instance.sha256) for instance in bench.produced()]
+    bench.close()
+    for path in (tmp_path / "node").glob("catalog.db*"):
+        path.unlink()
+    bring_back(tmp_path / "node", tmp_path / "copy.db")
+    bench = kit.Bench(tmp_path / "node", kit.LaterClock())
+    assert bench.queue.job(job).state is state
+    report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=bench.clock)
+    assert (report.unfinished, len(report.indexed), report.clean) == ([], 2, True)
+    bench.worker().run_once("w")
+    assert [(instance.sop_instance_uid, instance.sha256) for instance in bench.produced()] == had
+    bench.close()
+
+
+def test_fsck_does_not_bring_back_what_a_killed_run_wrote_for_a_study_that_was_deleted(
+    kit: ModuleType, tmp_path: Path, killed_at: Callable[[Path, str, str], int]
+) -> None:
+    bench = kit.Bench(tmp_path, kit.LaterClock())
+    bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
+    (job,) = bench.route()
+    assert killed_at(tmp_path, "work", "staged") == -9
+    bench.queue.cancel_job(job)
+    order = DeletionOrder(study_instance_uid=kit.STUDY, rule="", who="r", why="", holds=frozenset())
+    Deleter(bench.queue, bench.archive, ae_title="NODE").delete(order)
+    report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=bench.clock)
+    assert (len(report.deleted), report.indexed, bench.produced()) == (2, [], [])
     bench.close()
 
 
