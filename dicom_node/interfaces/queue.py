@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ __all__ = [
     "EngineLedger",
     "JobQueue",
     "OpenJob",
+    "OpenStudies",
     "ReturnedObject",
     "Returns",
     "RoutedSeries",
@@ -56,11 +57,27 @@ class RoutedSeries:
     failure: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStudies:
+    """What can be seen of all open studies at a glance, however many they are.
+
+    `received`: by Study Instance UID, what is another once more of it was received. `associations`: the ids of all that
+    are open, whatever they feed.
+    """
+
+    received: Mapping[str, Hashable]
+    associations: frozenset[str]
+
+
 class StudyLedger(Protocol):
     """Studies from first instance to verdict. received = routed + filtered + waiting + failed, always."""
 
-    def open_studies(self) -> Sequence[StudyActivity]:
-        """Every study revision with series not yet routed."""
+    def open_at_a_glance(self) -> OpenStudies:
+        """Every study revision with series not yet routed; much cheaper than `open_studies`."""
+        ...
+
+    def open_studies(self, only: Collection[str] | None = None) -> Sequence[StudyActivity]:
+        """Every study revision with series not yet routed, oldest first; of these Study Instance UIDs `only`."""
         ...
 
     def series_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[StoredInstance]:

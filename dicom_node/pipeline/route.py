@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from dicom_node.errors import NodeError, NotFound
 from dicom_node.interfaces import Clock, RoutedSeries, StudyLedger, seconds_since
 from dicom_node.model import (
+    AssociationEnd,
     CloseTrigger,
     Condition,
     SeriesHeader,
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 3  # at reading or evaluating a series, before it is closed as failed
 RETRY_S = 5.0  # doubled after each
+LOOK_AGAIN_S = 10.0  # at a study that is not due, whatever is known of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,22 @@ class Routed:
 class _Trouble:
     tries: int
     not_before_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A study that was looked at and is due at `at_s`, unless more of it comes: then later, or one of the associations
+    that were open ends: then sooner. Times are seconds of the boot clock.
+    """
+
+    received: Hashable
+    associations: frozenset[str]
+    at_s: float
+    look_at_s: float
+
+    def holds(self, received: Hashable, associations: frozenset[str], now_s: float) -> bool:
+        """Whether nothing has happened since that another look would see."""
+        return self.received == received and self.associations <= associations and now_s < self.look_at_s
 
 
 class Router:
@@ -67,6 +85,7 @@ class Router:
         self._clock = clock
         self._observer = observer
         self._trouble: dict[tuple[str, str, int], _Trouble] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self.next_due_s: float | None = None
         """When, on the boot clock, the first study will be due that was not at the last sweep; None: nobody knows."""
 
@@ -77,11 +96,7 @@ class Router:
         again later, TRIES times, then closed as failed with the reason. Raises StorageError when the catalog cannot be
         read at all.
         """
-        activities = self._ledger.open_studies()
-        self._forget_trouble(activities)
-        judged = [(activity, self._due(activity)) for activity in activities]
-        self.next_due_s = min((verdict.at_s for _, verdict in judged if verdict.at_s is not None), default=None)
-        due = [(activity, verdict) for activity, verdict in judged if verdict.trigger is not None]
+        due = self._look()
         due.sort(key=lambda item: item[1].trigger is not CloseTrigger.IMMEDIATE)
         routed = 0
         for activity, verdict in due:
@@ -94,6 +109,31 @@ class Router:
                     exc_info=exc,
                 )
         return routed
+
+    def _look(self) -> list[tuple[StudyActivity, Due]]:
+        """The studies that are due. One that is not is looked at again only when that may have changed: a sender of a
+        whole archive keeps thousands of them open.
+        """
+        glance, now_s = self._ledger.open_at_a_glance(), self._clock.boot().seconds
+        self._waiting = {
+            uid: waiting
+            for uid, waiting in self._waiting.items()
+            if uid in glance.received and waiting.holds(glance.received[uid], glance.associations, now_s)
+        }
+        activities = self._ledger.open_studies([uid for uid in glance.received if uid not in self._waiting])
+        due = []
+        for activity in activities:
+            uid, verdict = activity.study_instance_uid, self._due(activity)
+            if verdict.trigger is not None:
+                due.append((activity, verdict))
+            elif verdict.at_s is not None and uid in glance.received:
+                open_ones = (one.association_id for one in activity.associations if one.end is AssociationEnd.OPEN)
+                self._waiting[uid] = _Waiting(
+                    glance.received[uid], frozenset(open_ones), verdict.at_s, min(verdict.at_s, now_s + LOOK_AGAIN_S)
+                )
+        self._forget_trouble(activities)
+        self.next_due_s = min((waiting.at_s for waiting in self._waiting.values()), default=None)
+        return due
 
     def route_now(self, study_instance_uid: str, *, again: bool = False, rule: str | None = None) -> Routed:
         """For `dicom-node route`: close and route the whole study now, whatever it waits for.
@@ -161,10 +201,7 @@ class Router:
 
     def _still_open(self, study_instance_uid: str) -> frozenset[str]:
         return frozenset(
-            uid
-            for activity in self._ledger.open_studies()
-            if activity.study_instance_uid == study_instance_uid
-            for uid in activity.pending_series
+            uid for activity in self._ledger.open_studies([study_instance_uid]) for uid in activity.pending_series
         )
 
     # --- one series
@@ -204,7 +241,9 @@ class Router:
                 for activity in activities
                 for uid, sequence in activity.received_seq.items()
             }
-            self._trouble = {key: trouble for key, trouble in self._trouble.items() if key in alive}
+            self._trouble = {
+                key: trouble for key, trouble in self._trouble.items() if key in alive or key[0] in self._waiting
+            }
 
 
 def _failure(uid: str, exc: Exception) -> RoutedSeries:

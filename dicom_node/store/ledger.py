@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 
 from dicom_node.errors import NotFound
-from dicom_node.interfaces import RoutedSeries
+from dicom_node.interfaces import OpenStudies, RoutedSeries
 from dicom_node.model import (
     AssociationEnd,
     BootTime,
@@ -35,6 +35,11 @@ from dicom_node.store.rows import CatalogPart, source_of, unpacked_header, utc, 
 __all__ = ["Ledger"]
 
 _HISTORY_PAGE = 100
+_OPEN = "(SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open')"
+_OPEN_OF_THESE = (
+    "(SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open' "
+    "AND study_instance_uid IN (SELECT value FROM json_each(?)))"
+)
 
 
 class Ledger(CatalogPart):
@@ -42,23 +47,39 @@ class Ledger(CatalogPart):
 
     # --- activity
 
-    def open_studies(self) -> Sequence[StudyActivity]:
-        """Every study revision with series not yet routed, oldest first."""
+    def open_at_a_glance(self) -> OpenStudies:
+        """See `interfaces.StudyLedger.open_at_a_glance`: the partial indexes, and one look at each study's row."""
+        studies = self.database.rows(
+            "SELECT study_instance_uid, revision, last_boot_id, last_boot_s "
+            f"FROM {_OPEN} CROSS JOIN study USING (study_instance_uid)"
+        )
+        associations = self.database.rows("SELECT association_id FROM association WHERE ended = 'open'")
+        return OpenStudies(
+            received={study[0]: study[1:] for study in studies},
+            associations=frozenset(association for (association,) in associations),
+        )
+
+    def open_studies(self, only: Collection[str] | None = None) -> Sequence[StudyActivity]:
+        """Every study revision with series not yet routed, oldest first; of these Study Instance UIDs `only`."""
+        if only is not None and not only:
+            return []
+        asked, these = (_OPEN, ()) if only is None else (_OPEN_OF_THESE, (json.dumps(list(only)),))
         with self.database.read() as connection:
             # The series first: an image that comes in between makes its `received_seq` stale, and closing skips it.
             # CROSS JOIN fixes the order of the join: the partial index of open series leads.
             series = connection.execute(
-                "SELECT series.* FROM (SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open') "
-                "CROSS JOIN series USING (study_instance_uid) WHERE image_count > 0"
+                f"SELECT series.* FROM {asked} CROSS JOIN series USING (study_instance_uid) WHERE image_count > 0",
+                these,
             ).fetchall()
             studies = connection.execute(
-                "SELECT study.* FROM (SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open') "
-                "CROSS JOIN study USING (study_instance_uid) ORDER BY study.last_received_at"
+                f"SELECT study.* FROM {asked} CROSS JOIN study USING (study_instance_uid) "
+                "ORDER BY study.last_received_at",
+                these,
             ).fetchall()
             associations = connection.execute(
-                "SELECT study_instance_uid, association.* "
-                "FROM (SELECT DISTINCT study_instance_uid FROM series WHERE routing = 'open') "
-                "CROSS JOIN study_association USING (study_instance_uid) JOIN association USING (association_id)"
+                f"SELECT study_instance_uid, association.* FROM {asked} "
+                "CROSS JOIN study_association USING (study_instance_uid) JOIN association USING (association_id)",
+                these,
             ).fetchall()
         by_study, feeding = defaultdict(list), defaultdict(list)
         for row in series:

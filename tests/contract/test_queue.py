@@ -564,6 +564,21 @@ def test_what_was_the_nodes_fault_is_counted_apart_until_a_person_retries(bench:
 # --- closing ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_glance_sees_what_is_open_and_that_more_of_it_came(bench: Bench) -> None:
+    bench.receive("1.2.3.1.1")
+    first = bench.queue.open_at_a_glance()
+    assert (set(first.received), first.associations) == ({STUDY}, frozenset())
+    assert bench.queue.open_at_a_glance() == first
+    assert list(bench.queue.open_studies([])) == list(bench.queue.open_studies(["9.9"])) == []
+    assert bench.queue.open_studies([STUDY, "9.9"]) == bench.queue.open_studies()
+    bench.clock.sleep(0.001)
+    bench.receive("1.2.3.1.2")
+    assert bench.queue.open_at_a_glance().received != first.received
+    bench.route(bench.plan())
+    assert bench.queue.open_at_a_glance().received == {}
+    assert bench.queue.open_studies([STUDY]) == []
+
+
 def test_an_image_that_comes_while_routing_leaves_its_series_open(bench: Bench) -> None:
     bench.receive("1.2.3.1.1")
     bench.receive("1.2.3.2.1", series="1.2.3.2")

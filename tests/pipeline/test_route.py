@@ -112,6 +112,57 @@ def test_an_open_association_holds_the_study_and_an_abort_holds_it_longer(node: 
     assert node.router.sweep() == 1
 
 
+def test_a_study_that_waits_is_looked_at_again_only_when_something_happened_to_it(
+    node: Node, kit: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender of a whole archive keeps thousands of studies open, and each tick would read them all."""
+    bench, log = node.bench, node.bench.catalog.index
+    looks: list[list[str]] = []
+    look = bench.queue.open_studies
+
+    def asked(only: Any = None) -> Any:
+        looks.append(sorted(only))
+        return look(only)
+
+    monkeypatch.setattr(bench.queue, "open_studies", asked)
+    log.open_association("a1", Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1"))
+    bench.receive(bench.dataset("7.1", study="7", series="7.0"))
+    bench.receive(bench.dataset("8.1", study="8", series="8.0"), association="a1")
+    assert [node.router.sweep() for _ in range(3)] == [0, 0, 0]
+    assert looks == [["7", "8"], [], []]
+    bench.clock.sleep(1)
+    bench.receive(bench.dataset("7.2", study="7", series="7.0"))
+    assert [node.router.sweep() for _ in range(2)] == [0, 0]
+    assert looks[3:] == [["7"], []]
+    log.end_association("a1", AssociationEnd.RELEASED)  # sooner than it would have been idle
+    assert [node.router.sweep() for _ in range(2)] == [0, 0]
+    assert looks[5:] == [["8"], []]
+    assert node.router.next_due_s == pytest.approx(bench.clock.boot().seconds + 9)
+    bench.clock.sleep(9)
+    assert node.router.sweep() == 1
+    assert looks[7:] == [["8"]]
+    bench.clock.sleep(1)
+    assert node.router.sweep() == 1
+    assert looks[8:] == [["7"]]
+    assert node.router.sweep() == 0 and node.router.next_due_s is None
+
+
+def test_however_long_a_study_waits_it_is_looked_at_every_ten_seconds(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, looks = node.bench, []
+    look = bench.queue.open_studies
+    monkeypatch.setattr(bench.queue, "open_studies", lambda only: (looks.append(list(only)), look(only))[1])
+    log = bench.catalog.index
+    log.open_association("a1", Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1"))
+    bench.receive(bench.dataset("7.1", study="7", series="7.0"), association="a1")
+    log.end_association("a1", AssociationEnd.ABORTED)
+    for _ in range(100):
+        node.router.sweep()
+        bench.clock.sleep(0.5)
+    assert looks.count(["7"]) == 5 and looks.count([]) == 95
+
+
 def test_a_single_radiograph_goes_at_once_and_the_rest_of_its_study_waits(node: Node) -> None:
     dataset = node.bench.dataset
     node.bench.receive(dataset("1.2.3.1.1"), dataset("1.2.3.2.1", series="1.2.3.2", Modality="DX", SOPClassUID=DX))
