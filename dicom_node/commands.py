@@ -419,7 +419,7 @@ def rules_explain(arguments: argparse.Namespace) -> int:
             print(f"Deleted on {gone.at:%Y-%m-%d %H:%M} {by}: {gone.why}")
         if catalog.queue.deletions(arguments.study) and not catalog.queue.has_study(arguments.study):
             return OK
-        waiting = [one for one in catalog.queue.open_studies() if one.study_instance_uid == arguments.study]
+        waiting = catalog.queue.open_studies([arguments.study])
         if waiting or not verdicts:
             rules = node_rules(config)
             router = node_router(catalog, config, lambda: rules, clock, Unobserved())

@@ -235,7 +235,7 @@ def _wait(catalog: Catalog, studies: Mapping[str, int], say: Callable[[str], Non
 
 def _under_way(catalog: Catalog, uid: str) -> bool:
     return (
-        any(activity.study_instance_uid == uid for activity in catalog.queue.open_studies())
+        bool(catalog.queue.open_studies([uid]))
         or any(job.state not in _JOB_ENDS for job in catalog.queue.jobs(study_instance_uid=uid))
         or any(sent.state not in _DELIVERY_ENDS for sent in catalog.queue.deliveries(study_instance_uid=uid))
     )

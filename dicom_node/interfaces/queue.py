@@ -61,11 +61,11 @@ class RoutedSeries:
 class OpenStudies:
     """What can be seen of all open studies at a glance, however many they are.
 
-    `received`: by Study Instance UID, what is another once more of it was received. `associations`: the ids of all that
-    are open, whatever they feed.
+    `marks`: of each, by Study Instance UID, something that changes when an instance of it is received or a series of it
+    opened. `associations`: the ids of all that are open, whatever they feed.
     """
 
-    received: Mapping[str, Hashable]
+    marks: Mapping[str, Hashable]
     associations: frozenset[str]
 
 

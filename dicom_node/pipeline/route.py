@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 3  # at reading or evaluating a series, before it is closed as failed
 RETRY_S = 5.0  # doubled after each
-LOOK_AGAIN_S = 10.0  # at a study that is not due, whatever is known of it
+LOOK_AGAIN_S = 10.0  # at the latest, at a study that is not due, whatever is known of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +47,18 @@ class _Trouble:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A study that was looked at and is due at `at_s`, unless more of it comes: then later, or one of the associations
-    that were open ends: then sooner. Times are seconds of the boot clock.
+    """A study that was looked at and is due at `at_s`, unless its mark changes or one of the associations ends that
+    were open: then it may be sooner. Times are seconds of the boot clock.
     """
 
-    received: Hashable
+    mark: Hashable
     associations: frozenset[str]
     at_s: float
     look_at_s: float
 
-    def holds(self, received: Hashable, associations: frozenset[str], now_s: float) -> bool:
+    def holds(self, mark: Hashable, associations: frozenset[str], now_s: float) -> bool:
         """Whether nothing has happened since that another look would see."""
-        return self.received == received and self.associations <= associations and now_s < self.look_at_s
+        return self.mark == mark and self.associations <= associations and now_s < self.look_at_s
 
 
 class Router:
@@ -114,23 +115,23 @@ class Router:
         """The studies that are due. One that is not is looked at again only when that may have changed: a sender of a
         whole archive keeps thousands of them open.
         """
+        # The marks first: of what comes between the two reads, the next sweep sees another one.
         glance, now_s = self._ledger.open_at_a_glance(), self._clock.boot().seconds
         self._waiting = {
             uid: waiting
             for uid, waiting in self._waiting.items()
-            if uid in glance.received and waiting.holds(glance.received[uid], glance.associations, now_s)
+            if uid in glance.marks and waiting.holds(glance.marks[uid], glance.associations, now_s)
         }
-        activities = self._ledger.open_studies([uid for uid in glance.received if uid not in self._waiting])
+        activities = self._ledger.open_studies([uid for uid in glance.marks if uid not in self._waiting])
         due = []
         for activity in activities:
             uid, verdict = activity.study_instance_uid, self._due(activity)
             if verdict.trigger is not None:
                 due.append((activity, verdict))
-            elif verdict.at_s is not None and uid in glance.received:
+            elif verdict.at_s is not None and uid in glance.marks:
                 open_ones = (one.association_id for one in activity.associations if one.end is AssociationEnd.OPEN)
-                self._waiting[uid] = _Waiting(
-                    glance.received[uid], frozenset(open_ones), verdict.at_s, min(verdict.at_s, now_s + LOOK_AGAIN_S)
-                )
+                look_at_s = min(verdict.at_s, now_s + _look_again_s(uid))
+                self._waiting[uid] = _Waiting(glance.marks[uid], frozenset(open_ones), verdict.at_s, look_at_s)
         self._forget_trouble(activities)
         self.next_due_s = min((waiting.at_s for waiting in self._waiting.values()), default=None)
         return due
@@ -244,6 +245,11 @@ class Router:
             self._trouble = {
                 key: trouble for key, trouble in self._trouble.items() if key in alive or key[0] in self._waiting
             }
+
+
+def _look_again_s(study_instance_uid: str) -> float:
+    """Half of LOOK_AGAIN_S to all of it: studies that were looked at together are not again."""
+    return LOOK_AGAIN_S * (0.5 + zlib.crc32(study_instance_uid.encode()) / 2**33)
 
 
 def _failure(uid: str, exc: Exception) -> RoutedSeries:

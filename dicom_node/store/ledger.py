@@ -50,12 +50,13 @@ class Ledger(CatalogPart):
     def open_at_a_glance(self) -> OpenStudies:
         """See `interfaces.StudyLedger.open_at_a_glance`: the partial indexes, and one look at each study's row."""
         studies = self.database.rows(
-            "SELECT study_instance_uid, revision, last_boot_id, last_boot_s "
-            f"FROM {_OPEN} CROSS JOIN study USING (study_instance_uid)"
+            "SELECT study_instance_uid, series, last_boot_id, last_boot_s "
+            "FROM (SELECT study_instance_uid, count(*) AS series FROM series WHERE routing = 'open' "
+            "GROUP BY study_instance_uid) CROSS JOIN study USING (study_instance_uid)"
         )
         associations = self.database.rows("SELECT association_id FROM association WHERE ended = 'open'")
         return OpenStudies(
-            received={study[0]: study[1:] for study in studies},
+            marks={study[0]: study[1:] for study in studies},
             associations=frozenset(association for (association,) in associations),
         )
 

@@ -567,15 +567,15 @@ def test_what_was_the_nodes_fault_is_counted_apart_until_a_person_retries(bench:
 def test_a_glance_sees_what_is_open_and_that_more_of_it_came(bench: Bench) -> None:
     bench.receive("1.2.3.1.1")
     first = bench.queue.open_at_a_glance()
-    assert (set(first.received), first.associations) == ({STUDY}, frozenset())
+    assert (set(first.marks), first.associations) == ({STUDY}, frozenset())
     assert bench.queue.open_at_a_glance() == first
     assert list(bench.queue.open_studies([])) == list(bench.queue.open_studies(["9.9"])) == []
     assert bench.queue.open_studies([STUDY, "9.9"]) == bench.queue.open_studies()
     bench.clock.sleep(0.001)
     bench.receive("1.2.3.1.2")
-    assert bench.queue.open_at_a_glance().received != first.received
+    assert bench.queue.open_at_a_glance().marks != first.marks
     bench.route(bench.plan())
-    assert bench.queue.open_at_a_glance().received == {}
+    assert bench.queue.open_at_a_glance().marks == {}
     assert bench.queue.open_studies([STUDY]) == []
 
 
