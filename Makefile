@@ -105,8 +105,8 @@ fuzz-wire: $(STAMP) tools  ## the same bytes to both wires, many more of them; S
 fuzz: $(STAMP)  ## coverage-guided fuzzing of all that takes strangers' bytes, target by target; MINUTES=n, ONLY=names
 	$(BIN)/python tests/fuzz/run.py --minutes $(or $(MINUTES),10) --only "$(ONLY)" --corpus build/fuzz/corpus
 
-fuzz-node: $(STAMP)  ## malformed input against a running node, and what it grows by; FAULTS_SCRIPT=path MINUTES=n
-	$(BIN)/python -W ignore benchmarks/fuzz_node.py --script "$(FAULTS_SCRIPT)" --minutes $(MINUTES)
+fuzz-node: $(STAMP)  ## malformed input against a running node, and what it grows by; FAULTS_SCRIPT=path MINUTES=n PACED=n
+	$(BIN)/python -W ignore benchmarks/fuzz_node.py --script "$(FAULTS_SCRIPT)" --minutes $(MINUTES) --paced $(or $(PACED),30)
 
 faults: $(STAMP) tools  ## faults and attacks on a running node, beside Orthanc; FAULTS_SCRIPT=path, FAULTS_ARGS="--only slow"
 	$(BIN)/python benchmarks/faults.py --script "$(FAULTS_SCRIPT)" $(FAULTS_ARGS)
