@@ -120,7 +120,7 @@ bench: $(STAMP) bench-peers  ## speed, as ratios inside one run
 bench-peers: $(STAMP) tools  ## the running node beside Orthanc, a short look; BENCH_ARGS="--rounds 5" for all of it
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
-bench-growth: $(STAMP)  ## with up to a million instances: start to first answers, cost of one more and of studies that wait; writes build/growth.svg
+bench-growth: $(STAMP)  ## a million instances: start to first answers, cost of one more; what waits costs; writes build/growth.svg
 	$(BIN)/python benchmarks/restart.py
 	$(BIN)/python benchmarks/growth.py --plot build/growth.svg
 	$(BIN)/python benchmarks/waiting.py

@@ -14,7 +14,7 @@ from _bench_objects import EXPLICIT_LE, SMALL, Batch
 from _bench_systems import free_port, without_nodelay
 from _raw_client import RawAssociation
 
-__all__ = ["BenchNode"]
+__all__ = ["BenchNode", "store_all"]
 
 READY_S = 130.0
 
@@ -87,7 +87,12 @@ class BenchNode:
         """Store one study of small images; its Study Instance UID."""
         batch = Batch(SMALL, count)
         association = RawAssociation(self.port, self.ae_title, {SMALL.sop_class_uid: EXPLICIT_LE})
-        for image in map(batch.image, range(count)):
-            association.store(image.sop_class_uid, image.sop_instance_uid, [image.head, image.pixels])
+        store_all(association, batch)
         association.release()
         return batch.study_uid(0)
+
+
+def store_all(association: RawAssociation, batch: Batch) -> None:
+    """Every image of the batch, one after the other."""
+    for image in map(batch.image, range(len(batch))):
+        association.store(image.sop_class_uid, image.sop_instance_uid, [image.head, image.pixels])

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench_node import BenchNode
+from _bench_node import BenchNode, store_all
 from _bench_objects import EXPLICIT_LE, INDEX, Batch
 from _bench_systems import Usage
 from _raw_client import RawAssociation
@@ -31,10 +31,7 @@ def main() -> None:
         association = RawAssociation(node.port, node.ae_title, {INDEX.sop_class_uid: EXPLICIT_LE})
         waiting = 0
         for wanted in [0, *map(int, options.studies.split(","))]:
-            batch = Batch(INDEX, wanted - waiting)
-            for number in range(len(batch)):
-                image = batch.image(number)
-                association.store(image.sop_class_uid, image.sop_instance_uid, (image.head, image.pixels))
+            store_all(association, Batch(INDEX, wanted - waiting))
             waiting = wanted
             time.sleep(2.0)  # what was begun for the last ones
             with Usage(node.pid) as usage:

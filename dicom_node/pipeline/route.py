@@ -128,7 +128,7 @@ class Router:
             uid, verdict = activity.study_instance_uid, self._due(activity)
             if verdict.trigger is not None:
                 due.append((activity, verdict))
-            elif verdict.at_s is not None and uid in glance.marks:
+            elif verdict.at_s is not None:
                 open_ones = (one.association_id for one in activity.associations if one.end is AssociationEnd.OPEN)
                 look_at_s = min(verdict.at_s, now_s + _look_again_s(uid))
                 self._waiting[uid] = _Waiting(glance.marks[uid], frozenset(open_ones), verdict.at_s, look_at_s)

@@ -61,7 +61,7 @@ class Ledger(CatalogPart):
         )
 
     def open_studies(self, only: Collection[str] | None = None) -> Sequence[StudyActivity]:
-        """Every study revision with series not yet routed, oldest first; of these Study Instance UIDs `only`."""
+        """See `interfaces.StudyLedger.open_studies`."""
         if only is not None and not only:
             return []
         asked, these = (_OPEN, ()) if only is None else (_OPEN_OF_THESE, (json.dumps(list(only)),))

@@ -51,7 +51,7 @@ def build_file_meta(
 def _around(sop_class_uid: str, transfer_syntax_uid: str, source_ae: str) -> tuple[bytes, bytes]:
     """The elements before and after the SOP Instance UID: the same for all that one sender sends of a kind."""
     before = (
-        struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01",
+        _bytes(0x0001, b"\x00\x01"),
         _text(0x0002, b"UI", sop_class_uid),
     )
     after = [
@@ -74,13 +74,12 @@ def _text(element: int, vr: bytes, text: str) -> bytes:
 def _private(made_for: str) -> bytes:
     if not made_for:
         return b""
-    value = made_for.encode("ascii", "replace")
+    return _text(0x0100, b"UI", IMPLEMENTATION_CLASS_UID) + _bytes(0x0102, made_for.encode("ascii", "replace"))
+
+
+def _bytes(element: int, value: bytes) -> bytes:
     value += b"\x00" * (len(value) % 2)
-    return (
-        _text(0x0100, b"UI", IMPLEMENTATION_CLASS_UID)
-        + struct.pack("<HH2sHI", 0x0002, 0x0102, b"OB", 0, len(value))
-        + value
-    )
+    return struct.pack("<HH2sHI", 0x0002, element, b"OB", 0, len(value)) + value
 
 
 def parse_file_meta(view: memoryview) -> FileMeta:

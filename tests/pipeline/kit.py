@@ -351,6 +351,12 @@ class Bench:
     def close(self) -> None:
         self.catalog.close()
 
+    def lose_catalog(self) -> None:
+        """Close it and take it away; the files stay."""
+        self.close()
+        for path in self.folder.glob("catalog.db*"):
+            path.unlink()
+
     # --- instances
 
     def dataset(self, uid: str, *, series: str = SERIES, study: str = STUDY, **attributes: Any) -> Dataset:

@@ -78,6 +78,19 @@ def node(bench: Any, kit: ModuleType, tmp_path: Path) -> Node:
     return Node(bench, kit, folder)
 
 
+def looks_of(bench: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """From now on, which studies each sweep reads."""
+    looks: list[list[str]] = []
+    look = bench.queue.open_studies
+
+    def asked(only: Any) -> Any:
+        looks.append(sorted(only))
+        return look(only)
+
+    monkeypatch.setattr(bench.queue, "open_studies", asked)
+    return looks
+
+
 def test_a_study_is_routed_when_it_was_quiet_long_enough(node: Node, kit: ModuleType) -> None:
     node.bench.receive(node.bench.dataset("1.2.3.1.1"))
     due_s = node.bench.clock.boot().seconds + 10
@@ -117,14 +130,7 @@ def test_a_study_that_waits_is_looked_at_again_only_when_something_happened_to_i
 ) -> None:
     """A sender of a whole archive keeps thousands of studies open, and each tick would read them all."""
     bench, log = node.bench, node.bench.catalog.index
-    looks: list[list[str]] = []
-    look = bench.queue.open_studies
-
-    def asked(only: Any = None) -> Any:
-        looks.append(sorted(only))
-        return look(only)
-
-    monkeypatch.setattr(bench.queue, "open_studies", asked)
+    looks = looks_of(bench, monkeypatch)
     log.open_association("a1", Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1"))
     bench.receive(bench.dataset("7.1", study="7", series="7.0"))
     bench.receive(bench.dataset("8.1", study="8", series="8.0"), association="a1")
@@ -199,9 +205,7 @@ def test_a_series_that_cannot_be_read_has_its_tries_though_its_study_goes_on(nod
 def test_however_long_a_study_waits_it_is_looked_at_every_ten_seconds(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, looks = node.bench, []
-    look = bench.queue.open_studies
-    monkeypatch.setattr(bench.queue, "open_studies", lambda only: (looks.append(list(only)), look(only))[1])
+    bench, looks = node.bench, looks_of(node.bench, monkeypatch)
     log = bench.catalog.index
     log.open_association("a1", Source(calling_ae_title="CT1", called_ae_title="NODE", address="127.0.0.1"))
     bench.receive(bench.dataset("7.1", study="7", series="7.0"), association="a1")

@@ -464,9 +464,7 @@ def test_fsck_takes_in_results_that_a_catalog_put_back_from_a_copy_does_not_know
         bench.queue.retry_job(job)
     assert bench.worker().run_once("w")
     had = [(instance.sop_instance_uid, instance.sha256) for instance in bench.produced()]
-    bench.close()
-    for path in (tmp_path / "node").glob("catalog.db*"):
-        path.unlink()
+    bench.lose_catalog()
     bring_back(tmp_path / "node", tmp_path / "copy.db")
     bench = kit.Bench(tmp_path / "node", kit.LaterClock())
     assert bench.queue.job(job).state is state
@@ -498,9 +496,7 @@ def test_fsck_takes_in_results_whose_job_went_with_the_index(kit: ModuleType, tm
     bench.receive(bench.dataset("1.2.3.1.1"), bench.dataset("1.2.3.1.2"))
     bench.route()
     assert bench.worker().run_once("w")
-    bench.close()
-    for path in tmp_path.rglob("catalog.db*"):
-        path.unlink()
+    bench.lose_catalog()
     bench = kit.Bench(tmp_path, clock)
     assert bench.produced() == []
     report = fsck(bench.catalog, rebuild=True, verify_hashes=True, clock=clock)
