@@ -21,6 +21,7 @@ from dicom_node.model.instances import (
     StoreResult,
 )
 from dicom_node.model.jobs import (
+    JOB_ENDED,
     CommitmentReport,
     CommitmentRequest,
     CommitmentTimes,
@@ -35,6 +36,7 @@ from dicom_node.model.jobs import (
     TimelineEvent,
     TlsClient,
     UserCredentials,
+    marked_job,
     next_job_state,
 )
 from dicom_node.model.queries import Key, Level, Match, MatchKind, Query
@@ -55,6 +57,7 @@ from dicom_node.model.studies import (
 )
 
 __all__ = [
+    "JOB_ENDED",
     "NOTE_MAX",
     "ArchivedFile",
     "AssociationEnd",
@@ -106,5 +109,6 @@ __all__ = [
     "TlsClient",
     "UserCredentials",
     "Verdict",
+    "marked_job",
     "next_job_state",
 ]

@@ -13,6 +13,7 @@ from dicom_node.model.instances import StoredInstance
 from dicom_node.model.studies import Priority, SendWhat
 
 __all__ = [
+    "JOB_ENDED",
     "CommitmentReport",
     "CommitmentRequest",
     "CommitmentTimes",
@@ -27,6 +28,7 @@ __all__ = [
     "TimelineEvent",
     "TlsClient",
     "UserCredentials",
+    "marked_job",
     "next_job_state",
 ]
 
@@ -42,6 +44,8 @@ class JobState(Enum):
     FAILED = "failed"  # dead letter: needs a person
     CANCELLED = "cancelled"
 
+
+JOB_ENDED = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
 
 _JOB_MOVES: Mapping[tuple[JobState, str], JobState] = {
     (JobState.PENDING, "lease"): JobState.LEASED,
@@ -108,6 +112,12 @@ class Job:
     def mark(self) -> str:
         """Names it for good: a number alone is given again when a catalog is put back from a copy."""
         return f"{self.id} {self.created_at.isoformat(timespec='microseconds')}"
+
+
+def marked_job(mark: str) -> tuple[str, str]:
+    """Number and time of creation as a `Job.mark` says them; of any other text, what is no job's."""
+    number, _, created_at = mark.partition(" ")
+    return number, created_at
 
 
 class DeliveryState(Enum):

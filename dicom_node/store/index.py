@@ -18,6 +18,7 @@ from dicom_node.digests import digest_of_file, is_old
 from dicom_node.errors import InvalidIdentifier, StorageError
 from dicom_node.interfaces import Clock, KnownFile
 from dicom_node.model import (
+    JOB_ENDED,
     ArchivedFile,
     AssociationEnd,
     ConflictPolicy,
@@ -29,6 +30,7 @@ from dicom_node.model import (
     Source,
     StoredInstance,
     StoreOutcome,
+    marked_job,
 )
 from dicom_node.store.database import Database
 from dicom_node.store.holds import SETTLED_S
@@ -328,19 +330,20 @@ class SqliteIndex:
 
     def is_unfinished(self, made_for: str, sop_instance_uid: str, written_at: datetime) -> bool:
         """See `interfaces.CheckedIndex.is_unfinished`."""
-        number, _, created_at = made_for.partition(" ")
+        number, created_at = marked_job(made_for)
         return bool(
             self._fetch(
                 "SELECT 1 FROM job JOIN history ON history.study_instance_uid = job.study_instance_uid "
                 "AND kind = 'job' AND ref = job.id AND history.state = job.state AND at >= :written_at "
                 "WHERE job.id = :job AND created_at = :created_at "
-                "AND job.state IN ('done', 'rejected', 'failed', 'cancelled') "
+                "AND job.state IN (SELECT value FROM json_each(:ended)) "
                 "AND NOT EXISTS (SELECT 1 FROM job_result WHERE job = job.id AND sop_instance_uid = :uid) LIMIT 1",
                 {
                     "job": number,
                     "created_at": created_at,
                     "uid": sop_instance_uid,
                     "written_at": utc_text(written_at),
+                    "ended": json.dumps([state.value for state in JOB_ENDED]),
                 },
             )
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from dicom_node.errors import NotFound, StorageError
 from dicom_node.model import (
+    JOB_ENDED,
     ConflictPolicy,
     InstanceRecord,
     Job,
@@ -40,8 +41,6 @@ from dicom_node.store.standing import stand
 from dicom_node.values import Pending
 
 __all__ = ["Jobs", "move_job"]
-
-ENDED = frozenset({JobState.DONE, JobState.REJECTED, JobState.FAILED, JobState.CANCELLED})
 
 # Held back: a study under two patient identities until a person releases it (unless the node is told not to mind).
 _RUNNABLE = """
@@ -359,7 +358,7 @@ def move_job(connection: sqlite3.Connection, job_id: int, move: str, **columns: 
     state = next_job_state(JobState(row["state"]), move)
     if state in (JobState.CANCELLED, JobState.FAILED):
         ask_to_stop(connection, job_id, columns.get("handle"))
-    if state in ENDED:
+    if state in JOB_ENDED:
         columns["note"] = ""
     update(connection, "job", job_id, {"state": state.value, "lease_until_s": None, "lease_boot_id": None, **columns})
     stand(connection, row["study_instance_uid"], row["series_instance_uid"])
