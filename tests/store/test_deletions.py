@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dicom_node import cli
 from dicom_node.config import StorageSettings
 from dicom_node.errors import NotFound, StorageError
 from dicom_node.interfaces import RoutedSeries
@@ -119,8 +120,15 @@ def test_a_deleted_study_is_nowhere_but_in_the_note_of_it(catalog: Catalog, sett
 
 
 def test_files_that_a_copy_brings_back_are_not_taken_in(
-    catalog: Catalog, clock: Any, settled: list[InstanceRecord], receive: Callable[..., InstanceRecord], tmp_path: Path
+    catalog: Catalog,
+    clock: Any,
+    settled: list[InstanceRecord],
+    receive: Callable[..., InstanceRecord],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("dicom_node.commands.setup_logging", lambda *_: None)
     for one in settled:
         path = catalog.archive.path(one.file.location)
         os.utime(path, (clock.wall().timestamp() - 3600,) * 2)
@@ -131,8 +139,18 @@ def test_files_that_a_copy_brings_back_are_not_taken_in(
     report = fsck(catalog, rebuild=True, verify_hashes=True, clock=clock)
     assert sorted(report.deleted) == sorted(one.file.location for one in settled)
     assert report.clean and not report.indexed and found(catalog, STUDY) == 0
+    assert_told_of(settled, catalog, capsys)
     receive(1)  # sent again it is welcome
     assert found(catalog, STUDY) == 1
+
+
+def assert_told_of(left: list[InstanceRecord], catalog: Catalog, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command names each file, and says what there is to do."""
+    data_dir = catalog.database.path.parent
+    assert cli.main(["fsck", "--data-dir", str(data_dir)]) == 0
+    told = capsys.readouterr()
+    assert sorted(told.out.splitlines()[1:-1]) == sorted(f"deleted: {one.file.location}" for one in left)
+    assert f"3 files that nothing refers to stay until a person removes them below {data_dir / 'archive'}" in told.err
 
 
 def test_a_backup_made_meanwhile_knows_of_the_deletion(
