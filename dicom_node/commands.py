@@ -194,7 +194,11 @@ def fsck(arguments: argparse.Namespace) -> int:
         print(f"{'counted anew' if arguments.repair else 'miscounted'}: {what}")
     if left := len(report.deleted) + len(report.unfinished):
         where = config.data_dir / "archive"
-        print(f"{left} files that nothing refers to stay until a person removes them below {where}", file=sys.stderr)
+        print(
+            f"deleted or unfinished: {left}. They belong to nothing: remove them below {where} before the node starts, "
+            "or leave them: what is sent again may use them",
+            file=sys.stderr,
+        )
     print("archive and index agree" if report.clean else "archive and index do not agree (--repair indexes files)")
     return OK if report.clean and (arguments.repair or not miscounted) else FAILED
 

@@ -1,7 +1,7 @@
 """One child of the supervisor: `python -m dicom_node.process ROLE`, told what to do on standard input.
 
-The child dies with its parent (PR_SET_PDEATHSIG), leaves SIGINT to it (which begins it with that signal blocked),
-stops cleanly on SIGTERM and gives a sign of life every second. What a role does is in `node`.
+The child dies with its parent (PR_SET_PDEATHSIG), leaves SIGINT to it, stops cleanly on SIGTERM and gives a sign of
+life every second. What a role does is in `node`.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = _Asked()
     signal.signal(signal.SIGTERM, asked.to_stop)
     signal.signal(signal.SIGHUP, asked.to_reload)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is blocked here, but what plug-ins begin may unblock it
     make = part_class(role)  # while the supervisor prepares the data folder
     orders = _read_orders()
     if not tied_to(orders.supervisor_pid):

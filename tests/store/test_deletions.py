@@ -150,7 +150,7 @@ def assert_told_of(left: list[InstanceRecord], catalog: Catalog, capsys: pytest.
     assert cli.main(["fsck", "--data-dir", str(data_dir)]) == 0
     told = capsys.readouterr()
     assert sorted(told.out.splitlines()[1:-1]) == sorted(f"deleted: {one.file.location}" for one in left)
-    assert f"3 files that nothing refers to stay until a person removes them below {data_dir / 'archive'}" in told.err
+    assert f"unfinished: 3. They belong to nothing: remove them below {data_dir / 'archive'} before" in told.err
 
 
 def test_a_backup_made_meanwhile_knows_of_the_deletion(
