@@ -197,7 +197,7 @@ def _frames(view: SeriesView) -> int:
 def _whole(value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # of an infinite one
         return 0
 
 

@@ -189,3 +189,5 @@ def test_a_series_without_slices_has_no_spacing(
 def test_frames_of_multi_frame_instances_are_counted(ask: Ask, series_view: View) -> None:
     geometry: tuple[dict[str, Any], ...] = ({"NumberOfFrames": 30}, {"NumberOfFrames": "12"}, {})
     assert ask("series.frame_count == 43", series_view(count=3, geometry=geometry)).outcome is Condition.TRUE
+    nonsense = ({"NumberOfFrames": float("inf")}, {"NumberOfFrames": "many"}, {"NumberOfFrames": None})
+    assert ask("series.frame_count == 3", series_view(count=3, geometry=nonsense)).outcome is Condition.TRUE
